@@ -1,0 +1,646 @@
+"""The words on the wire: every message as a struct, and the one way to read and write them.
+
+Knows no broker, no ledger and no clock: it says things and does nothing. Times are seconds since the epoch (UTC);
+what ends in `_ns` is nanoseconds of the sender's own CLOCK_BOOTTIME and means nothing to anybody else.
+Unknown fields are ignored on read; a message whose `v` is above VERSION is refused.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from mqworker.errors import NewerVersion, Unreadable
+
+VERSION: Final = 1
+MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024  # half of what RabbitMQ 4.x lets through by default
+MAX_REQUESTS_IN_A_MESSAGE: Final = 1000
+
+Id = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+FileName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_.+:~@=,-][A-Za-z0-9_.+:~@=, -]*(/[A-Za-z0-9_.+:~@=,-][A-Za-z0-9_.+:~@=, -]*)*$")
+]
+
+OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
+RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
+
+
+# ---------------------------------------------------------------- parts, used in several messages
+
+
+class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Say what somebody wants done."""
+
+    id: Id
+    task: Annotated[str, Meta(min_length=1, max_length=100)]
+    data: dict[str, Any] = {}
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    lease: Annotated[float, Meta(ge=5, le=86400)] | None = None  # seconds; None: what the task says
+
+
+class Reason(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Say why something ended as it did, for a person who has to act on it."""
+
+    text: str
+    stage: str | None = None
+    exit_code: int | None = None
+    status: str | None = None  # the tool's own word
+    line: str | None = None  # the last line that names the cause
+
+
+class FileEntry(Struct, frozen=True, kw_only=True):
+    """Name one file of an artifact."""
+
+    path: FileName
+    size: Count
+    sha256: Sha256
+
+
+class Relation(Struct, frozen=True, kw_only=True):
+    """Say how an artifact belongs to another: its id, or its handle in the same outcome."""
+
+    type: Literal["built-using", "relates-to", "extends"]
+    target: int | str
+
+
+class Artifact(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Describe a set of files whose bytes are in the store already, before the ledger gives it an id."""
+
+    handle: str  # unique within one outcome
+    category: Annotated[str, Meta(pattern=r"^[a-z0-9-]+:[a-z0-9-]+$")]
+    name: Annotated[str, Meta(min_length=1, max_length=300)]
+    data: dict[str, Any] = {}
+    files: list[FileEntry] = []
+    relations: list[Relation] = []
+
+
+class RecordedRelation(Struct, frozen=True, kw_only=True):
+    """Say how an artifact belongs to another, both known to the ledger."""
+
+    type: str
+    target: int
+
+
+class RecordedArtifact(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Describe an artifact that the ledger keeps."""
+
+    id: int
+    category: str
+    name: str
+    data: dict[str, Any] = {}
+    files: list[FileEntry] = []
+    relations: list[RecordedRelation] = []
+    request: str | None = None  # the request that made it; None: imported
+    created: float = 0.0
+
+
+class RunRef(Struct, frozen=True, kw_only=True):
+    """Name one run: an attempt and the token that its claim carried."""
+
+    request: Id
+    attempt: Positive
+    token: str
+
+
+class RunProgress(RunRef, frozen=True, kw_only=True, omit_defaults=True):
+    """Say how far a run is."""
+
+    since: float
+    stage: str | None = None
+    fraction: float | None = None
+
+
+# ---------------------------------------------------------------- client -> scheduler (mqworker.submit), and its answer
+
+
+class Submit(Struct, frozen=True, kw_only=True, tag="submit"):
+    """Ask for requests to be done; answered by a Receipt if the message has a reply_to."""
+
+    v: int = VERSION
+    requests: Annotated[list[Request], Meta(min_length=1, max_length=MAX_REQUESTS_IN_A_MESSAGE)]
+
+
+class Receipted(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Say what became of one submitted request."""
+
+    id: str
+    status: Literal["accepted", "known", "rejected", "conflict"]
+    reason: str | None = None
+
+
+class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="receipt"):
+    """Answer a Submit once the ledger has committed."""
+
+    v: int = VERSION
+    term: int = 0
+    results: list[Receipted] = []
+    problem: str | None = None  # the message as a whole could not be read
+
+
+# ---------------------------------------------------------------- scheduler -> workers (mqworker.work)
+
+
+class Ticket(Struct, frozen=True, kw_only=True, tag="ticket"):
+    """Offer a request, for one attempt, to a capability class; it has no authority of its own."""
+
+    v: int = VERSION
+    term: int
+    attempt: Positive
+    request: Request
+
+
+# ---------------------------------------------------------------- worker -> scheduler (mqworker.report)
+
+
+class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
+    """Introduce a worker, or its changed metadata."""
+
+    host: str
+    slots: Positive
+    tasks: dict[str, int | None]  # name to version, of those that analysed cleanly
+    metadata: dict[str, Any]
+    metadata_version: int
+    store: str  # the id of the store it writes to
+    version: str
+
+
+class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Say what a worker holds; each run listed asks for its lease to be renewed."""
+
+    queue: str | None  # the queue consumed; None: it does not consume (its slots are full, or it drains)
+    assigned: str | None  # the queue it was last told to consume
+    slots: Count  # how many can take a run or have one
+    running: list[RunProgress]
+    unsettled: Count  # outcomes in the spool
+
+
+class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
+    """Ask: may I run this attempt?"""
+
+    metadata_version: int
+
+
+class Refusal(RunRef, frozen=True, kw_only=True, tag="refusal"):
+    """Decline a ticket, by the worker's own fresh view."""
+
+    reason: str
+    metadata_version: int
+
+
+class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
+    """Say that the worker leaves and holds nothing any more."""
+
+    reason: str
+
+
+ReportPart = Hello | Heartbeat | Claim | Refusal | Bye
+
+
+class Report(Struct, frozen=True, kw_only=True, tag="report"):
+    """Carry a set of a worker's words; each is repeated until it is answered."""
+
+    v: int = VERSION
+    worker: Name
+    epoch: str  # of the worker's connection: where the answer goes
+    seq: int  # rises with each report of one agent process
+    incarnation: int  # rises with each agent process of one state directory
+    parts: list[ReportPart]
+
+
+# ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)
+
+
+class Outcome(RunRef, frozen=True, kw_only=True, omit_defaults=True):
+    """Say how a run ended, and what it made."""
+
+    result: OutcomeResult
+    reason: Reason | None = None
+    again: bool = False  # the tool says: not now, try again
+    started: float
+    ended: float
+    artifacts: list[Artifact] = []
+
+
+class Outcomes(Struct, frozen=True, kw_only=True, tag="outcomes"):
+    """Carry outcomes that are on the worker's disk; repeated until each is answered by Recorded."""
+
+    v: int = VERSION
+    worker: Name
+    epoch: str
+    outcomes: list[Outcome]
+
+
+# ---------------------------------------------------------------- scheduler -> one worker (mqworker.verdict)
+
+
+class Alive(Struct, frozen=True, kw_only=True, tag="alive"):
+    """Answer a report: every run it listed is renewed, but for those that are void."""
+
+    seq: int
+    void: list[RunRef] = []
+
+
+class Assign(Struct, frozen=True, kw_only=True, tag="assign"):
+    """Tell a worker which queue is its own; None: none, for this reason."""
+
+    queue: str | None
+    reason: str | None = None
+
+
+class Granted(RunRef, frozen=True, kw_only=True, tag="granted"):
+    """Answer a claim: run it."""
+
+    lease: float  # seconds, counted from when the claim was sent
+    inputs: list[RecordedArtifact]
+
+
+class Void(RunRef, frozen=True, kw_only=True, tag="void"):
+    """Answer a claim or a refusal: the ticket is settled, do not run it."""
+
+    reason: str
+
+
+class Abort(RunRef, frozen=True, kw_only=True, tag="abort"):
+    """Tell a worker to stop a run; repeated until its outcome comes."""
+
+    reason: str
+
+
+class Recorded(RunRef, frozen=True, kw_only=True, tag="recorded"):
+    """Answer an outcome: it counts, it came too late and is kept as history, or nobody knows its run."""
+
+    status: Literal["recorded", "refused", "unknown"]
+    reason: str | None = None
+
+
+class Introduce(Struct, frozen=True, kw_only=True, tag="introduce"):
+    """Ask a worker for a Hello: the scheduler does not know it, or wants fresh metadata."""
+
+
+VerdictPart = Alive | Assign | Granted | Void | Abort | Recorded | Introduce
+
+
+class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
+    """Carry a set of the scheduler's answers to one worker."""
+
+    v: int = VERSION
+    term: int
+    parts: list[VerdictPart]
+
+
+# ---------------------------------------------------------------- client -> scheduler (mqworker.api), and the answers
+
+
+class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
+    """Ask for some requests with their attempts and artifacts; an id may be a unique beginning of one."""
+
+    v: int = VERSION
+    ids: list[str]
+
+
+class ListRequests(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="list_requests"):
+    """Ask for the newest requests that match, without attempts."""
+
+    v: int = VERSION
+    states: list[RequestState] = []
+    task: str | None = None
+    worker: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 50
+    before: int | None = None  # seq: go on below it
+
+
+class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
+    """Ask for requests to be stopped, wherever they are."""
+
+    v: int = VERSION
+    ids: list[str]
+    reason: str
+
+
+class RetryRequest(Struct, frozen=True, kw_only=True, tag="retry_request"):
+    """Ask for an ended request to be done anew, as a new request."""
+
+    v: int = VERSION
+    id: str
+    new_id: Id
+
+
+class ListWorkers(Struct, frozen=True, kw_only=True, tag="list_workers"):
+    """Ask who is in the pool."""
+
+    v: int = VERSION
+
+
+class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
+    """Ask workers to look at their hosts again; no names: all."""
+
+    v: int = VERSION
+    names: list[str] = []
+
+
+class ListArtifacts(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="list_artifacts"):
+    """Ask for artifacts, newest first."""
+
+    v: int = VERSION
+    ids: list[int] = []
+    request: str | None = None
+    category: str | None = None
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 50
+
+
+class ImportArtifact(Struct, frozen=True, kw_only=True, tag="import_artifact"):
+    """Ask for an artifact to be recorded whose bytes are in the store already."""
+
+    v: int = VERSION
+    key: Id  # the same key again is the same artifact
+    artifact: Artifact
+    store: str
+
+
+class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
+    """Ask the scheduler how it is."""
+
+    v: int = VERSION
+
+
+Query = (
+    GetRequests
+    | ListRequests
+    | AbortRequests
+    | RetryRequest
+    | ListWorkers
+    | RefreshWorkers
+    | ListArtifacts
+    | ImportArtifact
+    | GetPool
+)
+
+
+class AttemptView(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Show one attempt."""
+
+    number: int
+    worker: str
+    granted: float
+    started: float | None = None
+    ended: float | None = None
+    result: OutcomeResult | None = None
+    counted: bool = True
+    reason: Reason | None = None
+
+
+class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Show one request."""
+
+    seq: int
+    request: Request
+    state: RequestState
+    attempt: int
+    submitted: float
+    worker: str | None = None
+    abort: str | None = None  # why it is to be stopped
+    not_before: float | None = None
+    granted: float | None = None
+    ended: float | None = None
+    reason: Reason | None = None
+    progress: RunProgress | None = None
+    attempts: list[AttemptView] = []
+    artifacts: list[RecordedArtifact] = []
+
+
+class RequestList(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request_list"):
+    """Answer GetRequests, ListRequests, AbortRequests and RetryRequest."""
+
+    v: int = VERSION
+    requests: list[RequestView] = []
+    missing: list[str] = []
+
+
+class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Show one worker."""
+
+    name: str
+    host: str
+    state: Literal["online", "offline", "refused"]
+    slots: int
+    running: list[RunProgress] = []
+    queue: str | None = None
+    tasks: dict[str, int | None] = {}
+    metadata: dict[str, Any] = {}
+    version: str = ""
+    seen: float = 0.0
+    reason: str | None = None
+
+
+class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
+    """Answer ListWorkers and RefreshWorkers."""
+
+    v: int = VERSION
+    workers: list[WorkerView]
+
+
+class ArtifactList(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="artifact_list"):
+    """Answer ListArtifacts and ImportArtifact."""
+
+    v: int = VERSION
+    artifacts: list[RecordedArtifact] = []
+    missing: list[int] = []
+
+
+class Pool(Struct, frozen=True, kw_only=True, tag="pool"):
+    """Answer GetPool."""
+
+    v: int = VERSION
+    term: int
+    version: str
+    store: str
+    requests: dict[str, int]  # state to number
+    workers: int
+    classes: int
+
+
+class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
+    """Answer a query that cannot be answered as asked."""
+
+    v: int = VERSION
+    kind: Literal["unreadable", "not_found", "conflict", "rejected", "artifact_invalid", "store_mismatch"]
+    text: str
+
+
+Answer = RequestList | WorkerList | ArtifactList | Pool | Problem
+
+
+# ---------------------------------------------------------------- to whom it may concern (mqworker.events, mqworker.logs)
+
+
+class RequestEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request_event"):
+    """Tell that a request changed its state."""
+
+    v: int = VERSION
+    term: int
+    time: float
+    request: Id
+    task: str
+    state: RequestState
+    event: str  # the move's name in lifecycle.MOVES
+    attempt: int
+    worker: str | None = None
+    reason: Reason | None = None
+
+
+class WorkerEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="worker_event"):
+    """Tell that a worker came, changed or went."""
+
+    v: int = VERSION
+    term: int
+    time: float
+    worker: str
+    event: Literal["online", "changed", "offline", "refused"]
+    reason: str | None = None
+
+
+class LogText(Struct, frozen=True, kw_only=True, tag="log_text"):
+    """Carry what a run has printed."""
+
+    v: int = VERSION
+    request: Id
+    attempt: int
+    worker: str
+    time: float
+    seq: int  # rises by one within one attempt: a gap means lines that were not sent
+    text: str
+
+
+class LogProgress(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="log_progress"):
+    """Tell how far a run is, as it happens."""
+
+    v: int = VERSION
+    request: Id
+    attempt: int
+    task: str
+    worker: str
+    time: float
+    since: float
+    stage: str | None = None
+    fraction: float | None = None
+
+
+# ---------------------------------------------------------------- agent <-> slot (a pipe on one host; one JSON a line)
+
+
+class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
+    """Tell a slot to run a request; after deadline_ns nothing of it may live."""
+
+    request: Request
+    attempt: int
+    inputs: list[RecordedArtifact]
+    directory: str
+    deadline_ns: int
+
+
+class Renew(Struct, frozen=True, kw_only=True, tag="renew"):
+    """Tell a slot that its run may go on."""
+
+    deadline_ns: int
+
+
+class StopRun(Struct, frozen=True, kw_only=True, tag="stop_run"):
+    """Tell a slot to abort its run."""
+
+    reason: str
+
+
+SlotOrder = RunTask | Renew | StopRun
+
+
+class SlotReady(Struct, frozen=True, kw_only=True, tag="slot_ready"):
+    """Tell the agent that the slot waits for a run."""
+
+
+class SlotProgress(Struct, frozen=True, kw_only=True, tag="slot_progress"):
+    """Tell the agent how far the run is."""
+
+    stage: str | None
+    fraction: float | None
+
+
+class SlotOutput(Struct, frozen=True, kw_only=True, tag="slot_output"):
+    """Hand the agent what the run has printed."""
+
+    text: str
+
+
+class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot_ended"):
+    """Tell the agent how the run ended: every descendant is gone and every artifact in the store."""
+
+    result: Literal["success", "failure", "error", "aborted"]
+    reason: Reason | None = None
+    again: bool = False
+    artifacts: list[Artifact] = []
+
+
+SlotWord = SlotReady | SlotProgress | SlotOutput | SlotEnded
+
+
+# ---------------------------------------------------------------- reading and writing
+
+
+class _Peek(Struct):
+    type: str | UnsetType = UNSET
+    v: int | UnsetType = UNSET
+
+
+_encoder = msgspec.json.Encoder()
+_peek = msgspec.json.Decoder(_Peek)
+_T = TypeVar("_T")
+
+
+def encode(message: Struct) -> bytes:
+    """Write a message as JSON."""
+    return _encoder.encode(message)
+
+
+def encode_line(message: Struct) -> bytes:
+    """Write a message as one line of JSON, for a pipe."""
+    return _encoder.encode(message) + b"\n"
+
+
+@cache
+def _decoder(kind: Any) -> Callable[[bytes], Any]:
+    return msgspec.json.Decoder(kind).decode
+
+
+def decode(body: bytes, kind: type[_T]) -> _T:
+    """Read a message of a kind (a struct, or a union of structs).
+
+    Raises:
+        NewerVersion: it was written by a newer mqworker.
+        Unreadable: it is not JSON, too large, of another type, or lacks its fields; the text names the path.
+    """
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise Unreadable(
+            f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got {len(body)}; put large data into artifacts"
+        )
+    try:
+        message: _T = _decoder(kind)(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        try:
+            peek = _peek.decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise Unreadable(f"expected a JSON object with a type, got something else: {error}") from error
+        _refuse_newer(peek.v)
+        raise Unreadable(f"expected a readable {'message' if peek.type is UNSET else peek.type!r}: {error}") from error
+    _refuse_newer(getattr(message, "v", UNSET))
+    return message
+
+
+def _refuse_newer(v: int | UnsetType) -> None:
+    if v is not UNSET and v > VERSION:
+        raise NewerVersion(f"expected a message of version {VERSION} or older, got version {v}; upgrade this mqworker")
