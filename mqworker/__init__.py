@@ -8,7 +8,7 @@ A room imports only floors strictly below its own; `lint-imports` checks it.
                    worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome),
                    and over them demo (a private broker, a scheduler, two workers on one machine)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
-                   debianhost (apt, build chroots, a private RabbitMQ node)
+                   debianhost (apt, build chroots), privatenode (a RabbitMQ of our own)
       the ground   processes (Linux processes and clocks)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
                    topology (exchanges, queues, names): pure; told the time, given the facts
