@@ -110,7 +110,7 @@ def end_attempt(
     if result == "lost" or again:
         if tried + 1 < max_attempts:
             return ending(Event.RETRY, delay=min(retry_delay * 2**tried, MAX_BACK_OFF))
-        return ending(Event.ERR if result == "lost" or result == "error" else Event.FAIL, exhausted=True)
+        return ending(Event.ERR if result in {"lost", "error"} else Event.FAIL, exhausted=True)
     return ending(Event.FAIL if result == "failure" else Event.ERR)
 
 

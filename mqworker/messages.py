@@ -178,7 +178,8 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     assigned: str | None  # the queue it was last told to consume
     slots: Count  # how many can take a run or have one
     running: list[RunProgress]
-    unsettled: Count  # outcomes in the spool
+    claiming: list[RunRef]  # claims that are not answered yet
+    unsettled: list[RunRef]  # outcomes in the spool: a lease that none of the three lists names is lost
 
 
 class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
@@ -212,6 +213,14 @@ class Report(Struct, frozen=True, kw_only=True, tag="report"):
     seq: int  # rises with each report of one agent process
     incarnation: int  # rises with each agent process of one state directory
     parts: list[ReportPart]
+
+
+class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
+    """Come back to the scheduler that sent it, behind every report that was queued before."""
+
+    v: int = VERSION
+    term: int
+    number: int
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)
@@ -477,7 +486,7 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
 Answer = RequestList | WorkerList | ArtifactList | Pool | Problem
 
 
-# ---------------------------------------------------------------- to whom it may concern (mqworker.events, mqworker.logs)
+# ---------------------------------------------------------------- to everybody (mqworker.events, mqworker.logs)
 
 
 class RequestEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request_event"):
