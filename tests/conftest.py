@@ -1,0 +1,179 @@
+"""Real parts for tests. What is missing skips its tests loudly, or fails them where MQWORKER_TEST_REQUIRE=all."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
+
+import pytest
+from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.connection import URLParameters
+
+from mqworker.errors import HostUnfit
+from mqworker.privatenode import PrivateNode
+from mqworker.topology import Topology
+
+IMAGE = "rabbitmq:4-management"
+
+
+def missing(what: str, why: str) -> NoReturn:
+    """Skip a test for want of something, or fail it where nothing may be missing."""
+    text = f"needs {what}: {why}"
+    if os.environ.get("MQWORKER_TEST_REQUIRE") == "all":
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
+
+
+@dataclass(frozen=True)
+class Broker:
+    """A broker that tests share."""
+
+    url: str
+    management_url: str | None
+    node: PrivateNode | None
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory) -> Iterator[Broker]:
+    """The broker of MQWORKER_TEST_AMQP_URL, else one in a container, else a node of our own."""
+    url = os.environ.get("MQWORKER_TEST_AMQP_URL")
+    if url:
+        yield Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), None)
+        return
+    with ExitStack() as stack:
+        if _docker_answers():
+            yield _container(stack)
+            return
+        directory = tmp_path_factory.mktemp("broker")
+        stack.callback(shutil.rmtree, directory)
+        try:
+            node = stack.enter_context(PrivateNode(directory))
+        except HostUnfit as error:
+            missing("a RabbitMQ (MQWORKER_TEST_AMQP_URL, Docker or rabbitmq-server)", str(error))
+        yield Broker(node.url, node.management_url, node)
+
+
+@pytest.fixture
+def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
+    """Start nodes that a test may kill and restart; takes what PrivateNode takes, but for the directory."""
+    with ExitStack() as stack:
+
+        def start(**arguments) -> PrivateNode:
+            directory = tmp_path / f"node-{uuid.uuid4().hex[:8]}"
+            node = PrivateNode(directory, **arguments)
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)  # it may not have come to be
+            stack.callback(node.kill)
+            try:
+                node.start()
+            except HostUnfit as error:
+                missing("a private RabbitMQ node", str(error))
+            return node
+
+        yield start
+
+
+@pytest.fixture
+def prefix() -> str:
+    """A name of its own for everything that a test declares."""
+    return f"t{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def amqp_url(broker, prefix) -> Iterator[str]:
+    """The URL of a vhost of the test's own, or of a broker on which it must keep to its prefix."""
+    if broker.management_url is None:
+        yield broker.url
+        asyncio.run(_remove(broker.url, Topology(prefix)))
+        return
+    user = quote(unquote(urlsplit(broker.url).username or "guest"), safe="")
+    _manage(broker.management_url, "PUT", f"vhosts/{prefix}")
+    everything = {"configure": ".*", "write": ".*", "read": ".*"}
+    _manage(broker.management_url, "PUT", f"permissions/{prefix}/{user}", everything)
+    yield urlunsplit(urlsplit(broker.url)._replace(path=f"/{prefix}"))
+    _manage(broker.management_url, "DELETE", f"vhosts/{prefix}")
+
+
+def _docker_answers() -> bool:
+    """Tell whether a Docker engine answers at all, quickly: the client library would wait a minute."""
+    at = urlsplit(os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock"))
+    if at.scheme != "unix":
+        return bool(os.environ.get("DOCKER_HOST"))
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.settimeout(5)
+        try:
+            engine.connect(at.path)
+            engine.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+            return b" 200 " in engine.recv(64)
+        except OSError:
+            return False
+
+
+def _container(stack: ExitStack) -> Broker:
+    if Path("/.dockerenv").exists():  # testcontainers would take this machine for a neighbour of its containers
+        os.environ.setdefault("TESTCONTAINERS_CONNECTION_MODE", "docker_host")
+        os.environ.setdefault("TC_HOST", "127.0.0.1")
+    from testcontainers.core.container import DockerContainer  # noqa: PLC0415  # slow, and reads the lines above
+    from testcontainers.core.wait_strategies import LogMessageWaitStrategy  # noqa: PLC0415  # likewise
+
+    container = (
+        DockerContainer(IMAGE)
+        .with_env("RABBITMQ_DEFAULT_USER", "mqworker")
+        .with_env("RABBITMQ_DEFAULT_PASS", "mqworker")
+        .with_exposed_ports(5672, 15672)
+        .waiting_for(LogMessageWaitStrategy("Server startup complete").with_startup_timeout(120))
+    )
+    stack.enter_context(container)
+    host = container.get_container_host_ip()
+    return Broker(
+        f"amqp://mqworker:mqworker@{host}:{container.get_exposed_port(5672)}/%2F",
+        f"http://mqworker:mqworker@{host}:{container.get_exposed_port(15672)}",
+        None,
+    )
+
+
+def _manage(management_url: str, method: str, path: str, body: object = None) -> None:
+    parts = urlsplit(management_url)
+    bare = urlunsplit(parts._replace(netloc=f"{parts.hostname}:{parts.port}"))
+    passwords = HTTPPasswordMgrWithDefaultRealm()
+    passwords.add_password(None, bare, unquote(parts.username or "guest"), unquote(parts.password or "guest"))
+    request = Request(  # noqa: S310  # the scheme is that of the test's own settings
+        f"{bare}/api/{path}",
+        method=method,
+        headers={"content-type": "application/json"},
+        data=None if body is None else json.dumps(body).encode(),
+    )
+    build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).close()
+
+
+async def _remove(url: str, topology: Topology) -> None:
+    """Remove what a test has left on a broker that is not ours; class queues expire."""
+    closed = asyncio.get_running_loop().create_future()
+
+    def remove(connection: AsyncioConnection) -> None:
+        def on_channel(channel) -> None:
+            for queue in topology.queues():
+                channel.queue_delete(queue.name)
+            for exchange in topology.exchanges():
+                channel.exchange_delete(exchange.name)
+            channel.exchange_delete(
+                topology.rejected, callback=lambda _: connection.close()
+            )  # the last answer comes last
+
+        connection.channel(on_open_callback=on_channel)
+
+    AsyncioConnection(
+        URLParameters(url),
+        on_open_callback=remove,
+        on_open_error_callback=lambda _, error: closed.set_exception(error),
+        on_close_callback=lambda _, __: closed.set_result(None),
+    )
+    await closed
