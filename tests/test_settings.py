@@ -1,0 +1,185 @@
+"""Settings: which source wins, and what a wrong value says."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from mqworker import settings as rooms
+from mqworker.errors import SettingsError
+from mqworker.settings import KEYS, load, variable
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_any_source_the_defaults_stand():
+    loaded = load({}, {})
+
+    assert loaded.settings.amqp_url == "amqp://guest:guest@127.0.0.1:5672/"
+    assert loaded.settings.prefix == "mqworker"
+    assert loaded.settings.worker.name == socket.gethostname()
+    assert loaded.settings.worker.slots == os.cpu_count()
+    assert loaded.settings.worker.work_dir == Path(f"/var/tmp/mqworker-{os.geteuid()}")  # noqa: S108  # only named
+    assert loaded.settings.worker.drain_grace == 60.0
+    assert loaded.settings.scheduler.metrics_listen == "127.0.0.1:9107"
+    assert loaded.sources == {}
+    assert loaded.config is None
+
+
+def test_root_and_users_have_different_default_places(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert load({}, {}).settings.store == "file:///var/lib/mqworker/store"
+    assert load({}, {}).settings.ledger == "sqlite:////var/lib/mqworker/ledger.db"
+
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert load({}, {}).settings.store == f"file://{tmp_path}/home/.local/share/mqworker/store"
+    assert load({}, {}).settings.ledger == f"sqlite:///{tmp_path}/home/.local/share/mqworker/ledger.db"
+    assert load({}, {}).settings.worker.work_dir == Path("/var/tmp/mqworker-1000")  # noqa: S108  # only named
+
+
+def test_a_flag_beats_a_variable_which_beats_the_file_which_beats_the_default(tmp_path):
+    config = write(tmp_path / "a.toml", 'prefix = "file"\n[worker]\nslots = 3\nname = "file"\n')
+    environ = {"MQWORKER_PREFIX": "environ", "MQWORKER_WORKER_SLOTS": "5"}
+
+    loaded = load({"prefix": "flag", "worker.slots": None}, environ, config=config)
+
+    assert loaded.settings.prefix == "flag"
+    assert loaded.settings.worker.slots == 5
+    assert loaded.settings.worker.name == "file"
+    assert loaded.settings.timeout == 30.0
+    assert loaded.sources == {
+        "prefix": "--prefix",
+        "worker.slots": "MQWORKER_WORKER_SLOTS",
+        "worker.name": str(config),
+    }
+
+
+def test_the_first_settings_file_that_exists_is_the_only_one_read(tmp_path):
+    home = write(tmp_path / "home" / ".config" / "mqworker.toml", 'prefix = "home"\n')
+    assert load({}, {}).config == home
+
+    write(tmp_path / "mqworker.toml", 'ledger = "sqlite:////here.db"\n')
+    assert load({}, {}).config == Path("mqworker.toml")
+    assert load({}, {}).settings.prefix == "mqworker"
+
+    named = write(tmp_path / "named.toml", 'prefix = "named"\n')
+    assert load({}, {"MQWORKER_CONFIG": str(named)}).settings.prefix == "named"
+
+    flagged = write(tmp_path / "flagged.toml", 'prefix = "flagged"\n')
+    assert load({}, {"MQWORKER_CONFIG": str(named)}, config=flagged).settings.prefix == "flagged"
+
+
+def test_a_named_settings_file_must_exist(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
+        load({}, {}, config=tmp_path / "nowhere.toml")
+
+
+def test_a_file_that_is_no_toml_is_named(tmp_path):
+    config = write(tmp_path / "a.toml", "prefix = \n")
+
+    with pytest.raises(SettingsError, match=r"expected TOML in .*a\.toml"):
+        load({}, {}, config=config)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "guess"),
+    [
+        ('amqpurl = "amqp://x"', "amqpurl", "amqp_url"),
+        ("[worker]\nslot = 3", "worker.slot", "worker.slots"),
+        ("slots = 3", "slots", "worker.slots"),
+        ("[schedular]\nretry_delay = 3", "schedular", "scheduler"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_a_guess(tmp_path, text, key, guess):
+    config = write(tmp_path / "a.toml", text)
+
+    with pytest.raises(SettingsError) as caught:
+        load({}, {}, config=config)
+
+    assert f"unknown setting {key!r} in {config}" in str(caught.value)
+    assert f"did you mean {guess!r}?" in str(caught.value)
+
+
+def test_an_unknown_variable_is_an_error_only_if_it_looks_like_a_slip():
+    with pytest.raises(SettingsError, match="MQWORKER_AMQP_URI in the environment; did you mean MQWORKER_AMQP_URL"):
+        load({}, {"MQWORKER_AMQP_URI": "amqp://x"})
+
+    kubernetes = {"MQWORKER_PORT": "tcp://10.0.0.1:9107", "MQWORKER_SERVICE_HOST": "10.0.0.1"}
+    assert load({}, {**kubernetes, "MQWORKER_DEBUG": "1", "MQWORKER_TEST_REQUIRE": "all"}).sources == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "text", "said"),
+    [
+        ({"worker.slots": 0}, {}, "", r"worker\.slots \(from --slots\).*>= 1.*got 0"),
+        ({}, {"MQWORKER_WORKER_SLOTS": "many"}, "", r"worker\.slots \(from MQWORKER_WORKER_SLOTS\).*got 'many'"),
+        ({}, {}, 'worker.slots = "2"', r"worker\.slots \(from .*a\.toml\).*got '2'"),
+        ({}, {"MQWORKER_LOG_LEVEL": "loud"}, "", r"log_level \(from MQWORKER_LOG_LEVEL\).*got 'loud'"),
+        ({"worker.name": "a name"}, {}, "", r"worker\.name \(from --name\).*got 'a name'"),
+        ({"scheduler.metrics_listen": "9107"}, {}, "", r"scheduler\.metrics_listen \(from --metrics-listen\)"),
+        ({}, {"MQWORKER_WORKER_METADATA": "{"}, "", r"JSON object for worker\.metadata \(from MQWORKER_WORKER_META"),
+        ({}, {}, "worker = 3", r"expected a table \[worker\] in .*a\.toml, got 3"),
+    ],
+)
+def test_a_wrong_value_names_its_key_its_source_and_itself(tmp_path, flags, environ, text, said):
+    config = write(tmp_path / "a.toml", text)
+
+    with pytest.raises(SettingsError, match=said):
+        load(flags, environ, config=config)
+
+
+def test_a_wrong_url_is_not_shown_with_its_password():
+    with pytest.raises(SettingsError) as caught:
+        load({}, {"MQWORKER_AMQP_URL": "//me:secret@host"})
+
+    assert "amqp_url (from MQWORKER_AMQP_URL)" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_odd_host_name_still_makes_a_worker_name(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "-odd host!.lan-")
+
+    assert load({}, {}).settings.worker.name == "odd-host-.lan"
+
+
+def test_tags_and_metadata_come_from_text_and_from_tables(tmp_path):
+    config = write(tmp_path / "a.toml", '[worker]\ntags = ["big", "ssd"]\n[worker.metadata]\n"site:rack" = 4\n')
+
+    assert load({}, {}, config=config).settings.worker.static_metadata() == {
+        "site:rack": 4,
+        "system:tags": ["big", "ssd"],
+    }
+    environ = {"MQWORKER_WORKER_TAGS": "small, hdd", "MQWORKER_WORKER_METADATA": '{"site:rack": 5}'}
+    assert load({}, environ, config=config).settings.worker.static_metadata() == {
+        "site:rack": 5,
+        "system:tags": ["small", "hdd"],
+    }
+
+
+def test_two_workers_on_one_host_get_two_state_directories():
+    one = load({"worker.name": "one"}, {}).settings.worker
+    two = load({"worker.name": "two"}, {}).settings.worker
+
+    assert one.state_directory() != two.state_directory()
+    assert load({"worker.state_dir": "/srv/w"}, {}).settings.worker.state_directory() == Path("/srv/w")
+
+
+def test_every_key_has_a_variable_of_its_own():
+    names = [variable(key) for key in KEYS]
+
+    assert len(set(names)) == len(names)
+    assert variable("worker.metrics_listen") == "MQWORKER_WORKER_METRICS_LISTEN"
+    assert not set(names) & set(rooms.FOREIGN_VARIABLES)
