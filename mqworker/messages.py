@@ -18,14 +18,14 @@ VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024  # half of what RabbitMQ 4.x lets through by default
 MAX_REQUESTS_IN_A_MESSAGE: Final = 1000
 
-Id = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-FileName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9_.+:~@=,-][A-Za-z0-9_.+:~@=, -]*(/[A-Za-z0-9_.+:~@=,-][A-Za-z0-9_.+:~@=, -]*)*$")
-]
+# \Z and not $, which would let a line feed through at the end.
+Id = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # what the ledger can keep
+Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+_PART: Final = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9_.+:~@=,][A-Za-z0-9_.+:~@=, -]*"  # no "." or "..", nothing like an option
+FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z")]
 
 OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
 RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
@@ -67,14 +67,14 @@ class Relation(Struct, frozen=True, kw_only=True):
     """Say how an artifact belongs to another: its id, or its handle in the same outcome."""
 
     type: Literal["built-using", "relates-to", "extends"]
-    target: int | str
+    target: Positive | str
 
 
 class Artifact(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Describe a set of files whose bytes are in the store already, before the ledger gives it an id."""
 
     handle: str  # unique within one outcome
-    category: Annotated[str, Meta(pattern=r"^[a-z0-9-]+:[a-z0-9-]+$")]
+    category: Annotated[str, Meta(pattern=r"^[a-z0-9-]+:[a-z0-9-]+\Z")]
     name: Annotated[str, Meta(min_length=1, max_length=300)]
     data: dict[str, Any] = {}
     files: list[FileEntry] = []
@@ -322,7 +322,7 @@ class ListRequests(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="l
     task: str | None = None
     worker: str | None = None
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
-    before: int | None = None  # seq: go on below it
+    before: Positive | None = None  # seq: go on below it
 
 
 class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
@@ -358,7 +358,7 @@ class ListArtifacts(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="
     """Ask for artifacts, newest first."""
 
     v: int = VERSION
-    ids: list[int] = []
+    ids: list[Positive] = []
     request: str | None = None
     category: str | None = None
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
@@ -420,6 +420,7 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ended: float | None = None
     reason: Reason | None = None
     progress: RunProgress | None = None
+    waits: str | None = None  # what a pending request waits for
     attempts: list[AttemptView] = []
     artifacts: list[RecordedArtifact] = []
 
@@ -638,7 +639,7 @@ def decode(body: bytes, kind: type[_T]) -> _T:
             f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got {len(body)}; put large data into artifacts"
         )
     try:
-        message: _T = _decoder(kind)(body)
+        message: _T = _decoder(kind)(body)  # type: ignore[arg-type]  # a union of structs is hashable too
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         try:
             peek = _peek.decode(body)

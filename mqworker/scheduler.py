@@ -1,0 +1,534 @@
+"""The scheduler: read, judge, record, publish - in that order, one set of messages after the other.
+
+Whatever came while the ledger was committing makes the next set, so nothing waits for a timer and nothing is
+published before it is recorded. The judgement is the pool's; here are the doors, the loop and the clock.
+"""
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from mqworker import __version__
+from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.errors import LedgerUnavailable, NotPublished, PeerError
+from mqworker.ledger import Ledger
+from mqworker.lifecycle import FINAL
+from mqworker.messages import (
+    AbortRequests,
+    Answer,
+    ArtifactList,
+    GetPool,
+    GetRequests,
+    ImportArtifact,
+    ListArtifacts,
+    ListRequests,
+    ListWorkers,
+    Outcomes,
+    Probe,
+    Problem,
+    Query,
+    Receipt,
+    RecordedArtifact,
+    RefreshWorkers,
+    Report,
+    RequestList,
+    RetryRequest,
+    Submit,
+    WorkerList,
+    decode,
+    encode,
+)
+from mqworker.messages import Pool as PoolView
+from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
+from mqworker.pool import Draft, Moment, Pool, Send
+from mqworker.processes import boottime_ns
+from mqworker.store import Store
+from mqworker.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
+SHOW: Final = 2.0  # seconds between settings of the gauges
+COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+REJECTED_HEADER: Final = "x-mqworker-reason"
+
+_T = TypeVar("_T")
+
+
+class Scheduler:
+    """Carry messages between the broker, the pool and the ledger."""
+
+    def __init__(
+        self,
+        *,
+        amqp_url: str,
+        topology: Topology,
+        ledger: Ledger,
+        store: Store,
+        metrics: SchedulerMetrics,
+        retry_delay: float,
+        offer_timeout: float,
+    ) -> None:
+        self._topology = topology
+        self._ledger = ledger
+        self._store_id = store.id
+        self._metrics = metrics
+        self._pool = Pool(
+            term=ledger.term,
+            topology=topology,
+            store_id=store.id,
+            retry_delay=retry_delay,
+            offer_timeout=offer_timeout,
+            metrics=metrics,
+        )
+        self._inbox: list[Delivery] = []
+        self._returned: list[Callable[[], None]] = []
+        self._serving: set[asyncio.Task[None]] = set()
+        self._failed: BaseException | None = None
+        self._awake = asyncio.Event()
+        self._stopping = False
+        self._ticked = self._shown = 0.0
+        self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._ledger_well = True
+        self._reading = Link(
+            amqp_url,
+            name=f"mqworker scheduler {topology.prefix} reading",
+            plan=self._reading_plan,
+            on_up=self._link_changed,
+            on_down=self._reading_down,
+        )
+        self._writing = Link(
+            amqp_url,
+            name=f"mqworker scheduler {topology.prefix} writing",
+            plan=self._writing_plan,
+            on_up=self._link_changed,
+            on_down=self._link_down,
+            on_blocked=self._blocked,
+        )
+
+    async def run(self) -> None:
+        """Work until `stop()`; then finish the set in hand and take leave of the broker.
+
+        Raises:
+            BrokerRefused: the broker does not let this scheduler in.
+        """
+        moment = self._now()
+        self._pool.restore(await self._in_ledger_thread(lambda: list(self._ledger.live())), moment)
+        self._metrics.term.set(self._ledger.term)
+        links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
+        ticker = asyncio.create_task(self._tick())
+        work = asyncio.create_task(self._work())
+        try:
+            # Whatever of these ends first ends the scheduler: it is built to be started again.
+            await asyncio.wait([*links, ticker, work], return_when=asyncio.FIRST_COMPLETED)
+            for task in (work, *links, ticker):
+                if task.done():
+                    task.result()
+        finally:
+            ticker.cancel()
+            if not work.done():
+                work.cancel()
+            for task in self._serving:
+                task.cancel()
+            await asyncio.gather(ticker, work, *self._serving, return_exceptions=True)
+            await self._reading.close()
+            await self._writing.close()
+            await asyncio.gather(*links, return_exceptions=True)
+            self._ledger_thread.shutdown()
+
+    def stop(self) -> None:
+        """Ask `run()` to end."""
+        self._stopping = True
+        self._awake.set()
+
+    def health(self) -> Health:
+        """Say whether the scheduler does its work."""
+        for link in (self._reading, self._writing):
+            if link.epoch is None:
+                return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
+        if not self._ledger_well:
+            return Health(well=False, text="the ledger cannot commit")
+        return Health(well=True, text=f"scheduler of term {self._ledger.term}")
+
+    # ------------------------------------------------------------ doors
+
+    def _reading_plan(self, epoch: str) -> Plan:
+        topology = self._topology
+        report = topology.report_queue(epoch)
+
+        def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack)
+
+        return Plan(
+            exchanges=topology.exchanges(),
+            queues=(*topology.queues(), report, *self._pool.class_queues()),
+            consumers=(
+                consumer(report.name, no_ack=True),
+                consumer(topology.outcome),
+                consumer(topology.submit, prefetch=50),
+                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50),
+            ),
+        )
+
+    def _writing_plan(self, _epoch: str) -> Plan:
+        return Plan(exchanges=self._topology.exchanges(), queues=self._topology.queues())
+
+    def _take(self, delivery: Delivery) -> None:
+        self._inbox.append(delivery)
+        self._awake.set()
+
+    def _take_query(self, delivery: Delivery) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(delivery))
+        self._serving.add(task)
+        task.add_done_callback(self._served)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        self._serving.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failed = task.exception()  # ours: end the scheduler with it
+            self._awake.set()
+
+    def _link_changed(self, _epoch: str) -> None:
+        self._metrics.broker_up.set(self._reading.epoch is not None and self._writing.epoch is not None)
+        self._awake.set()
+
+    def _link_down(self, reason: str) -> None:
+        logger.warning("connection to the broker lost", extra={"reason": reason})
+        self._metrics.reconnects.inc()
+        self._metrics.broker_up.set(0)
+
+    def _reading_down(self, reason: str) -> None:
+        self._link_down(reason)
+        self._pool.disconnected()
+
+    def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
+        self._metrics.broker_blocked.set(blocked)
+        self._awake.set()
+
+    # ------------------------------------------------------------ the loop
+
+    @staticmethod
+    def _now() -> Moment:
+        return Moment(steady=boottime_ns() / 1e9, wall=time.time())
+
+    async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self._awake.set()
+
+    async def _work(self) -> None:
+        while not self._stopping:
+            await self._awake.wait()
+            self._awake.clear()
+            if self._failed is not None:
+                raise self._failed
+            await self._turn()
+
+    async def _turn(self) -> None:
+        inbox, self._inbox = self._inbox, []
+        returned, self._returned = self._returned, []
+        for call in returned:
+            call()
+        settled: list[Delivery] = []
+        for delivery in inbox:
+            try:
+                settle = await self._read(delivery)
+            except PeerError as error:
+                await self._reject(delivery, error)
+                continue
+            if settle:
+                settled.append(delivery)
+        moment = self._now()
+        if moment.steady - self._ticked >= TICK:
+            self._ticked = moment.steady
+            self._pool.tick(moment)
+        if self._writing.epoch is not None and not self._writing.blocked:
+            self._pool.offer(moment)
+        await self._record()
+        await self._declare()
+        for send in self._pool.take_sends():
+            self._publish(send)
+        for delivery in settled:
+            self._reading.ack(delivery)
+        if moment.steady - self._shown >= SHOW:
+            self._shown = moment.steady
+            self._pool.show(moment)
+
+    async def _record(self) -> None:
+        """Commit what the pool has judged; nothing else happens until the ledger has it."""
+        writes, wanted = self._pool.take_writes()
+
+        def commit() -> tuple[Sequence[Any], Mapping[int, RecordedArtifact]]:
+            results = self._ledger.commit(writes) if writes else []
+            return results, self._ledger.artifacts_by_id(wanted) if wanted else {}
+
+        while True:
+            began = time.monotonic()
+            try:
+                results, inputs = await self._in_ledger_thread(commit) if writes or wanted else ([], {})
+                break
+            except LedgerUnavailable as error:
+                self._ledger_well = False
+                self._metrics.commit_failures.inc()
+                logger.error("the ledger cannot commit, trying again", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+                await asyncio.sleep(COMMIT_RETRY)
+        self._ledger_well = True
+        if writes:
+            self._metrics.commit_seconds.observe(time.monotonic() - began)
+            self._metrics.commit_writes.observe(len(writes))
+        self._pool.committed(results, inputs)
+
+    async def _declare(self) -> None:
+        """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
+        queues, self._pool.declare = self._pool.declare, []
+        names, self._pool.delete = self._pool.delete, []
+        made = [self._reading.declare(queue) for queue in queues]
+        for future in made:
+            try:
+                await future
+            except NotPublished as error:
+                logger.warning("a class queue was not declared", extra={"reason": str(error)})
+        for name in names:
+            self._reading.delete(name)  # if unused and empty; else it expires
+
+    def _publish(self, send: Send) -> None:
+        future = self._writing.publish(
+            exchange=send.exchange,
+            key=send.key,
+            body=encode(send.message),
+            kind=_kind(send.message),
+            mandatory=send.mandatory,
+            persistent=send.persistent,
+        )
+        future.add_done_callback(partial(self._published, send))
+
+    def _published(self, send: Send, future: asyncio.Future[None]) -> None:
+        if future.cancelled() or future.exception() is None:
+            return
+        self._metrics.not_published.inc()
+        if send.returned is not None:
+            self._returned.append(send.returned)
+            self._awake.set()
+
+    # ------------------------------------------------------------ reading
+
+    async def _read(self, delivery: Delivery) -> bool:
+        """Let the pool judge one message; return whether it is to be acknowledged once that is recorded."""
+        moment = self._now()
+        if delivery.exchange == self._topology.report:
+            report = decode(delivery.body, Report | Probe)  # type: ignore[arg-type]  # a union of structs
+            if isinstance(report, Probe):
+                self._pool.probe(report, moment)
+            else:
+                self._pool.report(report, moment)
+            return False  # consumed without acknowledgement
+        if delivery.exchange == self._topology.outcome:
+            self._pool.outcomes(decode(delivery.body, Outcomes), moment)
+        else:
+            await self._submit(delivery, moment)
+        return True
+
+    async def _submit(self, delivery: Delivery, moment: Moment) -> None:
+        submit = decode(delivery.body, Submit)
+        drafts = [self._pool.examine(request) for request in submit.requests]
+        artifacts = await self._artifacts(drafts)
+        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery))
+
+    async def _artifacts(self, drafts: Sequence[Draft]) -> Mapping[int, RecordedArtifact]:
+        wanted = {number for draft in drafts for number in draft.inputs}
+        if not wanted:
+            return {}
+        return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
+
+    async def _reject(self, delivery: Delivery, error: PeerError) -> None:
+        """Keep what cannot be read for the operator, as it came, and tell who sent it if it can be told."""
+        self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
+        logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        if delivery.exchange == self._topology.submit:
+            self._answer(delivery, Receipt(term=self._ledger.term, problem=str(error)))
+        try:
+            await self._writing.publish(
+                exchange=self._topology.rejected,
+                key=self._topology.rejected,
+                body=delivery.body,
+                kind=delivery.kind or "",
+                message_id=delivery.message_id,
+                headers={
+                    **delivery.headers,
+                    REJECTED_HEADER: str(error)[:2000],
+                    "x-mqworker-exchange": delivery.exchange,
+                },
+            )
+        except NotPublished:
+            self._reading.requeue(delivery)
+            return
+        self._reading.ack(delivery)
+
+    def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
+        if delivery.reply_to is None:
+            return
+        self._writing.publish(
+            exchange="",
+            key=delivery.reply_to,
+            body=encode(message),
+            kind=_kind(message),
+            correlation_id=delivery.correlation_id,
+            mandatory=False,
+            persistent=False,
+        )
+
+    # ------------------------------------------------------------ queries and commands
+
+    async def _serve(self, delivery: Delivery) -> None:
+        """Answer one query; reads and writes take their turn among the ledger's sets."""
+        try:
+            answer = await self._respond(decode(delivery.body, Query))  # type: ignore[arg-type]  # a union of structs
+        except PeerError as error:
+            self._metrics.unreadable.labels(source="api").inc()
+            answer = Problem(kind="unreadable", text=str(error))
+        self._answer(delivery, answer)
+        self._reading.ack(delivery)
+
+    async def _respond(self, query: Query) -> Answer:
+        match query:
+            case GetRequests(ids=ids):
+                return await self._requests(ids)
+            case ListRequests():
+                views = await self._in_ledger_thread(lambda: self._ledger.list(query))
+                return RequestList(requests=[self._pool.decorate(view) for view in views])
+            case AbortRequests(ids=ids, reason=reason):
+                return await self._abort(ids, reason)
+            case RetryRequest():
+                return await self._retry(query)
+            case ListWorkers():
+                return WorkerList(workers=self._pool.workers())
+            case RefreshWorkers(names=names):
+                self._pool.refresh(names)
+                self._awake.set()
+                return WorkerList(workers=self._pool.workers())
+            case ListArtifacts():
+                artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
+                found = {artifact.id for artifact in artifacts}
+                return ArtifactList(artifacts=artifacts, missing=[one for one in query.ids if one not in found])
+            case ImportArtifact():
+                return await self._import(query)
+            case GetPool():
+                return PoolView(
+                    term=self._ledger.term,
+                    version=__version__,
+                    store=self._store_id,
+                    requests=await self._in_ledger_thread(self._ledger.counts),
+                    workers=sum(worker.state == "online" for worker in self._pool.workers()),
+                    classes=self._pool.classes(),
+                )
+
+    async def _requests(self, ids: Sequence[str]) -> RequestList:
+        views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
+        return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
+
+    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+        known = await self._requests(ids)
+        found = [view.request.id for view in known.requests]
+        if found:
+            settled = [self._settled(partial(self._pool.abort, one, reason, self._now())) for one in found]
+            await asyncio.gather(*settled)
+        answer = await self._requests(found)
+        return msgspec.structs.replace(answer, missing=known.missing)
+
+    async def _retry(self, query: RetryRequest) -> Answer:
+        known = await self._requests([query.id])
+        if not known.requests:
+            return Problem(
+                kind="not_found", text=f"expected the id of a request, got {query.id}: there is no such request"
+            )
+        old = known.requests[0]
+        if old.state not in FINAL:
+            text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
+            return Problem(kind="conflict", text=text)
+        draft = self._pool.examine(msgspec.structs.replace(old.request, id=query.new_id))
+        artifacts = await self._artifacts([draft])
+        receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
+        result = receipt.results[0]
+        if result.status in ("rejected", "conflict"):
+            return Problem(kind=result.status, text=result.reason or "")  # type: ignore[arg-type]  # both are kinds
+        return await self._requests([query.new_id])
+
+    async def _import(self, query: ImportArtifact) -> Answer:
+        if query.store != self._store_id:
+            text = (
+                f"expected bytes in the store {self._store_id}, got the store {query.store}: use the scheduler's store"
+            )
+            return Problem(kind="store_mismatch", text=text)
+        number = await self._settled(partial(self._pool.import_artifact, query.key, query.artifact, self._now()))
+        found = await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id([number]))
+        return ArtifactList(artifacts=list(found.values()))
+
+    async def _settled(self, ask: Callable[[Callable[[Any], None]], None]) -> Any:
+        """Let the pool judge a command, and wait until the ledger has what it judged."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def settle(result: Any) -> None:
+            if not future.done():  # who asked may be gone: the scheduler is stopping
+                future.set_result(result)
+
+        ask(settle)
+        self._awake.set()
+        return await future
+
+
+def _kind(message: msgspec.Struct) -> str:
+    """Return the tag of a message, for the `type` property."""
+    return str(message.__struct_config__.tag)
+
+
+async def run(
+    *,
+    amqp_url: str,
+    prefix: str,
+    ledger_url: str,
+    store_url: str,
+    retry_delay: float,
+    metrics_listen: str,
+    offer_timeout: float = 10.0,
+) -> None:
+    """Run a scheduler until SIGTERM or SIGINT.
+
+    Raises:
+        MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
+    """
+    store = await asyncio.to_thread(Store.open, store_url, create=True)
+    ledger = await asyncio.to_thread(Ledger.open, ledger_url)
+    server = None
+    try:
+        metrics = SchedulerMetrics(version=__version__)
+        scheduler = Scheduler(
+            amqp_url=amqp_url,
+            topology=Topology(prefix),
+            ledger=ledger,
+            store=store,
+            metrics=metrics,
+            retry_delay=retry_delay,
+            offer_timeout=offer_timeout,
+        )
+        if metrics_listen:
+            server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, scheduler.stop)
+        logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger_url, "store": store.id})
+        await scheduler.run()
+        logger.info("scheduler has stopped")
+    finally:
+        if server is not None:
+            server.close()
+        ledger.close()
