@@ -551,11 +551,14 @@ class Ledger:
         if not writes:
             return []
         groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        earlier: defaultdict[str, int] = defaultdict(int)
+        earlier: defaultdict[str, int] = defaultdict(int)  # turns that a request's earlier writes take
+        numbered: defaultdict[int, int] = defaultdict(int)  # a seq and an artifact's id rise in the order given
         for number, write in enumerate(writes):
-            about = _about(write)
-            groups[earlier[about], _KINDS[type(write)]].append(number)
-            earlier[about] += 1
+            about, kind = _about(write), _KINDS[type(write)]
+            turn = max(earlier[about], numbered[kind] if kind in _NUMBERING else 0)
+            groups[turn, kind].append(number)
+            earlier[about] = turn + 1
+            numbered[kind] = turn
         results: dict[int, Result] = {}
         with self._transaction() as connection:
             for turn, kind in sorted(groups):
@@ -628,14 +631,16 @@ class Ledger:
     def artifacts(self, query: ListArtifacts) -> list[RecordedArtifact]:
         """Return the newest artifacts that match."""
         statement = select(_artifacts.c.id).order_by(_artifacts.c.id.desc()).limit(query.limit)
-        if query.ids:
-            statement = statement.where(_artifacts.c.id.in_(query.ids))
         if query.request is not None:
             statement = statement.where(_artifacts.c.request == query.request)
         if query.category is not None:
             statement = statement.where(_artifacts.c.category == query.category)
         with self._snapshot() as connection:
-            ids = connection.execute(statement).scalars().all()
+            if query.ids:
+                matching = [row.id for row in _rows(connection, statement.where(_artifacts.c.id.in_(_ids)), query.ids)]
+                ids = sorted(set(matching), reverse=True)[: query.limit]
+            else:
+                ids = [*connection.execute(statement).scalars()]
             found = _read_artifacts(connection, ids)
         return [found[id_] for id_ in ids]
 
@@ -941,6 +946,7 @@ _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
 )
 _KINDS: Final = {kind: number for number, (kind, _) in enumerate(_ORDER)}
 _DO: Final = [do for _, do in _ORDER]
+_NUMBERING: Final = frozenset({_KINDS[Accept], _KINDS[End], _KINDS[Import]})
 
 
 def _about(write: Write) -> str:
