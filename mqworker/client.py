@@ -1,0 +1,826 @@
+"""The client: submit, wait, look, abort, follow and fetch, from a script or a shell.
+
+A synchronous face: an asyncio loop in a background thread holds the broker connection, and every call waits on an
+event there, so that Ctrl-C works at any time. Knows the broker by amqp, the bytes by store, and no ledger: whatever it
+knows of requests, a scheduler has told it.
+"""
+
+import asyncio
+import re
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar, cast
+
+import msgspec
+
+from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.errors import (
+    ArtifactInvalid,
+    BrokerUnavailable,
+    Conflict,
+    MqworkerError,
+    NotFound,
+    NotPublished,
+    OutsideError,
+    Rejected,
+    SettingsError,
+    StoreMismatch,
+    Unanswered,
+    Unreadable,
+)
+from mqworker.lifecycle import FINAL, MOVES
+from mqworker.messages import (
+    MAX_REQUESTS_IN_A_MESSAGE,
+    AbortRequests,
+    Answer,
+    Artifact,
+    ArtifactList,
+    FileEntry,
+    GetPool,
+    GetRequests,
+    ImportArtifact,
+    ListArtifacts,
+    ListRequests,
+    ListWorkers,
+    LogProgress,
+    LogText,
+    Pool,
+    Problem,
+    Query,
+    Receipt,
+    Receipted,
+    RecordedArtifact,
+    RefreshWorkers,
+    Relation,
+    Request,
+    RequestEvent,
+    RequestList,
+    RequestState,
+    RequestView,
+    RetryRequest,
+    Submit,
+    WorkerList,
+    WorkerView,
+    decode,
+    encode,
+)
+from mqworker.store import Store
+from mqworker.topology import Topology
+
+Followed = LogText | LogProgress | RequestEvent
+Views = list[RequestView]  # in a class that has a method `list`, list[...] is no type
+Workers = list[WorkerView]
+Artifacts = list[RecordedArtifact]
+Paths = list[Path]
+Receipts = list[Receipted]
+Items = list[Followed]
+_T = TypeVar("_T")
+
+FIRST_CONNECT_SECONDS: Final = 5.0  # who calls a command should not wait half a minute for a wrong port
+RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy costs the scheduler a look
+LOOK_AGAIN_SECONDS: Final = 10.0  # a safety net under events
+PAUSE_SECONDS: Final = 0.2  # after the broker refused a message that it was sent on a healthy connection
+BATCH_BYTES: Final = 1024 * 1024  # an eighth of what a message may have
+REQUEST_BYTES: Final = 4 * 1024 * 1024  # a ticket, an answer and a message carry it with words around it
+BATCHES_AT_ONCE: Final = 4
+VIEWS_IN_AN_ANSWER: Final = 100
+FOLLOW_PREFETCH: Final = 500  # what a slow reader has in memory; the rest waits at the broker
+
+_FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_MOVE_TO: Final[Mapping[str, str]] = {to: event for (_, event), to in MOVES.items() if to in FINAL}
+_PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
+    "unreadable": Unreadable,
+    "not_found": NotFound,
+    "conflict": Conflict,
+    "rejected": Rejected,
+    "artifact_invalid": ArtifactInvalid,
+    "store_mismatch": StoreMismatch,
+}
+
+
+class Client:
+    """Talk to a pool; a context manager.
+
+    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads.
+
+        with Client("amqp://guest:guest@localhost/") as client:
+            request = client.submit("noop", {"duration": 2})
+            [view] = client.wait([request])
+    """
+
+    def __init__(
+        self, url: str, *, prefix: str = "mqworker", store_url: str | None = None, timeout: float = 30.0
+    ) -> None:
+        self._url = url
+        self._topology = Topology(prefix)
+        self._store_url = store_url
+        self._store: Store | None = None
+        self._timeout = timeout
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stop: asyncio.Event | None = None
+        self._broken: BaseException | None = None
+        self._line: _Line | None = None
+        self._answers: dict[str, asyncio.Future[bytes]] = {}
+        self._follows: set[_Follow] = set()
+
+    # ------------------------------------------------------------ open and close
+
+    def open(self) -> Self:
+        """Connect.
+
+        Raises:
+            BrokerRefused: the broker does not want these credentials or has no such vhost.
+            BrokerUnavailable: nobody answers at that address.
+            SettingsError: the URL is none.
+        """
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, args=(ready,), name="mqworker-client", daemon=True)
+        self._thread.start()
+        ready.wait()
+        try:
+            self._call(self._connected())
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def close(self) -> None:
+        """Disconnect; a second call does nothing."""
+        if self._thread is None:
+            return
+        if self._loop is not None and self._stop is not None and self._broken is None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._thread = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ requests
+
+    def submit(
+        self,
+        task: str,
+        data: Mapping[str, Any] | None = None,
+        *,
+        priority: int = 0,
+        max_attempts: int = 3,
+        lease: float | None = None,
+        id: str | None = None,  # noqa: A002  # the word for it everywhere else
+    ) -> str:
+        """Submit one request and return its id, once the ledger keeps it.
+
+        Raises:
+            Rejected: the scheduler, or this client, does not accept it; the text says why.
+            Conflict: the id is taken by a request with other content.
+            Unanswered: no receipt came in time; the text says how far the request got.
+        """
+        request = Request(
+            id=id or str(uuid.uuid4()),
+            task=task,
+            data=dict(data or {}),
+            priority=priority,
+            max_attempts=max_attempts,
+            lease=lease,
+        )
+        [receipted] = self.submit_many([request])
+        if receipted.status == "rejected":
+            raise Rejected(f"request {request.id} was not accepted: {receipted.reason}")
+        if receipted.status == "conflict":
+            raise Conflict(receipted.reason or f"the id {request.id} is taken by a request with other content")
+        return request.id
+
+    def submit_many(self, requests: Iterable[Request]) -> Receipts:
+        """Submit requests and return what became of each, in their order, once the ledger has answered for all.
+
+        Sends many in one message, and each message again with the same ids until its receipt comes, so a call that
+        failed may be repeated with the same requests.
+
+        Raises:
+            Rejected: a request cannot be written; none of its message was sent.
+            Unanswered: a receipt did not come in time; the text says whether the broker has the requests.
+        """
+        receipts: Receipts = []
+        under_way: deque[Future[Receipts]] = deque()
+        try:
+            for batch in _batches(requests):
+                under_way.append(self._start(self._submit(batch)))
+                if len(under_way) >= BATCHES_AT_ONCE:
+                    oldest = self._result(under_way.popleft())
+                    receipts += oldest
+            while under_way:
+                oldest = self._result(under_way.popleft())
+                receipts += oldest
+        finally:
+            for future in under_way:
+                future.cancel()
+        return receipts
+
+    def wait(self, ids: Iterable[str], timeout: float | None = None) -> Views:
+        """Wait until requests are final and return them, in the order given.
+
+        Outlives restarts of broker and scheduler. `timeout` is in seconds; None waits for ever.
+
+        Raises:
+            NotFound: the ledger has no such request.
+            Unanswered: some are not final yet at the timeout, or nobody answers at the beginning.
+        """
+        return self._call(self._wait(list(dict.fromkeys(ids)), timeout))
+
+    def status(self, id: str) -> RequestView:  # noqa: A002  # the word for it everywhere else
+        """Return one request with its attempts and artifacts; a unique beginning of the id is enough.
+
+        Raises:
+            NotFound: the ledger has no such request.
+        """
+        [view] = self._call(self._views([id], self._deadline()))
+        return view
+
+    def list(
+        self,
+        *,
+        states: Sequence[RequestState] = (),
+        task: str | None = None,
+        worker: str | None = None,
+        limit: int = 50,
+        before: int | None = None,
+    ) -> Views:
+        """Return the newest requests that match, without their attempts; `before` is the seq to go on below."""
+        query = ListRequests(states=[*states], task=task, worker=worker, limit=limit, before=before)
+        return self._ask(query, RequestList).requests
+
+    def abort(self, ids: Iterable[str], reason: str) -> Views:
+        """Stop requests, wherever they are, and return them; a running one ends a little later.
+
+        Raises:
+            NotFound: some are not there; the others are being stopped.
+        """
+        answer = self._ask(AbortRequests(ids=[*ids], reason=reason), RequestList)
+        if answer.missing:
+            others = f"; the other {len(answer.requests)} are being stopped" if answer.requests else ""
+            raise NotFound(f"{_no_request(answer.missing)}{others}")
+        return answer.requests
+
+    def retry(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
+        """Ask for an ended request to be done anew and return the id of the new request.
+
+        Raises:
+            NotFound: there is no such request.
+            Rejected: it has not ended.
+        """
+        new_id = str(uuid.uuid4())
+        answer = self._ask(RetryRequest(id=id, new_id=new_id), RequestList)
+        if answer.missing:
+            raise NotFound(_no_request(answer.missing))
+        return new_id
+
+    def follow_logs(self, id: str | None = None) -> Generator[Followed, None, None]:  # noqa: A002  # as above
+        """Follow what a request prints, its progress and its changes of state, until it is final; None: all, for ever.
+
+        Listens from this call on, so that a request may be submitted after it and before the first `next()`; what was
+        printed earlier is not repeated. After a restart of the broker it goes on, with a gap. The last item is a
+        RequestEvent with a final state.
+
+        Raises:
+            NotFound: there is no such request (at the first `next()`).
+        """
+        if id is not None and not _FULL_ID.fullmatch(id):
+            id = self.status(id).request.id  # noqa: A001  # as above
+        events = (self._topology.events, "request.#")
+        logs = (self._topology.logs, id or "#")
+        follow = self._call(self._open_follow((events, logs)))
+        return self._stream(follow, id)
+
+    # ------------------------------------------------------------ the pool
+
+    def workers(self) -> Workers:
+        """Return the workers that the scheduler knows."""
+        return self._ask(ListWorkers(), WorkerList).workers
+
+    def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
+        """Ask workers to look at their hosts again (no names: all), and return what is known now."""
+        return self._ask(RefreshWorkers(names=[*names]), WorkerList).workers
+
+    def pool(self) -> Pool:
+        """Return how the scheduler is."""
+        return self._ask(GetPool(), Pool)
+
+    # ------------------------------------------------------------ artifacts
+
+    def artifacts(
+        self,
+        *,
+        ids: Iterable[int] = (),
+        request: str | None = None,
+        category: str | None = None,
+        limit: int = 50,
+    ) -> Artifacts:
+        """Return the artifacts that match, newest first.
+
+        Raises:
+            NotFound: some of the ids are not there.
+        """
+        query = ListArtifacts(ids=[*ids], request=request, category=category, limit=limit)
+        answer = self._ask(query, ArtifactList)
+        if answer.missing:
+            raise NotFound(
+                f"no artifact {', '.join(map(str, answer.missing))}; `mqworker artifact list` shows which are"
+            )
+        return answer.artifacts
+
+    def fetch_artifact(self, id: int, directory: Path) -> Paths:  # noqa: A002  # the word for it everywhere else
+        """Write an artifact's files into a directory, each checked against its sha256, and return their paths.
+
+        Raises:
+            NotFound: there is no such artifact, or the store lacks a file of it.
+            Corrupt: a file in the store is not what its sha256 says.
+            ArtifactInvalid: a file's name leads out of the directory; nothing was written.
+        """
+        [artifact] = self.artifacts(ids=[id])
+        paths = [_inside(directory, entry.path, artifact.id) for entry in artifact.files]
+        store = self.store
+        for entry, path in zip(artifact.files, paths, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            store.get(entry.sha256, entry.size, path)
+        return paths
+
+    def read_file(self, entry: FileEntry) -> Iterator[bytes]:
+        """Stream one file of an artifact from the store; it is verified only at its end.
+
+        Raises:
+            NotFound: the store lacks it.
+            Corrupt: it was not what its sha256 says (at the end).
+        """
+        return self.store.open_stream(entry.sha256)
+
+    def import_artifact(
+        self,
+        category: str,
+        name: str,
+        data: Mapping[str, Any],
+        files: Mapping[str, Path],
+        *,
+        relations: Sequence[Relation] = (),
+    ) -> RecordedArtifact:
+        """Put files into the store and have them recorded as one artifact; returns it with its id.
+
+        Raises:
+            StoreMismatch: the scheduler has another store than this client.
+            ArtifactInvalid: the category, the name or a file's name cannot be, or a file is not readable.
+        """
+        store = self.store
+        theirs = self.pool().store
+        if theirs != store.id:
+            raise StoreMismatch(
+                f"expected the scheduler's store, {theirs}, got {store.id} at {store.url}: "
+                "give this client and the scheduler the same --store"
+            )
+        entries: list[FileEntry] = []
+        for path, source in files.items():
+            sha256, size = store.put(source)
+            entries.append(FileEntry(path=path, size=size, sha256=sha256))
+        artifact = Artifact(
+            handle="imported",
+            category=category,
+            name=name,
+            data=dict(data),
+            files=entries,
+            relations=[*relations],
+        )
+        try:
+            artifact = msgspec.convert(msgspec.to_builtins(artifact), Artifact)
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ArtifactInvalid(
+                f"expected a category like debian:upload, a name and plain file names: {error}"
+            ) from error
+        query = ImportArtifact(key=str(uuid.uuid4()), artifact=artifact, store=store.id)
+        [recorded] = self._ask(query, ArtifactList).artifacts
+        return recorded
+
+    @property
+    def store(self) -> Store:
+        """The store of artifact bytes, opened at the first use.
+
+        Raises:
+            SettingsError: the client was made without a store URL.
+            StoreUnavailable: it is not there, or cannot be read.
+        """
+        if self._store_url is None:
+            raise SettingsError("expected the URL of the scheduler's store for artifacts; give Client a store_url")
+        if self._store is None:
+            self._store = Store.open(self._store_url)
+        return self._store
+
+    # ------------------------------------------------------------ the caller's side of the loop
+
+    def _start(self, coroutine: Coroutine[Any, Any, _T]) -> "Future[_T]":
+        if self._thread is None or self._loop is None or self._broken is not None:
+            coroutine.close()
+            raise self._ended()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _result(self, future: "Future[_T]") -> _T:
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise self._ended() from error
+        finally:
+            future.cancel()  # Ctrl-C came meanwhile; without effect on one that is done
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return self._result(self._start(coroutine))
+
+    def _ended(self) -> BaseException:
+        return self._broken or BrokerUnavailable("expected an open client, got one that is closed: open it with `with`")
+
+    def _ask(self, query: Query, kind: type[_T]) -> _T:
+        return self._call(self._answer(query, kind, self._deadline()))
+
+    def _deadline(self) -> Callable[[], float]:
+        """Return a clock of the seconds that are left for a call; it starts in the loop, at its first reading."""
+        return _countdown(self._timeout)
+
+    def _stream(self, follow: "_Follow", request: str | None) -> Generator[Followed, None, None]:
+        try:
+            while True:
+                for item in self._call(self._followed(follow, request)):
+                    yield item
+                    if isinstance(item, RequestEvent) and item.request == request and item.state in FINAL:
+                        return
+        finally:
+            if self._thread is not None and self._broken is None:
+                self._call(self._close_follow(follow))
+
+    # ------------------------------------------------------------ the loop's side
+
+    def _serve(self, ready: threading.Event) -> None:
+        try:
+            asyncio.run(self._live(ready))
+        except BaseException as error:  # noqa: BLE001  # handed to whoever calls, in their own thread
+            self._broken = error
+        finally:
+            ready.set()
+
+    async def _live(self, ready: threading.Event) -> None:
+        self._stop = asyncio.Event()
+        self._line = _Line(self._url, name="mqworker client", plan=self._plan)
+        self._loop = asyncio.get_running_loop()
+        ready.set()
+        async with self._line as line:
+            stop = asyncio.ensure_future(self._stop.wait())
+            await asyncio.wait({stop, line.running}, return_when=asyncio.FIRST_COMPLETED)
+            for follow in [*self._follows]:
+                await self._close_follow(follow)
+
+    def _plan(self, _epoch: str) -> Plan:
+        return Plan(exchanges=self._topology.exchanges(), queues=self._topology.queues(), replies=self._on_reply)
+
+    def _on_reply(self, delivery: Delivery) -> None:
+        answer = self._answers.get(delivery.correlation_id or "")
+        if answer is not None and not answer.done():  # else a second answer to what was sent twice
+            answer.set_result(delivery.body)
+
+    async def _connected(self) -> None:
+        line = cast("_Line", self._line)
+        await line.link.wait_up(min(self._timeout, FIRST_CONNECT_SECONDS))
+
+    async def _submit(self, batch: Sequence[Request]) -> Receipts:
+        what = f"request {batch[0].id}" if len(batch) == 1 else f"{len(batch)} requests from {batch[0].id} on"
+        body = await self._exchange(self._topology.submit, "submit", encode(Submit(requests=[*batch])), what, None)
+        receipt = decode(body, Receipt)
+        if receipt.problem is not None:
+            raise Unreadable(f"the scheduler could not read {what}: {receipt.problem}")
+        results = {result.id: result for result in receipt.results}
+        try:
+            return [results[request.id] for request in batch]
+        except KeyError as error:
+            raise Unreadable(f"expected a receipt for each of {what}, got none for {error}") from error
+
+    async def _answer(self, query: Query, kind: type[_T], left: Callable[[], float]) -> _T:
+        name = query.__struct_config__.tag
+        body = await self._exchange(self._topology.api, str(name), encode(query), f"the query {name}", left)
+        answer = decode(body, cast("Any", Answer))
+        if isinstance(answer, Problem):
+            raise _PROBLEMS[answer.kind](answer.text)
+        if not isinstance(answer, kind):
+            raise Unreadable(f"expected an answer of type {kind.__name__} to {name}, got {type(answer).__name__}")
+        return answer
+
+    async def _exchange(
+        self, exchange: str, kind: str, body: bytes, what: str, left: Callable[[], float] | None
+    ) -> bytes:
+        """Publish a message, again after a pause or on a new connection, until it is answered or no time is left."""
+        left = left or self._deadline()
+        line = cast("_Line", self._line)
+        correlation = uuid.uuid4().hex
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._answers[correlation] = answer
+        pause, confirmed, trouble = RESEND_SECONDS, False, "its confirm is still to come"
+        try:
+            while left() > 0:
+                try:
+                    await line.link.wait_up(left())
+                except OutsideError as error:
+                    trouble = str(error)
+                    break
+                over = line.life_over
+                sent = line.link.publish(
+                    exchange=exchange,
+                    key=exchange,
+                    body=body,
+                    kind=kind,
+                    correlation_id=correlation,
+                    reply_to=REPLY_TO,
+                )
+                news: set[asyncio.Future[Any]] = {sent, answer, over}
+                await asyncio.wait(news, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
+                if sent.done() and not answer.done():
+                    try:
+                        sent.result()
+                        confirmed = True
+                        news = {answer, over}
+                        await asyncio.wait(news, timeout=min(left(), pause), return_when=asyncio.FIRST_COMPLETED)
+                        pause *= 2
+                    except NotPublished as error:
+                        trouble = str(error)
+                        await asyncio.wait({answer}, timeout=min(left(), PAUSE_SECONDS))
+                if answer.done():
+                    return answer.result()
+        finally:
+            del self._answers[correlation]
+        raise Unanswered(_unanswered(what, self._timeout, kind=kind, confirmed=confirmed, trouble=trouble))
+
+    async def _views(self, ids: Sequence[str], left: Callable[[], float]) -> Views:
+        """Ask for requests, and return them in the order of the ids, which may be beginnings of them."""
+        views: Views = []
+        for start in range(0, len(ids), VIEWS_IN_AN_ANSWER):
+            part = ids[start : start + VIEWS_IN_AN_ANSWER]
+            answer = await self._answer(GetRequests(ids=[*part]), RequestList, left)
+            if answer.missing:
+                raise NotFound(_no_request(answer.missing))
+            exact = {view.request.id: view for view in answer.requests}
+            for asked in part:
+                match = exact.get(asked) or next((v for i, v in exact.items() if i.startswith(asked)), None)
+                if match is None:
+                    raise Unreadable(f"expected an answer about request {asked}, got one about others")
+                views.append(match)
+        return views
+
+    async def _look_patiently(self, ids: Sequence[str], left: Callable[[], float]) -> Views:
+        """Ask again and again while nobody answers, since a wait outlives restarts; nothing when no time is left."""
+        while left() > 0:
+            with suppress(Unanswered):
+                return await self._views(ids, _countdown(min(self._timeout, left())))
+        return []
+
+    async def _wait(self, ids: Sequence[str], seconds: float | None) -> Views:
+        if not ids:
+            return []
+        left = _countdown(seconds)
+        final = tuple((self._topology.events, f"request.#.{state}") for state in sorted(FINAL))
+        follow = await self._open_follow(final)
+        try:
+            # The first look has the call's own patience, so that a missing scheduler is told at once.
+            views = await self._views(ids, self._deadline())
+            order = [view.request.id for view in views]
+            done = {view.request.id: view for view in views if view.state in FINAL}
+            while still := [request for request in order if request not in done]:
+                if left() <= 0:
+                    raise Unanswered(
+                        f"{len(still)} of {len(order)} requests are not final after {seconds:g} s, "
+                        f"{still[0]} among them; they go on"
+                    )
+                items = await follow.take(min(LOOK_AGAIN_SECONDS, left()))
+                ended = {item.request for item in items if isinstance(item, RequestEvent)}
+                look = [request for request in still if request in ended] if items and None not in items else still
+                if look:
+                    views = await self._look_patiently(look, left)
+                    done |= {view.request.id: view for view in views if view.state in FINAL}
+        finally:
+            await self._close_follow(follow)
+        return [done[request] for request in order]
+
+    async def _open_follow(self, bindings: tuple[tuple[str, str], ...]) -> "_Follow":
+        follow = _Follow(self._url, self._topology, bindings)
+        self._follows.add(follow)
+        try:
+            await follow.open(self._timeout)
+        except BaseException:
+            await self._close_follow(follow)
+            raise
+        return follow
+
+    async def _close_follow(self, follow: "_Follow") -> None:
+        if follow in self._follows:
+            self._follows.remove(follow)
+            await follow.close()
+
+    async def _followed(self, follow: "_Follow", request: str | None) -> Items:
+        """Return what came next; never nothing."""
+        while True:
+            items = await follow.take(LOOK_AGAIN_SECONDS)
+            found = [item for item in items if item is not None and request in {None, item.request}]
+            missed = not items or None in items  # nothing for a while, or a new connection
+            if missed and request is not None and not any(_is_end(item) for item in found):
+                first, follow.looked = not follow.looked, True
+                look = self._views if first else self._look_patiently
+                [view] = await look([request], self._deadline() if first else _countdown(None))
+                if view.state in FINAL:
+                    found += [item for item in follow.take_now() if item is not None and item.request == request]
+                    if not any(_is_end(item) for item in found):
+                        found.append(_end_of(view))
+            if found:
+                return found
+
+
+class _Line:
+    """Run a Link in this loop, and say when its present life is over; an async context manager."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        plan: Callable[[str], Plan],
+        on_up: Callable[[], None] | None = None,
+    ) -> None:
+        self.life_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._on_up = on_up
+        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down)
+        self.running: asyncio.Task[None]
+
+    def _up(self, _epoch: str) -> None:
+        self.life_over = asyncio.get_running_loop().create_future()
+        if self._on_up is not None:
+            self._on_up()
+
+    def _down(self, _reason: str) -> None:
+        if not self.life_over.done():
+            self.life_over.set_result(None)
+
+    async def __aenter__(self) -> Self:
+        self.running = asyncio.create_task(self.link.run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.link.close()
+        await self.running
+
+
+class _Follow:
+    """Listen to events and logs on an exclusive queue, with a connection of its own."""
+
+    def __init__(self, url: str, topology: Topology, bindings: tuple[tuple[str, str], ...]) -> None:
+        self.looked = False  # whether the state was asked for since listening began
+        self._topology = topology
+        self._bindings = bindings
+        # None stands for a new connection: whatever was said before it, nobody heard.
+        self._arrived: asyncio.Queue[Delivery | None] = asyncio.Queue()
+        self._line = _Line(url, name="mqworker follower", plan=self._plan, on_up=self._on_up)
+
+    def _plan(self, epoch: str) -> Plan:
+        queue = self._topology.follower_queue(epoch, self._bindings)
+        consumer = Consumer(queue=queue.name, on_delivery=self._arrived.put_nowait, prefetch=FOLLOW_PREFETCH)
+        return Plan(exchanges=self._topology.exchanges(), queues=(queue,), consumers=(consumer,))
+
+    def _on_up(self) -> None:
+        self._arrived.put_nowait(None)
+
+    async def open(self, seconds: float) -> None:
+        await self._line.__aenter__()
+        await self._line.link.wait_up(seconds)
+
+    async def close(self) -> None:
+        await self._line.__aexit__(None, None, None)
+
+    async def take(self, seconds: float) -> list[Followed | None]:
+        """Return all that has arrived, waiting for the first of it; nothing if it does not come."""
+        try:
+            first = await asyncio.wait_for(self._arrived.get(), seconds)
+        except TimeoutError:
+            return []
+        return [self._read(first), *self.take_now()]
+
+    def take_now(self) -> list[Followed | None]:
+        items: list[Followed | None] = []
+        while not self._arrived.empty():
+            items.append(self._read(self._arrived.get_nowait()))
+        return items
+
+    def _read(self, delivery: Delivery | None) -> Followed | None:
+        if delivery is None:
+            return None
+        self._line.link.ack(delivery)
+        item: Followed = decode(delivery.body, cast("Any", Followed))
+        return item
+
+
+def _countdown(seconds: float | None) -> Callable[[], float]:
+    """Return a function that says how many of the seconds are left; they start to run when it is asked first."""
+    end: float | None = None
+
+    def left() -> float:
+        nonlocal end
+        if seconds is None:
+            return float("inf")
+        now = asyncio.get_running_loop().time()
+        if end is None:
+            end = now + seconds
+        return end - now
+
+    return left
+
+
+def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    batch: list[Request] = []
+    size = 0
+    for request in requests:
+        length = _checked_length(request)
+        if batch and (len(batch) == MAX_REQUESTS_IN_A_MESSAGE or size + length > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(request)
+        size += length
+    if batch:
+        yield batch
+
+
+def _checked_length(request: Request) -> int:
+    """Return the length of a request in bytes.
+
+    Raises:
+        Rejected: its fields cannot be, or it is too long.
+    """
+    try:
+        body = encode(request)
+        decode(body, Request)
+    except (Unreadable, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise Rejected(f"request {request.id} cannot be: {error}") from error
+    if len(body) > REQUEST_BYTES:
+        raise Rejected(
+            f"expected a request of at most {REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "
+            "import large data as an artifact and name its id"
+        )
+    return len(body)
+
+
+def _inside(directory: Path, name: str, artifact: int) -> Path:
+    parts = PurePosixPath(name)
+    root = directory.resolve()
+    path = directory / parts
+    if parts.is_absolute() or ".." in parts.parts or not path.parent.resolve().is_relative_to(root):
+        raise ArtifactInvalid(
+            f"artifact {artifact} names the file {name!r}, which leads out of {directory}: not fetched"
+        )
+    return path
+
+
+def _is_end(item: Followed) -> bool:
+    return isinstance(item, RequestEvent) and item.state in FINAL
+
+
+def _end_of(view: RequestView) -> RequestEvent:
+    """Say the event that was missed."""
+    return RequestEvent(
+        term=0,
+        time=view.ended or view.submitted,
+        request=view.request.id,
+        task=view.request.task,
+        state=view.state,
+        event=_MOVE_TO[view.state],
+        attempt=view.attempt,
+        worker=view.worker,
+        reason=view.reason,
+    )
+
+
+def _no_request(ids: Collection[str]) -> str:
+    return (
+        f"no request, or more than one, whose id is or begins with {', '.join(ids)}; `mqworker list` shows the newest"
+    )
+
+
+def _unanswered(what: str, timeout: float, *, kind: str, confirmed: bool, trouble: str) -> str:
+    if not confirmed:
+        again = "; it may not have arrived: submit it again with the same id" if kind == "submit" else ""
+        return f"no answer to {what} within {timeout:g} s: the broker has not confirmed it ({trouble}){again}"
+    if kind == "submit":
+        return (
+            f"the broker has {what} (confirmed), but no scheduler has recorded it within {timeout:g} s: it is done "
+            "once one runs (`mqworker scheduler`); submitting it again with the same id is safe"
+        )
+    return f"no answer to {what} within {timeout:g} s: the broker has it, but no scheduler answers; is one running?"
