@@ -465,7 +465,7 @@ _files_of = select(_artifact_files).where(_artifact_files.c.artifact.in_(_ids)).
 _relations_of = (
     select(_artifact_relations).where(_artifact_relations.c.artifact.in_(_ids)).order_by(_artifact_relations.c.position)
 )
-_counts = select(_requests.c.state, func.count()).group_by(_requests.c.state)
+_counts = select(_requests.c.state, func.count().label("number")).group_by(_requests.c.state)
 
 _canonical = msgspec.json.Encoder(order="sorted")
 _read_request = msgspec.json.Decoder(Request).decode
@@ -652,7 +652,7 @@ class Ledger:
     def counts(self) -> dict[str, int]:
         """Return the number of requests in each state that has any."""
         with self._snapshot() as connection:
-            return dict(connection.execute(_counts).tuples().all())
+            return {row.state: row.number for row in connection.execute(_counts)}
 
     def list(self, query: ListRequests) -> list[RequestView]:
         """Return the newest requests that match, without attempts."""
@@ -1212,7 +1212,7 @@ def _raise_term(connection: Connection, name: str) -> int:
     if not connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first():
         _schema.create_all(connection)
         connection.execute(insert(_meta), [{"key": "schema", "value": SCHEMA_VERSION}, {"key": "term", "value": 0}])
-    meta = dict(connection.execute(select(_meta.c.key, _meta.c.value)).tuples().all())
+    meta = {row.key: row.value for row in connection.execute(select(_meta))}
     if meta.get("schema") != SCHEMA_VERSION or "term" not in meta:
         raise LedgerInvalid(
             f"expected {name} to have schema {SCHEMA_VERSION}, got schema {meta.get('schema', 'unknown')}; "
