@@ -33,6 +33,7 @@ from pika.exceptions import (
     ConnectionClosedByBroker,
     ProbableAccessDeniedError,
     ProbableAuthenticationError,
+    ShortStringTooLong,
 )
 from pika.spec import Basic
 
@@ -386,8 +387,8 @@ class Link:
         """Publish a message; the future resolves when the broker has confirmed it.
 
         The future fails with NotPublished if no queue takes the message (unless not mandatory), a queue refuses it, the
-        connection is lost before the confirm, or it is down now. It need not be awaited. After NotPublished the
-        message may have arrived all the same: publish it again with the same message_id.
+        connection is lost before the confirm, it is down now, or the key has more than AMQP's 255 bytes. It need not be
+        awaited. After NotPublished the message may have arrived all the same: use its message_id again.
         """
         if self._life is None or not self._life.up:
             return _failed(
@@ -691,8 +692,16 @@ class _Life:
         self, exchange: str, key: str, body: bytes, properties: BasicProperties, *, mandatory: bool
     ) -> asyncio.Future[None]:
         """Write a message to the channel and note what its confirm is for."""
-        self.channel.basic_publish(exchange, key, body, properties, mandatory)
-        self._published += 1  # as the broker counts them; after the line above, which may refuse what cannot be encoded
+        try:
+            self.channel.basic_publish(exchange, key, body, properties, mandatory)
+        except ShortStringTooLong as error:  # nothing was written
+            return _failed(
+                NotPublished(
+                    f"expected keys and properties of at most 255 bytes for exchange {exchange!r}, got {error}; "
+                    "it will never be taken as it is"
+                )
+            )
+        self._published += 1  # as the broker counts them
         future: asyncio.Future[None] = self._loop.create_future()
         self._unconfirmed[self._published] = (future, properties.message_id, exchange, key)
         return future

@@ -238,7 +238,9 @@ class PrivateNode:
         with self.log.open("rb") as log:
             log.seek(begin)
             lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-LOG_TAIL_LINES:])
+        # Erlang's own reports come after what RabbitMQ says to people, and bury it.
+        dump = next((n for n, line in enumerate(lines) if "supervisor: {" in line or "crasher:" in line), len(lines))
+        return "\n".join(lines[:dump][-LOG_TAIL_LINES:])
 
     def _end(self, how: signal.Signals) -> None:
         if self._node is not None:
@@ -291,5 +293,5 @@ def _free_ports(number: int) -> list[int]:
 def _keep_secret(path: Path) -> str:
     if not path.exists():
         path.touch(mode=0o600)  # Erlang refuses a cookie that others can read
-        path.write_text(secrets.token_hex(16), encoding="ascii")
-    return path.read_text(encoding="ascii")
+        path.write_text(secrets.token_hex(16), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

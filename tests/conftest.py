@@ -19,7 +19,7 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.connection import URLParameters
 
 from mqworker.errors import HostUnfit
-from mqworker.privatenode import PrivateNode
+from mqworker.privatenode import PrivateNode, find_programs
 from mqworker.topology import Topology
 
 IMAGE = "rabbitmq:4-management"
@@ -31,6 +31,12 @@ def missing(what: str, why: str) -> NoReturn:
     if os.environ.get("MQWORKER_TEST_REQUIRE") == "all":
         pytest.fail(text, pytrace=False)
     pytest.skip(text)
+
+
+@pytest.fixture(name="missing", scope="session")
+def missing_fixture() -> Callable[[str, str], NoReturn]:
+    """Hand `missing` to tests: they cannot import this file."""
+    return missing
 
 
 @dataclass(frozen=True)
@@ -53,18 +59,23 @@ def broker(tmp_path_factory) -> Iterator[Broker]:
         if _docker_answers():
             yield _container(stack)
             return
-        directory = tmp_path_factory.mktemp("broker")
-        stack.callback(shutil.rmtree, directory)
         try:
-            node = stack.enter_context(PrivateNode(directory))
+            find_programs()
         except HostUnfit as error:
             missing("a RabbitMQ (MQWORKER_TEST_AMQP_URL, Docker or rabbitmq-server)", str(error))
+        directory = tmp_path_factory.mktemp("broker")
+        stack.callback(shutil.rmtree, directory)
+        node = stack.enter_context(PrivateNode(directory))
         yield Broker(node.url, node.management_url, node)
 
 
 @pytest.fixture
 def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
     """Start nodes that a test may kill and restart; takes what PrivateNode takes, but for the directory."""
+    try:
+        find_programs()
+    except HostUnfit as error:
+        missing("rabbitmq-server", str(error))
     with ExitStack() as stack:
 
         def start(**arguments) -> PrivateNode:
@@ -72,10 +83,7 @@ def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
             node = PrivateNode(directory, **arguments)
             stack.callback(shutil.rmtree, directory, ignore_errors=True)  # it may not have come to be
             stack.callback(node.kill)
-            try:
-                node.start()
-            except HostUnfit as error:
-                missing("a private RabbitMQ node", str(error))
+            node.start()
             return node
 
         yield start
