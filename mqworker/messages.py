@@ -545,6 +545,12 @@ class LogProgress(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="lo
 # ---------------------------------------------------------------- agent <-> slot (a pipe on one host; one JSON a line)
 
 
+class Outfit(Struct, frozen=True, kw_only=True, tag="outfit"):
+    """Give a new slot what every run of it needs; not on its command line, where everybody could read it."""
+
+    store: str  # URL
+
+
 class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
     """Tell a slot to run a request; after deadline_ns nothing of it may live."""
 
@@ -567,7 +573,7 @@ class StopRun(Struct, frozen=True, kw_only=True, tag="stop_run"):
     reason: str
 
 
-SlotOrder = RunTask | Renew | StopRun
+SlotOrder = Outfit | RunTask | Renew | StopRun
 
 
 class SlotReady(Struct, frozen=True, kw_only=True, tag="slot_ready"):
@@ -596,7 +602,15 @@ class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot
     artifacts: list[Artifact] = []
 
 
-SlotWord = SlotReady | SlotProgress | SlotOutput | SlotEnded
+class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):
+    """Tell the agent what its host can do; from a process of its own, which looks afresh and ends."""
+
+    metadata: dict[str, Any]
+    tasks: dict[str, int | None]
+    failures: dict[str, str]  # task or module to what went wrong
+
+
+SlotWord = Analysis | SlotReady | SlotProgress | SlotOutput | SlotEnded
 
 
 # ---------------------------------------------------------------- reading and writing

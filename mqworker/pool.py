@@ -454,7 +454,7 @@ class Pool:
             claimed = (worker.incarnation, worker.seq)
             self._write(
                 grant,
-                lambda result: self._claim_settled(result, worker, claim, claimed=claimed, entry=entry, moment=moment),
+                partial(self._claim_settled, worker=worker, claim=claim, claimed=claimed, entry=entry, moment=moment),
             )
 
     def _claim_settled(

@@ -423,3 +423,61 @@ def _lines_of(*command: str) -> list[str]:
     except FileNotFoundError:  # each of these programs is optional
         return []
     return done.stdout.split()
+
+
+# ---------------------------------------------------------------- what a dead predecessor left
+
+
+def inside(directory: Path) -> list[Process]:
+    """List the living processes that work in a directory or are rooted in it: what of a run outlived its ancestors."""
+    root = os.fsencode(directory.resolve())
+    found = []
+    for name in os.listdir("/proc"):  # noqa: PTH208  # names are all we need
+        if not name.isdecimal() or int(name) == os.getpid():
+            continue
+        for link in (b"cwd", b"root"):
+            try:
+                target = os.readlink(b"/proc/" + name.encode() + b"/" + link)  # noqa: PTH115  # names may be no UTF-8
+            except OSError:  # it has ended, or is somebody else's: then it is none of ours
+                continue
+            if target == root or target.startswith(root + b"/"):
+                process = identify(int(name))
+                if process is not None:
+                    found.append(process)
+                break
+    return found
+
+
+# ---------------------------------------------------------------- an alarm on the clock that does not stop
+
+_CLOCK_BOOTTIME: Final = 7  # linux/time.h; Python 3.11 has no timerfd of its own
+_TFD_TIMER_ABSTIME: Final = 1
+_TFD_CLOEXEC: Final = 0o2000000
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval", _Timespec), ("value", _Timespec))
+
+
+class BoottimeAlarm:
+    """A file descriptor that becomes readable at a time of CLOCK_BOOTTIME, also if the host slept meanwhile."""
+
+    def __init__(self) -> None:
+        self._fd = _libc.timerfd_create(_CLOCK_BOOTTIME, _TFD_CLOEXEC)
+        if self._fd < 0:
+            raise HostUnfit(f"expected a kernel with timerfd and CLOCK_BOOTTIME: {os.strerror(ctypes.get_errno())}")
+
+    def fileno(self) -> int:
+        """Return the descriptor, for a selector."""
+        return int(self._fd)
+
+    def set(self, at_ns: int | None) -> None:
+        """Ring at a time, in nanoseconds of `boottime_ns()`; None: never."""
+        seconds, nanoseconds = (0, 0) if at_ns is None else divmod(max(1, at_ns), 1_000_000_000)
+        value = _Itimerspec(_Timespec(0, 0), _Timespec(seconds, nanoseconds))
+        if _libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None) != 0:
+            raise HostUnfit(f"expected to set an alarm, got: {os.strerror(ctypes.get_errno())}")

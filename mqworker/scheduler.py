@@ -17,8 +17,8 @@ import msgspec
 
 from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
-from mqworker.errors import LedgerUnavailable, NotPublished, PeerError
-from mqworker.ledger import Ledger
+from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
+from mqworker.ledger import ImportRefused, Ledger
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
     AbortRequests,
@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
 SHOW: Final = 2.0  # seconds between settings of the gauges
+STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 REJECTED_HEADER: Final = "x-mqworker-reason"
 
@@ -93,7 +94,7 @@ class Scheduler:
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._ticked = self._shown = 0.0
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
@@ -125,19 +126,19 @@ class Scheduler:
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
         work = asyncio.create_task(self._work())
+        stopped = asyncio.create_task(self._stopping.wait())
+        ends: set[asyncio.Task[Any]] = {*links, ticker, work, stopped}
         try:
             # Whatever of these ends first ends the scheduler: it is built to be started again.
-            await asyncio.wait([*links, ticker, work], return_when=asyncio.FIRST_COMPLETED)
-            for task in (work, *links, ticker):
-                if task.done():
-                    task.result()
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+            await asyncio.wait([work], timeout=STOP_SECONDS)  # for the set in hand
         finally:
-            ticker.cancel()
-            if not work.done():
-                work.cancel()
-            for task in self._serving:
+            mine = (ticker, work, stopped, *self._serving)
+            for task in mine:
                 task.cancel()
-            await asyncio.gather(ticker, work, *self._serving, return_exceptions=True)
+            await asyncio.gather(*mine, return_exceptions=True)
             await self._reading.close()
             await self._writing.close()
             await asyncio.gather(*links, return_exceptions=True)
@@ -145,7 +146,7 @@ class Scheduler:
 
     def stop(self) -> None:
         """Ask `run()` to end."""
-        self._stopping = True
+        self._stopping.set()
         self._awake.set()
 
     def health(self) -> Health:
@@ -227,7 +228,9 @@ class Scheduler:
             self._awake.set()
 
     async def _work(self) -> None:
-        while not self._stopping:
+        await self._writing.wait_up()
+        await self._reading.wait_up()
+        while not self._stopping.is_set():
             await self._awake.wait()
             self._awake.clear()
             if self._failed is not None:
@@ -272,21 +275,23 @@ class Scheduler:
             results = self._ledger.commit(writes) if writes else []
             return results, self._ledger.artifacts_by_id(wanted) if wanted else {}
 
-        while True:
-            began = time.monotonic()
+        done: tuple[Sequence[Any], Mapping[int, RecordedArtifact]] | None = None
+        began = time.monotonic()
+        while done is None:
             try:
-                results, inputs = await self._in_ledger_thread(commit) if writes or wanted else ([], {})
-                break
+                done = await self._in_ledger_thread(commit) if writes or wanted else ([], {})
             except LedgerUnavailable as error:
                 self._ledger_well = False
                 self._metrics.commit_failures.inc()
-                logger.error("the ledger cannot commit, trying again", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+                logger.error(  # noqa: TRY400  # no traceback at an operator
+                    "the ledger cannot commit, trying again", extra={"reason": str(error)}
+                )
                 await asyncio.sleep(COMMIT_RETRY)
         self._ledger_well = True
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
-        self._pool.committed(results, inputs)
+        self._pool.committed(*done)
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -296,7 +301,7 @@ class Scheduler:
         for future in made:
             try:
                 await future
-            except NotPublished as error:
+            except (BrokerUnavailable, BrokerRefused) as error:
                 logger.warning("a class queue was not declared", extra={"reason": str(error)})
         for name in names:
             self._reading.delete(name)  # if unused and empty; else it expires
@@ -448,9 +453,7 @@ class Scheduler:
     async def _retry(self, query: RetryRequest) -> Answer:
         known = await self._requests([query.id])
         if not known.requests:
-            return Problem(
-                kind="not_found", text=f"expected the id of a request, got {query.id}: there is no such request"
-            )
+            return Problem(kind="not_found", text=f"expected the id of a request, got {query.id}, which nobody knows")
         old = known.requests[0]
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
@@ -460,7 +463,7 @@ class Scheduler:
         receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
         result = receipt.results[0]
         if result.status in ("rejected", "conflict"):
-            return Problem(kind=result.status, text=result.reason or "")  # type: ignore[arg-type]  # both are kinds
+            return Problem(kind=result.status, text=result.reason or "")
         return await self._requests([query.new_id])
 
     async def _import(self, query: ImportArtifact) -> Answer:
@@ -470,6 +473,8 @@ class Scheduler:
             )
             return Problem(kind="store_mismatch", text=text)
         number = await self._settled(partial(self._pool.import_artifact, query.key, query.artifact, self._now()))
+        if isinstance(number, ImportRefused):
+            return Problem(kind="artifact_invalid", text=number.reason)
         found = await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id([number]))
         return ArtifactList(artifacts=list(found.values()))
 

@@ -1,0 +1,782 @@
+"""What a worker holds now, and what each message, slot or moment does to it: the worker's judgement.
+
+It is told what came and what time it is, and answers with acts for the worker to carry out: publish, acknowledge,
+consume, start, stop, spool. It opens nothing, waits for nothing and starts nothing, so that a whole pool can be run
+on a virtual clock. Its clock is CLOCK_BOOTTIME in nanoseconds: a lease goes on while the host is suspended.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mqworker import __version__
+from mqworker.errors import TaskConfigError
+from mqworker.lifecycle import lease_deadline_ns
+from mqworker.messages import (
+    Abort,
+    Alive,
+    Analysis,
+    Assign,
+    Bye,
+    Claim,
+    Granted,
+    Heartbeat,
+    Hello,
+    Introduce,
+    LogProgress,
+    LogText,
+    Outcome,
+    OutcomeResult,
+    Outcomes,
+    Reason,
+    Recorded,
+    RecordedArtifact,
+    Refusal,
+    Report,
+    ReportPart,
+    Request,
+    RunProgress,
+    RunRef,
+    SlotEnded,
+    SlotOutput,
+    SlotProgress,
+    SlotReady,
+    SlotWord,
+    Ticket,
+    Verdict,
+    Void,
+)
+from mqworker.task import Task
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_NS: Final = 5_000_000_000
+ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
+DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
+BEATS_KEPT: Final = 100  # heartbeats that may still be answered
+LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
+
+
+# ---------------------------------------------------------------- acts
+
+
+@dataclass(frozen=True)
+class Ack:
+    """Acknowledge a ticket."""
+
+    delivery: Any
+
+
+@dataclass(frozen=True)
+class Requeue:
+    """Give a ticket back to its queue."""
+
+    delivery: Any
+
+
+@dataclass(frozen=True)
+class Consume:
+    """Consume a queue, with as many tickets in hand as there are slots."""
+
+    queue: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Stop consuming a queue."""
+
+    queue: str
+
+
+@dataclass(frozen=True)
+class StartRun:
+    """Start a run in a slot."""
+
+    slot: int
+    token: str
+    request: Request
+    attempt: int
+    inputs: list[RecordedArtifact]
+    deadline_ns: int
+
+
+@dataclass(frozen=True)
+class RenewRun:
+    """Tell a slot that its run may go on."""
+
+    slot: int
+    deadline_ns: int
+
+
+@dataclass(frozen=True)
+class StopRunIn:
+    """Tell a slot to abort its run."""
+
+    slot: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class KillSlot:
+    """Kill a slot with all its descendants."""
+
+    slot: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spool:
+    """Write an outcome to disk, for good; its run's directory is not needed any more."""
+
+    outcome: Outcome
+    task: str
+
+
+@dataclass(frozen=True)
+class Unspool:
+    """Remove an outcome that the ledger has answered."""
+
+    ref: RunRef
+
+
+@dataclass(frozen=True)
+class PublishReport:
+    """Publish a report."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
+class PublishOutcomes:
+    """Publish outcomes that are on disk."""
+
+    outcomes: Outcomes
+
+
+@dataclass(frozen=True)
+class PublishLog:
+    """Tell whoever follows what a run prints, or how far it is."""
+
+    message: LogText | LogProgress
+
+
+@dataclass(frozen=True)
+class Analyze:
+    """Look at the host afresh."""
+
+
+Act = (
+    Ack
+    | Requeue
+    | Consume
+    | Cancel
+    | StartRun
+    | RenewRun
+    | StopRunIn
+    | KillSlot
+    | Spool
+    | Unspool
+    | PublishReport
+    | PublishOutcomes
+    | PublishLog
+    | Analyze
+)
+
+
+# ---------------------------------------------------------------- what is held
+
+
+@dataclass(kw_only=True)
+class _Asking:
+    """A ticket in hand whose claim or refusal is not answered yet."""
+
+    delivery: Any
+    ticket: Ticket
+    token: str
+    refusal: str | None
+    sent_ns: int | None = None  # of the first time it was said: the lease counts from there
+
+    def ref(self) -> RunRef:
+        return RunRef(request=self.ticket.request.id, attempt=self.ticket.attempt, token=self.token)
+
+
+@dataclass(kw_only=True)
+class _Run:
+    slot: int
+    request: Request
+    attempt: int
+    token: str
+    lease: float
+    deadline_ns: int
+    grace: float
+    since: float
+    stage: str | None = None
+    fraction: float | None = None
+    abort: str | None = None
+    kill_ns: int | None = None
+    killed: str | None = None  # why: "lease", "void", "abort", "stop"
+    log_seq: int = 0
+    tail: str = ""
+
+    def ref(self) -> RunRef:
+        return RunRef(request=self.request.id, attempt=self.attempt, token=self.token)
+
+
+@dataclass(kw_only=True)
+class _Unsettled:
+    outcome: Outcome
+    on_disk: bool
+    sent_ns: int | None = None
+
+
+@dataclass(kw_only=True)
+class _Slot:
+    ready: bool = False
+    run: str | None = None  # token
+    dying: bool = False
+
+
+@dataclass(kw_only=True)
+class _Beat:
+    sent_ns: int
+    tokens: list[str] = field(default_factory=list)
+
+
+class Agent:
+    """Judge everything that reaches a worker."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        host: str,
+        incarnation: int,
+        slots: int,
+        store_id: str,
+        static_metadata: Mapping[str, Any],
+        make_token: Callable[[], str],
+        wall: Callable[[], float],
+    ) -> None:
+        self.name = name
+        self._host = host
+        self._incarnation = incarnation
+        self._slots = {number: _Slot() for number in range(slots)}
+        self._store_id = store_id
+        self._static_metadata = dict(static_metadata)
+        self._make_token = make_token
+        self._wall = wall
+        self._acts: list[Act] = []
+        self._epoch: str | None = None
+        self._term = 0
+        self._seq = 0
+        self._analysis: Analysis | None = None
+        self._metadata: dict[str, Any] = {}
+        self._metadata_version = incarnation * 1000
+        self._asking: dict[str, _Asking] = {}
+        self._runs: dict[str, _Run] = {}
+        self._unsettled: dict[str, _Unsettled] = {}
+        self._beats: dict[int, _Beat] = {}
+        self._assigned: str | None = None
+        self._consuming: str | None = None
+        self._draining = False
+        self._hello_wanted = self._beat_wanted = False
+        self._beaten_ns = 0
+        self.refused: str | None = None  # why the scheduler does not want this worker
+        self.heard = False  # whether the scheduler has answered in this life of the connection
+
+    # ------------------------------------------------------------ what the worker takes
+
+    def take_acts(self, now_ns: int) -> list[Act]:
+        """Hand over what is to be done, in order."""
+        self._adjust_consumer()
+        self._report(now_ns)
+        acts, self._acts = self._acts, []
+        return acts
+
+    # ------------------------------------------------------------ the connection
+
+    def connected(self, epoch: str) -> None:
+        """Begin with a new connection: nobody consumes yet, and everything unanswered is said again."""
+        self._epoch = epoch
+        self._assigned = self._consuming = None
+        self._resend()
+
+    def disconnected(self) -> None:
+        """Hold on to runs and claims without a connection."""
+        self._epoch = self._consuming = None
+        self.heard = False
+
+    def _resend(self) -> None:
+        self._hello_wanted = self._beat_wanted = True
+        for unsettled in self._unsettled.values():
+            unsettled.sent_ns = None
+
+    # ------------------------------------------------------------ the host
+
+    def analyzed(self, analysis: Analysis) -> None:
+        """Take a fresh look at the host; the administrator's word counts more than what was found."""
+        metadata = {**analysis.metadata, **self._static_metadata}
+        if self._analysis is not None and metadata == self._metadata and analysis.tasks == self._analysis.tasks:
+            return
+        self._analysis = analysis
+        self._metadata = metadata
+        self._metadata_version += 1
+        self._hello_wanted = self._beat_wanted = True
+        for asking in self._asking.values():
+            asking.refusal = self._why_not(asking.ticket.request, analysis)
+
+    # ------------------------------------------------------------ tickets
+
+    def ticket(self, delivery: Any, ticket: Ticket) -> None:
+        """Take a ticket: claim it, refuse it, or give it back if no slot is free."""
+        request = ticket.request
+        for asking in self._asking.values():
+            if asking.ticket.request.id == request.id and asking.ticket.attempt == ticket.attempt:
+                asking.delivery = delivery  # redelivered on a new connection, while its claim is under way
+                return
+        if any(run.request.id == request.id and run.attempt == ticket.attempt for run in self._runs.values()):
+            self._acts.append(Ack(delivery))
+            return
+        if self._draining or self._analysis is None or self._free() <= 0:
+            self._acts.append(Requeue(delivery))
+            return
+        token = self._make_token()
+        self._asking[token] = _Asking(
+            delivery=delivery, ticket=ticket, token=token, refusal=self._why_not(request, self._analysis)
+        )
+
+    def _why_not(self, request: Request, analysis: Analysis) -> str | None:
+        """Re-check a request against this worker's own metadata; return why it must not run here."""
+        if not Task.is_valid_task_name(request.task):
+            return f"this worker has no task {request.task!r}"
+        task = Task.class_from_name(request.task)()
+        if task.name not in analysis.tasks:
+            return f"task {task.name} did not analyse cleanly here: {analysis.failures.get(task.name, 'it is new')}"
+        try:
+            task.configure(request.data)
+            if task.can_run_on(dict(self._metadata)):
+                return None
+        except TaskConfigError as error:
+            return f"this worker's version of the task does not accept the data: {error}"
+        except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is told
+            return f"can_run_on() raised {type(error).__name__}: {error}"
+        return "can_run_on() says no, by this worker's own metadata"
+
+    # ------------------------------------------------------------ verdicts
+
+    def verdict(self, verdict: Verdict, now_ns: int) -> None:
+        """Take the scheduler's answers; those of an older term count for nothing."""
+        if verdict.term < self._term:
+            return
+        if verdict.term > self._term:
+            if self._term:
+                self._resend()
+            self._term = verdict.term
+        self.heard = True
+        for part in verdict.parts:
+            match part:
+                case Granted():
+                    self._granted(part, now_ns)
+                case Void():
+                    asking = self._asking.pop(part.token, None)
+                    if asking is not None:
+                        self._acts.append(Ack(asking.delivery))
+                case Alive():
+                    self._alive(part)
+                case Abort():
+                    self._abort(part, now_ns)
+                case Recorded():
+                    if self._unsettled.pop(part.token, None) is not None:
+                        self._acts.append(Unspool(part))
+                        if part.status != "recorded":
+                            logger.warning(
+                                "an outcome does not count",
+                                extra={"request": part.request, "attempt": part.attempt, "reason": part.reason},
+                            )
+                case Assign():
+                    self._assign(part)
+                case Introduce():
+                    self._hello_wanted = self._beat_wanted = True
+                    self._acts.append(Analyze())
+
+    def _granted(self, granted: Granted, now_ns: int) -> None:
+        asking = self._asking.pop(granted.token, None)
+        if asking is None:
+            return  # said twice
+        self._acts.append(Ack(asking.delivery))
+        request = asking.ticket.request
+        deadline_ns = lease_deadline_ns(asking.sent_ns or 0, granted.lease)
+        idle = [number for number, slot in self._slots.items() if slot.ready and slot.run is None and not slot.dying]
+        if asking.refusal is not None:
+            self._settle(granted, request.task, "handed_back", Reason(text=asking.refusal))
+            return
+        if self._draining or not idle or now_ns >= deadline_ns:
+            self._settle(
+                granted,
+                request.task,
+                "handed_back",
+                Reason(text="the worker could not start it in time, or is stopping"),
+            )
+            return
+        slot = idle[0]
+        run = _Run(
+            slot=slot,
+            request=request,
+            attempt=granted.attempt,
+            token=granted.token,
+            lease=granted.lease,
+            deadline_ns=deadline_ns,
+            grace=float(getattr(Task.class_from_name(request.task), "TERMINATE_GRACE", DEFAULT_GRACE)),
+            since=self._wall(),
+        )
+        self._runs[granted.token] = run
+        self._slots[slot].run = granted.token
+        self._acts.append(
+            StartRun(
+                slot=slot,
+                token=granted.token,
+                request=request,
+                attempt=granted.attempt,
+                inputs=granted.inputs,
+                deadline_ns=deadline_ns,
+            )
+        )
+        self._progress(run, stage="start", fraction=None)
+
+    def _alive(self, alive: Alive) -> None:
+        beat = self._beats.get(alive.seq)
+        if beat is None:
+            return
+        void = {ref.token for ref in alive.void}
+        for token in beat.tokens:
+            run = self._runs.get(token)
+            if run is None:
+                continue
+            if token in void:
+                self._kill(run, "void", "the scheduler does not know this run any more")
+            else:
+                deadline_ns = lease_deadline_ns(beat.sent_ns, run.lease)
+                if deadline_ns > run.deadline_ns:
+                    run.deadline_ns = deadline_ns
+                    self._acts.append(RenewRun(slot=run.slot, deadline_ns=deadline_ns))
+        for seq in [seq for seq in self._beats if seq <= alive.seq]:
+            del self._beats[seq]
+
+    def _abort(self, abort: Abort, now_ns: int) -> None:
+        run = self._runs.get(abort.token)
+        if run is None or run.abort is not None:
+            return
+        run.abort = abort.reason
+        run.kill_ns = now_ns + int(run.grace * 1e9) + ABORT_MARGIN_NS
+        self._acts.append(StopRunIn(slot=run.slot, reason=abort.reason))
+
+    def _assign(self, assign: Assign) -> None:
+        self.refused = assign.reason
+        if assign.reason is not None:
+            logger.error("the scheduler does not take this worker", extra={"reason": assign.reason})
+        if assign.queue != self._assigned:
+            self._assigned = assign.queue
+            self._beat_wanted = True
+
+    # ------------------------------------------------------------ slots
+
+    def slot_said(self, number: int, word: SlotWord) -> None:
+        """Take a slot's word."""
+        slot = self._slots[number]
+        run = self._runs.get(slot.run) if slot.run is not None else None
+        match word:
+            case SlotReady():
+                slot.ready = True
+                slot.dying = False
+                if slot.run is None:
+                    self._beat_wanted = True
+            case SlotProgress(stage=stage, fraction=fraction) if run is not None:
+                self._progress(run, stage=stage, fraction=fraction)
+            case SlotOutput(text=text) if run is not None:
+                run.log_seq += 1
+                run.tail = (run.tail + text)[-LOG_TAIL:]
+                self._acts.append(
+                    PublishLog(
+                        LogText(
+                            request=run.request.id,
+                            attempt=run.attempt,
+                            worker=self.name,
+                            time=self._wall(),
+                            seq=run.log_seq,
+                            text=text,
+                        )
+                    )
+                )
+            case SlotEnded() if run is not None and run.killed is None:
+                slot.ready = False  # until it says so
+                self._end(run, word.result, word.reason, ended=word)
+
+    def slot_gone(self, number: int, exit_code: int) -> None:
+        """Take the end of a slot's process; nothing that stems from it lives any more."""
+        slot = self._slots[number]
+        slot.ready = False
+        slot.dying = False
+        self._beat_wanted = True
+        run = self._runs.get(slot.run) if slot.run is not None else None
+        if run is None:
+            return
+        stage = run.stage
+        match run.killed:
+            case "void":
+                del self._runs[run.token]
+                slot.run = None
+            case "abort":
+                self._end(
+                    run, "aborted", Reason(text=f"{run.abort} (it did not stop in time and was killed)", stage=stage)
+                )
+            case "stop":
+                self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
+            case "lease":
+                self._end(
+                    run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
+                )
+            case _:
+                self._end(run, *_judge_death(exit_code, stage, run.tail))
+
+    def _end(self, run: _Run, result: OutcomeResult, reason: Reason | None, *, ended: SlotEnded | None = None) -> None:
+        del self._runs[run.token]
+        self._slots[run.slot].run = None
+        self._settle(run.ref(), run.request.task, result, reason, since=run.since, ended=ended)
+
+    def _settle(
+        self,
+        ref: RunRef,
+        task: str,
+        result: OutcomeResult,
+        reason: Reason | None,
+        *,
+        since: float | None = None,
+        ended: SlotEnded | None = None,
+    ) -> None:
+        now = self._wall()
+        outcome = Outcome(
+            request=ref.request,
+            attempt=ref.attempt,
+            token=ref.token,
+            result=result,
+            reason=reason,
+            again=ended is not None and ended.again,
+            started=now if since is None else since,
+            ended=now,
+            artifacts=[] if ended is None else ended.artifacts,
+        )
+        self._unsettled[ref.token] = _Unsettled(outcome=outcome, on_disk=False)
+        self._acts.append(Spool(outcome, task))
+
+    def _progress(self, run: _Run, *, stage: str | None, fraction: float | None) -> None:
+        run.stage = stage if stage is not None else run.stage
+        run.fraction = fraction
+        self._acts.append(
+            PublishLog(
+                LogProgress(
+                    request=run.request.id,
+                    attempt=run.attempt,
+                    task=run.request.task,
+                    worker=self.name,
+                    time=self._wall(),
+                    since=run.since,
+                    stage=run.stage,
+                    fraction=fraction,
+                )
+            )
+        )
+
+    def _kill(self, run: _Run, why: str, text: str) -> None:
+        if run.killed is None:
+            run.killed = why
+            self._slots[run.slot].dying = True
+            self._acts.append(KillSlot(slot=run.slot, reason=text))
+
+    # ------------------------------------------------------------ the spool
+
+    def spooled(self, outcome: Outcome) -> None:
+        """Take an outcome that is on disk: now it can be sent."""
+        unsettled = self._unsettled.setdefault(outcome.token, _Unsettled(outcome=outcome, on_disk=True))
+        unsettled.on_disk = True
+
+    # ------------------------------------------------------------ time
+
+    def tick(self, now_ns: int) -> None:
+        """Do what is due: leases that end, aborts that are ignored, heartbeats."""
+        for run in list(self._runs.values()):
+            if run.deadline_ns <= now_ns:
+                self._kill(run, "lease", f"its lease of {run.lease:g} s was not renewed in time")
+            elif run.kill_ns is not None and run.kill_ns <= now_ns:
+                self._kill(run, "abort", "it does not stop")
+        if now_ns - self._beaten_ns >= HEARTBEAT_NS:
+            self._beat_wanted = True
+
+    # ------------------------------------------------------------ leaving
+
+    def drain(self) -> None:
+        """Take no more tickets."""
+        self._draining = True
+        self._beat_wanted = True
+
+    def stop_runs(self) -> None:
+        """Kill what runs, to hand it back."""
+        for run in self._runs.values():
+            self._kill(run, "stop", "the worker is stopping")
+
+    def busy(self) -> bool:
+        """Say whether a run is in a slot, or may come into one."""
+        return bool(self._runs or self._asking)
+
+    @property
+    def consuming(self) -> str | None:
+        """Return the queue that is consumed now."""
+        return self._consuming
+
+    def unsettled(self) -> int:
+        """Count the outcomes that the ledger has not answered."""
+        return len(self._unsettled)
+
+    def slot_states(self) -> Mapping[str, int]:
+        """Count the slots by state."""
+        states = {"idle": 0, "running": 0, "starting": 0}
+        for slot in self._slots.values():
+            states["running" if slot.run is not None else "idle" if slot.ready else "starting"] += 1
+        return states
+
+    def bye(self, reason: str) -> None:
+        """Say that this worker leaves."""
+        if self._epoch is not None:
+            self._send([Bye(reason=reason)])
+
+    # ------------------------------------------------------------ inside
+
+    def _free(self) -> int:
+        return sum(slot.ready and slot.run is None and not slot.dying for slot in self._slots.values()) - len(
+            self._asking
+        )
+
+    def _adjust_consumer(self) -> None:
+        """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
+        wanted = None
+        if self._epoch is not None and not self._draining and self._analysis is not None and self._free() > 0:
+            wanted = self._assigned
+        if wanted == self._consuming:
+            return
+        if self._consuming is not None:
+            self._acts.append(Cancel(self._consuming))
+        if wanted is not None:
+            self._acts.append(Consume(wanted))
+        self._consuming = wanted
+
+    def _report(self, now_ns: int) -> None:
+        """Say what has not been said yet; with each heartbeat, all that is unanswered again."""
+        if self._epoch is None or self._analysis is None:
+            return
+        parts: list[ReportPart] = []
+        if self._hello_wanted:
+            self._hello_wanted = False
+            parts.append(self._hello(self._analysis))
+        beat = self._beat_wanted
+        if beat:
+            self._beat_wanted = False
+            self._beaten_ns = now_ns
+            parts.append(self._heartbeat())
+        for asking in self._asking.values():
+            if asking.sent_ns is None or beat:
+                asking.sent_ns = asking.sent_ns or now_ns
+                parts.append(self._question(asking))
+        if parts:
+            self._send(parts)
+            if beat:
+                self._beats[self._seq] = _Beat(sent_ns=now_ns, tokens=list(self._runs))
+                if len(self._beats) > BEATS_KEPT:
+                    del self._beats[min(self._beats)]
+        due = [
+            unsettled
+            for unsettled in self._unsettled.values()
+            if unsettled.on_disk
+            and (unsettled.sent_ns is None or (beat and now_ns - unsettled.sent_ns >= HEARTBEAT_NS))
+        ]
+        if due:
+            for unsettled in due:
+                unsettled.sent_ns = now_ns
+            self._acts.append(
+                PublishOutcomes(
+                    Outcomes(worker=self.name, epoch=self._epoch, outcomes=[unsettled.outcome for unsettled in due])
+                )
+            )
+
+    def _send(self, parts: list[ReportPart]) -> None:
+        self._seq += 1
+        self._acts.append(
+            PublishReport(
+                Report(
+                    worker=self.name,
+                    epoch=self._epoch or "",
+                    seq=self._seq,
+                    incarnation=self._incarnation,
+                    parts=parts,
+                )
+            )
+        )
+
+    def _hello(self, analysis: Analysis) -> Hello:
+        return Hello(
+            host=self._host,
+            slots=len(self._slots),
+            tasks=analysis.tasks,
+            metadata=self._metadata,
+            metadata_version=self._metadata_version,
+            store=self._store_id,
+            version=__version__,
+        )
+
+    def _heartbeat(self) -> Heartbeat:
+        alive = sum((slot.ready or slot.run is not None) and not slot.dying for slot in self._slots.values())
+        return Heartbeat(
+            queue=self._consuming,
+            assigned=self._assigned,
+            slots=0 if self._draining else alive,
+            running=[
+                RunProgress(
+                    request=run.request.id,
+                    attempt=run.attempt,
+                    token=run.token,
+                    since=run.since,
+                    stage=run.stage,
+                    fraction=run.fraction,
+                )
+                for run in self._runs.values()
+            ],
+            claiming=[asking.ref() for asking in self._asking.values() if asking.refusal is None],
+            unsettled=[
+                RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
+                for one in self._unsettled.values()
+            ],
+        )
+
+    def _question(self, asking: _Asking) -> Claim | Refusal:
+        ref = asking.ref()
+        if asking.refusal is None:
+            return Claim(
+                request=ref.request, attempt=ref.attempt, token=ref.token, metadata_version=self._metadata_version
+            )
+        return Refusal(
+            request=ref.request,
+            attempt=ref.attempt,
+            token=ref.token,
+            reason=asking.refusal,
+            metadata_version=self._metadata_version,
+        )
+
+
+def _judge_death(exit_code: int, stage: str | None, tail: str) -> tuple[OutcomeResult, Reason]:
+    """Say what it means that a slot's process ended in the middle of a run, by nobody's order."""
+    line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), None)
+    if exit_code == -9:  # noqa: PLR2004  # SIGKILL, which no task sends to itself by mistake
+        text = "the slot's process was killed (SIGKILL): out of memory, or by hand"
+        return "lost", Reason(text=text, stage=stage, exit_code=exit_code, line=line)
+    how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
+    text = f"the task ended its process ({how}) without an outcome"
+    return "error", Reason(text=text, stage=stage, exit_code=exit_code, line=line)

@@ -1,0 +1,400 @@
+"""The child process in which tasks run, one at a time: fetch, run, upload, say how it ended. Never sees the broker.
+
+It hears orders on standard input and speaks on standard output, one JSON a line; whatever a task prints goes to the
+live log instead. A thread watches the orders and the deadline: when the deadline passes, or the agent is gone, it
+kills every descendant without grace and ends this process, whatever the task is doing.
+
+    python -P -m mqworker.slot            wait for runs
+    python -P -m mqworker.slot --analyze  say once what this host can do, and end
+"""
+
+import codecs
+import contextlib
+import os
+import queue
+import resource
+import select
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from mqworker import processes
+from mqworker.errors import MqworkerError, NotFound
+from mqworker.messages import (
+    Analysis,
+    Artifact,
+    FileEntry,
+    Outfit,
+    Reason,
+    RecordedArtifact,
+    Relation,
+    Renew,
+    RunTask,
+    SlotEnded,
+    SlotOrder,
+    SlotOutput,
+    SlotProgress,
+    SlotReady,
+    SlotWord,
+    StopRun,
+    decode,
+    encode_line,
+)
+from mqworker.store import Store
+from mqworker.task import Task
+
+CHUNK: Final = 64 * 1024
+LIVE_BYTES_PER_SECOND: Final = 256 * 1024  # of output to the live log; more than anybody can read
+PROGRESS_SECONDS: Final = 0.05  # between two words on the progress of one stage
+LIVE_BURST: Final = 1024 * 1024
+MEMORY_KEPT: Final = 256 * 1024  # KiB of peak memory; a slot that has needed more makes room for a fresh one
+
+
+class _Mouth:
+    """Say words to the agent, from any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+
+    def say(self, word: SlotWord) -> None:
+        if os.getpid() != self._pid:
+            os._exit(1)  # a task has forked, and its child came back here: it must not speak for its parent
+        line = memoryview(encode_line(word))
+        with self._lock:
+            while line:
+                line = line[os.write(self._fd, line) :]
+
+
+class _LiveLog:
+    """Hand on what a run prints, as much of it as somebody could read."""
+
+    def __init__(self, mouth: _Mouth) -> None:
+        self._mouth = mouth
+        self._lock = threading.Lock()
+        self.begin()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._allowance: float = LIVE_BURST
+            self._since = time.monotonic()
+            self._skipped = 0
+
+    def write(self, text: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._allowance = min(LIVE_BURST, self._allowance + (now - self._since) * LIVE_BYTES_PER_SECOND)
+            self._since = now
+            if len(text) > self._allowance:
+                self._skipped += len(text)
+                return
+            self._allowance -= len(text)
+            if self._skipped:
+                text = f"\n[... {self._skipped} characters are not shown live; the log artifact has them ...]\n{text}"
+                self._skipped = 0
+        self._mouth.say(SlotOutput(text=text))
+
+
+class _Output:
+    """Catch what is printed to standard output and error, by the task or by whoever inherits them."""
+
+    def __init__(self, live: _LiveLog) -> None:
+        self._live = live
+        self._read_end, self._write_end = os.pipe()
+        for fd in (1, 2):
+            os.dup2(self._write_end, fd)
+        self._open_log: Callable[[], BinaryIO] | None = None
+        self._log: BinaryIO | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._marks: dict[bytes, threading.Event] = {}
+        threading.Thread(target=self._pump, name="output", daemon=True).start()
+
+    @contextlib.contextmanager
+    def kept(self, open_log: Callable[[], BinaryIO]) -> Iterator[None]:
+        """Keep what is printed meanwhile in a log, opened when the first byte comes."""
+        self._open_log = open_log
+        try:
+            yield
+        finally:
+            self.settle()
+            self._open_log = None
+            if self._log is not None:
+                self._log.close()
+                self._log = None
+
+    def settle(self) -> None:
+        """Wait until what was printed so far is in the log."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        mark = b"\0mqworker " + os.urandom(16).hex().encode() + b"\0"
+        passed = self._marks[mark] = threading.Event()
+        os.write(self._write_end, mark)  # far below PIPE_BUF, so nobody's bytes come in between
+        passed.wait()
+
+    def _pump(self) -> None:
+        pending = b""
+        while True:
+            pending += os.read(self._read_end, CHUNK)
+            for mark in list(self._marks):
+                before, found, after = pending.partition(mark)
+                if found:
+                    self._keep(before)
+                    if self._log is not None:
+                        self._log.flush()
+                    self._marks.pop(mark).set()
+                    pending = after
+            if self._marks and b"\0" in pending[-64:]:
+                continue  # perhaps the beginning of a mark
+            self._keep(pending)
+            pending = b""
+
+    def _keep(self, data: bytes) -> None:
+        if not data:
+            return
+        if self._log is None and self._open_log is not None:
+            self._log = self._open_log()
+        if self._log is not None:
+            self._log.write(data)
+        text = self._decoder.decode(data)
+        if text:
+            self._live.write(text)
+
+
+class _Context:
+    """Give a task its access to the world."""
+
+    def __init__(
+        self, *, order: RunTask, store: Store, mouth: _Mouth, live: _LiveLog, output: _Output, work_directory: Path
+    ) -> None:
+        self.work_directory = work_directory
+        self.artifacts: list[Artifact] = []
+        self._inputs = {artifact.id: artifact for artifact in order.inputs}
+        self._store = store
+        self._mouth = mouth
+        self._told: tuple[str | None, float] = (None, 0.0)
+        self._live = live
+        self._output = output
+
+    def fetch_artifact(self, artifact_id: int, destination: Path) -> RecordedArtifact:
+        try:
+            artifact = self._inputs[artifact_id]
+        except KeyError:
+            raise NotFound(
+                f"expected one of this request's input artifacts ({sorted(self._inputs)}), got {artifact_id}:"
+                " name it in input_artifact_ids()"
+            ) from None
+        for entry in artifact.files:
+            target = destination / entry.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._store.get(entry.sha256, entry.size, target)
+        return artifact
+
+    def upload_artifact(
+        self,
+        *,
+        category: str,
+        name: str,
+        data: dict[str, Any],
+        files: Mapping[str, Path],
+        relations: Sequence[Relation] = (),
+    ) -> str:
+        self._output.settle()
+        entries = []
+        for path, source in files.items():
+            sha256, size = self._store.put(source)
+            entries.append(FileEntry(path=path, size=size, sha256=sha256))
+        artifact = Artifact(
+            handle=f"a{len(self.artifacts)}",
+            category=category,
+            name=name,
+            data=data,
+            files=entries,
+            relations=list(relations),
+        )
+        decode(encode_line(artifact), Artifact)  # what the scheduler could not read is better refused here
+        self.artifacts.append(artifact)
+        return artifact.handle
+
+    def report_progress(self, stage: str | None = None, fraction: float | None = None) -> None:
+        now = time.monotonic()
+        if stage == self._told[0] and fraction != 1 and now - self._told[1] < PROGRESS_SECONDS:
+            return
+        self._told = (stage, now)
+        self._mouth.say(SlotProgress(stage=stage, fraction=fraction))
+
+    def write_log(self, text: str) -> None:
+        self._live.write(text)
+
+
+class Slot:
+    """Run what the agent orders, until it is gone."""
+
+    def __init__(self, *, orders: int, words: int) -> None:
+        self._orders = orders
+        self._mouth = _Mouth(words)
+        self._live = _LiveLog(self._mouth)
+        self._output = _Output(self._live)
+        self._alarm = processes.BoottimeAlarm()
+        self._runs: queue.SimpleQueue[RunTask] = queue.SimpleQueue()
+        self._store: Store | None = None
+        self._store_url = ""
+        self._lock = threading.Lock()
+        self._task: Task | None = None
+        self._stop: str | None = None  # why the run in hand is to be aborted
+
+    def serve(self) -> None:
+        """Take runs one after the other."""
+        processes.become_subreaper()
+        threading.Thread(target=self._watch, name="orders", daemon=True).start()
+        while True:
+            self._mouth.say(SlotReady())
+            order = self._runs.get()
+            ended = self._run(order)
+            self._mouth.say(ended)
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KEPT:
+                return
+
+    # ------------------------------------------------------------ the watching thread
+
+    def _watch(self) -> None:
+        pending = b""
+        while True:
+            ready, _, _ = select.select([self._orders, self._alarm.fileno()], [], [])
+            if self._alarm.fileno() in ready:
+                self._die()
+            chunk = os.read(self._orders, CHUNK)
+            if not chunk:
+                self._die()
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                self._obey(decode(line, SlotOrder))  # type: ignore[arg-type]  # a union of structs
+
+    def _obey(self, order: SlotOrder) -> None:
+        match order:
+            case Outfit(store=url):
+                self._store_url = url
+            case RunTask(deadline_ns=deadline):
+                self._alarm.set(deadline)
+                with self._lock:
+                    self._stop = None
+                self._runs.put(order)
+            case Renew(deadline_ns=deadline):
+                self._alarm.set(deadline)
+            case StopRun(reason=reason):
+                with self._lock:
+                    self._stop = reason
+                    task = self._task
+                if task is not None:
+                    task.abort()
+
+    @staticmethod
+    def _die() -> None:
+        """End everything that stems from this process, and then itself."""
+        try:
+            processes.kill_descendants()
+        finally:
+            os._exit(1)
+
+    # ------------------------------------------------------------ one run
+
+    def _run(self, order: RunTask) -> SlotEnded:
+        directory = Path(order.directory)
+        self._live.begin()
+        task: Task | None = None
+        context: _Context | None = None
+        reason: Reason | None = None
+        try:
+            task = Task.class_from_name(order.request.task)()
+            if self._store is None:
+                self._store = Store.open(self._store_url)
+            context = _Context(
+                order=order,
+                store=self._store,
+                mouth=self._mouth,
+                live=self._live,
+                output=self._output,
+                work_directory=directory,
+            )
+            task.attach(context)
+            task.configure(order.request.data)
+            with self._lock:
+                self._task = task
+                stop = self._stop
+            if stop is not None:
+                task.abort()
+            with self._output.kept(_log_opener(task)):
+                result = "success" if task.execute() else "failure"
+        except BaseException as error:  # noqa: BLE001  # a task's own code: SystemExit and the like are its errors, too
+            result = "error"
+            reason = _explain(error, None if task is None else task.reason)
+        with self._lock:
+            self._task = None
+        os.chdir("/")
+        processes.kill_descendants()  # what forked away goes, whatever its task said
+        if task is not None and task.aborted:
+            with self._lock:
+                reason = Reason(text=self._stop or "aborted", stage=_stage(task))
+            result = "aborted"
+        elif task is not None and result != "error":
+            reason = task.reason
+        if result == "failure" and reason is None:
+            reason = Reason(text="the task says that its work failed, and does not say why; its logs may")
+        self._alarm.set(None)
+        return SlotEnded(
+            result=result,  # type: ignore[arg-type]  # one of the four words
+            reason=reason,
+            again=task is not None and task.try_again and result in {"failure", "error"},
+            artifacts=[] if context is None else context.artifacts,
+        )
+
+
+def _log_opener(task: Task) -> Callable[[], BinaryIO]:
+    return lambda: task.open_debug_log_file("output.log", mode="ab")
+
+
+def _stage(task: Task) -> str | None:
+    return None if task.reason is None else task.reason.stage
+
+
+def _explain(error: BaseException, said: Reason | None) -> Reason:
+    """Make a reason of what a task raised: its own words, and where it was."""
+    traceback.print_exception(error)  # for the live log
+    if isinstance(error, MqworkerError):
+        return Reason(text=str(error), stage=None if said is None else said.stage)
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} in {frames[-1].name}" if frames else None
+    return Reason(
+        text=f"the task raised {type(error).__name__}: {error}", stage=None if said is None else said.stage, line=line
+    )
+
+
+def _analyze(words: int, work_directory: Path) -> None:
+    """Say what this host can do."""
+    found = Task.analyze_worker_tasks()
+    metadata = {**found.metadata, **processes.system_metadata(work_directory)}
+    _Mouth(words).say(Analysis(metadata=metadata, tasks=dict(found.tasks), failures=dict(found.failures)))
+
+
+def main() -> None:
+    """Be a slot, or look at the host."""
+    words = os.dup(1)  # not inherited by anybody
+    os.dup2(2, 1)  # what tasks print while their modules load is for the agent's own log
+    if sys.argv[1:2] == ["--analyze"]:
+        _analyze(words, Path(sys.argv[2]))
+        return
+    orders = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.chdir("/")
+    Slot(orders=orders, words=words).serve()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):  # the agent is gone: there is nobody left to tell
+        main()

@@ -1,0 +1,118 @@
+"""A worker's state directory: its lock, the number of its incarnation, its slots' pids, and the spool of outcomes.
+
+Knows files only. What is here lets a worker that was killed deliver what it had finished, and end what it had begun.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mqworker.errors import PeerError, StateLocked
+from mqworker.messages import Outcome, RunRef, decode, encode
+from mqworker.processes import Process
+
+
+class WorkerState:
+    """Hold a state directory, alone."""
+
+    def __init__(self, directory: Path) -> None:
+        """Lock a directory, made if it is missing.
+
+        Raises:
+            StateLocked: another worker holds it, or it cannot be written.
+        """
+        self._directory = directory
+        self._spool = directory / "spool"
+        try:
+            self._spool.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateLocked(
+                f"expected a state directory that this user can write, got {directory}: {error.strerror}; set state_dir"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            raise StateLocked(
+                f"expected a state directory of this worker's own, got {directory}, which the worker with pid {holder}"
+                " holds: stop it, or give this one another state_dir and name"
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        self.incarnation = self._next_incarnation()
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        os.close(self._lock)
+
+    def _next_incarnation(self) -> int:
+        """Return a number above all earlier ones, also if the directory was lost in between: milliseconds of now."""
+        file = self._directory / "incarnation"
+        before = int(file.read_text()) if file.exists() else 0
+        number = max(before + 1, int(time.time() * 1000))
+        self._write(file, str(number).encode())
+        return number
+
+    # ------------------------------------------------------------ pids of slots
+
+    def note_slots(self, slots: Iterable[Process]) -> None:
+        """Keep which processes would be left if this worker were killed now."""
+        lines = "".join(f"{slot.pid} {slot.start}\n" for slot in slots)
+        self._write(self._directory / "slots", lines.encode(), durable=False)  # a reboot ends them anyway
+
+    def noted_slots(self) -> list[Process]:
+        """List the processes that a predecessor has noted."""
+        file = self._directory / "slots"
+        if not file.exists():
+            return []
+        pairs = [line.split() for line in file.read_text().splitlines()]
+        return [Process(pid=int(pid), start=int(start)) for pid, start in pairs]
+
+    # ------------------------------------------------------------ the spool
+
+    def spool(self, outcomes: Iterable[Outcome]) -> None:
+        """Keep outcomes on disk, for good: they survive this process and a power cut."""
+        for outcome in outcomes:
+            self._write(self._file(outcome), encode(outcome), sync_directory=False)
+        _fsync(self._spool)
+
+    def unspool(self, ref: RunRef) -> None:
+        """Remove an outcome that was answered."""
+        self._file(ref).unlink(missing_ok=True)
+
+    def spooled(self) -> Iterator[Outcome]:
+        """Read what a predecessor left; a file that cannot be read is put aside, for a person."""
+        for file in sorted(self._spool.glob("*.json")):
+            try:
+                yield decode(file.read_bytes(), Outcome)
+            except PeerError:
+                file.rename(file.with_suffix(".unreadable"))
+        for file in self._spool.glob("*.new"):
+            file.unlink()  # it was not finished, so nothing was said about it
+
+    def _file(self, ref: RunRef) -> Path:
+        return self._spool / f"{ref.request}.{ref.attempt}.{ref.token}.json"
+
+    @staticmethod
+    def _write(file: Path, data: bytes, *, durable: bool = True, sync_directory: bool = True) -> None:
+        new = file.with_suffix(".new")
+        with new.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        new.replace(file)
+        if durable and sync_directory:
+            _fsync(file.parent)
+
+
+def _fsync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

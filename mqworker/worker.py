@@ -1,0 +1,676 @@
+"""The worker: hold slots, claim, report, drain. It carries out what its agent judges.
+
+One process on one host: two connections to the broker, a child process for each slot, a state directory of its own.
+Nothing slow runs on its loop: disks, /proc and the end of process trees have threads.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from mqworker import __version__, processes
+from mqworker.agent import (
+    Ack,
+    Act,
+    Agent,
+    Analyze,
+    Cancel,
+    Consume,
+    KillSlot,
+    PublishLog,
+    PublishOutcomes,
+    PublishReport,
+    RenewRun,
+    Requeue,
+    Spool,
+    StartRun,
+    StopRunIn,
+    Unspool,
+)
+from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.errors import HostUnfit, MqworkerError, PeerError, StateLocked
+from mqworker.messages import (
+    Analysis,
+    Outcome,
+    Outfit,
+    Renew,
+    RunTask,
+    SlotOrder,
+    SlotReady,
+    SlotWord,
+    StopRun,
+    Ticket,
+    Verdict,
+    decode,
+    encode,
+    encode_line,
+)
+from mqworker.metrics import Health, MetricsServer, WorkerMetrics
+from mqworker.state import WorkerState
+from mqworker.store import Store
+from mqworker.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+TICK: Final = 0.25  # seconds between looks at what is due; deadlines are held by the slots as well
+ANALYSIS_SECONDS: Final = 120.0  # a look at the host that takes longer is given up
+SETTLE_SECONDS: Final = 10.0  # for the ledger's answers, before the worker leaves its spool to its successor
+STOP_NOW_SECONDS: Final = 3.0  # the same, when the worker is told twice
+SLOT_PAUSE: Final = 1.0  # seconds before the next try, where slots do not start
+LINE_LIMIT: Final = 16 * 1024 * 1024  # bytes of one word of a slot
+KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may read of ours: no URL with a password
+
+
+class _Child:
+    """One slot's process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.identity = processes.identify(process.pid)
+
+    def order(self, order: SlotOrder) -> None:
+        if self.process.stdin is not None and not self.process.stdin.is_closing():
+            self.process.stdin.write(encode_line(order))
+
+
+class Worker:
+    """Carry messages between the broker, the agent and the slots."""
+
+    def __init__(
+        self,
+        *,
+        amqp_url: str,
+        topology: Topology,
+        agent: Agent,
+        state: WorkerState,
+        store_url: str,
+        slots: int,
+        work_directory: Path,
+        metadata_interval: float,
+        drain_grace: float,
+        metrics: WorkerMetrics,
+    ) -> None:
+        self._topology = topology
+        self._agent = agent
+        self._state = state
+        self._store_url = store_url
+        self._slots = slots
+        self._work_directory = work_directory
+        self._metadata_interval = metadata_interval
+        self._drain_grace = drain_grace
+        self._metrics = metrics
+        self._children: dict[int, _Child] = {}
+        self._directories: dict[str, Path] = {}  # of runs, by token
+        self._analyzing = False
+        self._analyzed_at = 0.0
+        self._analyst: int | None = None  # its pid
+        self._spawning = asyncio.Lock()  # who ends orphans must not meet a child that is not known yet
+        self._signals = 0
+        self._signalled = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._leaving = False
+        self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._spooling: list[Outcome] = []
+        self._reading = Link(
+            amqp_url,
+            name=f"mqworker worker {agent.name} reading",
+            plan=self._reading_plan,
+            on_up=lambda _epoch: self._link_changed(),
+            on_down=self._link_down,
+        )
+        self._writing = Link(
+            amqp_url,
+            name=f"mqworker worker {agent.name} writing",
+            plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
+            on_up=lambda _epoch: self._link_changed(),
+            on_down=self._link_down,
+            on_blocked=self._metrics.broker_blocked.set,
+        )
+
+    async def run(self) -> None:
+        """Work until signalled; then drain, hand back what is left, and take leave.
+
+        Raises:
+            BrokerRefused: the broker does not let this worker in.
+            HostUnfit: slots or the look at the host do not start.
+        """
+        for outcome in self._state.spooled():
+            self._agent.spooled(outcome)
+        await self._analyze()
+        links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
+        steady = [
+            *links,
+            *(asyncio.create_task(self._keep_slot(number)) for number in range(self._slots)),
+            asyncio.create_task(self._tick()),
+            asyncio.create_task(self._let_in()),
+        ]
+        for task in steady:
+            task.add_done_callback(self._ended)
+        try:
+            signalled = asyncio.create_task(self._signalled.wait())
+            ends: set[asyncio.Future[Any]] = {signalled, self._failed}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            signalled.cancel()
+            if self._failed.done():
+                self._failed.result()
+            await self._leave()
+        finally:
+            self._leaving = True
+            for task in (*steady[2:], *self._tasks):
+                task.cancel()
+            await asyncio.gather(*steady[2:], *self._tasks, return_exceptions=True)
+            await self._end_children()
+            await self._reading.close()
+            await self._writing.close()
+            await asyncio.gather(*links, return_exceptions=True)
+            self._disk_thread.shutdown()
+            self._state.note_slots([])
+
+    def signalled(self) -> None:
+        """Drain; the second time, stop now."""
+        self._signals += 1
+        self._signalled.set()
+        if self._signals > 1:
+            self._idle.set()
+
+    def refresh(self) -> None:
+        """Look at the host afresh."""
+        self._start(self._analyze())
+
+    def health(self) -> Health:
+        """Say whether the worker can take work."""
+        if self._agent.refused is not None:
+            return Health(well=False, text=self._agent.refused)
+        for link in (self._reading, self._writing):
+            if link.epoch is None:
+                return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
+        if not self._agent.heard:
+            return Health(well=False, text="no scheduler has answered yet")
+        return Health(well=True, text=f"worker {self._agent.name}")
+
+    # ------------------------------------------------------------ leaving
+
+    async def _leave(self) -> None:
+        logger.info("worker drains", extra={"seconds": self._drain_grace})
+        self._agent.drain()
+        self._act()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._until(lambda: not self._agent.busy()), self._drain_grace)
+        self._agent.stop_runs()
+        self._act()
+        settled = self._until(lambda: not self._agent.busy() and not self._agent.unsettled(), stop_now=False)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(settled, SETTLE_SECONDS if self._signals == 1 else STOP_NOW_SECONDS)
+        self._agent.bye("stopped")
+        self._act()
+
+    async def _until(self, met: Callable[[], bool], *, stop_now: bool = True) -> None:
+        while not met():
+            if stop_now and self._signals > 1:
+                return
+            self._idle.clear()
+            await self._idle.wait()
+
+    # ------------------------------------------------------------ tasks of our own
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        """End the worker with whatever one of its own tasks raised: it is built to be started again."""
+        if task.cancelled() or self._failed.done():
+            return
+        error = task.exception()
+        if error is not None:
+            self._failed.set_exception(error)
+
+    async def _in_disk_thread(self, call: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._disk_thread, call)
+
+    # ------------------------------------------------------------ the broker
+
+    def _reading_plan(self, epoch: str) -> Plan:
+        own = self._topology.worker_queue(self._agent.name, epoch)
+        return Plan(
+            exchanges=self._topology.exchanges(),
+            queues=(own,),
+            consumers=(Consumer(queue=own.name, on_delivery=self._take_verdict, no_ack=True),),
+        )
+
+    async def _let_in(self) -> None:
+        """Fail at once, and not by trying for ever, where the broker refuses this worker from the beginning."""
+        await self._writing.wait_up()
+        await self._reading.wait_up()
+
+    def _link_changed(self) -> None:
+        if self._reading.epoch is not None and self._writing.epoch is not None:
+            self._metrics.broker_up.set(1)
+            logger.info("connected to the broker")
+            self._agent.connected(self._reading.epoch)
+            self._act()
+
+    def _link_down(self, reason: str) -> None:
+        logger.warning("connection to the broker lost", extra={"reason": reason})
+        self._metrics.broker_up.set(0)
+        self._metrics.reconnects.inc()
+        if self._agent.consuming is not None:
+            self._reading.cancel(self._agent.consuming)  # only the publishing link may be down
+        self._agent.disconnected()
+
+    def _take_verdict(self, delivery: Delivery) -> None:
+        try:
+            verdict = decode(delivery.body, Verdict)
+        except PeerError as error:
+            self._metrics.unreadable.labels(source="verdict").inc()
+            logger.warning(
+                "an unreadable verdict was dropped; what it answers comes again", extra={"reason": str(error)}
+            )
+            return
+        self._agent.verdict(verdict, processes.boottime_ns())
+        self._act()
+
+    def _take_ticket(self, delivery: Delivery) -> None:
+        try:
+            ticket = decode(delivery.body, Ticket)
+        except PeerError as error:
+            self._metrics.unreadable.labels(source="work").inc()
+            self._start(self._reject(delivery, error))
+            return
+        self._agent.ticket(delivery, ticket)
+        self._act()
+
+    async def _reject(self, delivery: Delivery, error: PeerError) -> None:
+        """Keep an unreadable ticket for the operator; its request is offered again by the scheduler."""
+        logger.warning("an unreadable ticket went to %s", self._topology.rejected, extra={"reason": str(error)})
+        try:
+            await self._writing.publish(
+                exchange=self._topology.rejected,
+                key=self._topology.rejected,
+                body=delivery.body,
+                kind=delivery.kind or "",
+                headers={"x-mqworker-reason": str(error)[:2000], "x-mqworker-exchange": delivery.exchange},
+            )
+        except MqworkerError:
+            self._reading.requeue(delivery)
+        else:
+            self._reading.ack(delivery)
+
+    def _publish(self, exchange: str, key: str, message: msgspec.Struct, *, lasting: bool) -> None:
+        future = self._writing.publish(
+            exchange=exchange,
+            key=key,
+            body=encode(message),
+            kind=str(message.__struct_config__.tag),
+            mandatory=lasting,
+            persistent=lasting,
+        )
+        future.add_done_callback(self._published)
+
+    def _published(self, future: asyncio.Future[None]) -> None:
+        """Count what was not published: reports and outcomes are repeated with the next heartbeat."""
+        if not future.cancelled() and future.exception() is not None:
+            self._metrics.not_published.inc()
+
+    # ------------------------------------------------------------ acts
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self._agent.tick(processes.boottime_ns())
+            self._act()
+            for state, number in self._agent.slot_states().items():
+                self._metrics.slots.labels(state=state).set(number)
+            self._metrics.unsettled.set(self._agent.unsettled())
+            if not self._analyzing and time.monotonic() - self._analyzed_at >= self._metadata_interval:
+                self._start(self._analyze())
+
+    def _act(self) -> None:
+        for act in self._agent.take_acts(processes.boottime_ns()):
+            self._do(act)
+        self._idle.set()
+
+    def _do(self, act: Act) -> None:
+        match act:
+            case Ack(delivery):
+                self._reading.ack(delivery)
+            case Requeue(delivery):
+                self._reading.requeue(delivery)
+            case Consume(queue):
+                self._reading.consume(Consumer(queue=queue, on_delivery=self._take_ticket, prefetch=self._slots))
+            case Cancel(queue):
+                self._reading.cancel(queue)
+            case StartRun():
+                self._start_run(act)
+            case RenewRun(slot, deadline_ns):
+                self._order(slot, Renew(deadline_ns=deadline_ns))
+            case StopRunIn(slot, reason):
+                self._order(slot, StopRun(reason=reason))
+            case KillSlot(slot, reason):
+                logger.warning("slot killed", extra={"slot": slot, "reason": reason})
+                self._start(self._kill(slot))
+            case Spool(outcome, task):
+                self._metrics.runs.labels(task=task, result=outcome.result).inc()
+                self._spooling.append(outcome)
+                if len(self._spooling) == 1:
+                    self._start(self._spool())
+            case Unspool(ref):
+                self._start(self._in_disk_thread(partial(self._state.unspool, ref)))
+            case PublishReport(report):
+                self._publish(self._topology.report, self._topology.report, report, lasting=False)
+            case PublishOutcomes(outcomes):
+                self._publish(self._topology.outcome, self._topology.outcome, outcomes, lasting=True)
+            case PublishLog(message):
+                self._publish(self._topology.logs, message.request, message, lasting=False)
+            case Analyze():
+                if not self._analyzing:
+                    self._start(self._analyze())
+
+    # ------------------------------------------------------------ runs
+
+    def _order(self, slot: int, order: SlotOrder) -> None:
+        child = self._children.get(slot)
+        if child is not None:  # else it has just ended, and its run with it
+            child.order(order)
+
+    def _start_run(self, act: StartRun) -> None:
+        directory = self._work_directory / act.token
+        directory.mkdir(mode=0o755)
+        self._directories[act.token] = directory
+        self._order(
+            act.slot,
+            RunTask(
+                request=act.request,
+                attempt=act.attempt,
+                inputs=act.inputs,
+                directory=str(directory),
+                deadline_ns=act.deadline_ns,
+            ),
+        )
+
+    async def _spool(self) -> None:
+        """Write what has ended to disk, as one set, and send it; a disk that is full is waited for."""
+        while self._spooling:
+            outcomes = list(self._spooling)
+            try:
+                await self._in_disk_thread(partial(self._state.spool, outcomes))
+            except OSError as error:
+                logger.error("outcomes cannot be spooled, trying again", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+                await asyncio.sleep(SLOT_PAUSE)
+                continue
+            del self._spooling[: len(outcomes)]
+            for outcome in outcomes:
+                self._agent.spooled(outcome)
+            self._act()
+            for outcome in outcomes:
+                directory = self._directories.pop(outcome.token, None)
+                if directory is not None:
+                    self._start(self._remove(directory))
+
+    async def _remove(self, directory: Path) -> None:
+        try:
+            await self._in_disk_thread(partial(processes.remove_tree, directory))
+        except HostUnfit as error:
+            logger.error("a run's directory could not be removed", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+
+    # ------------------------------------------------------------ slots
+
+    async def _keep_slot(self, number: int) -> None:
+        """Keep a slot's process running."""
+        first = True
+        while not self._leaving:
+            if not first:
+                self._metrics.slot_restarts.inc()
+            first = False
+            child = await self._spawn(number)
+            was_ready = await self._listen(number, child)
+            exit_code = await child.process.wait()
+            await self._end_orphans()
+            del self._children[number]
+            self._note_children()
+            self._agent.slot_gone(number, exit_code)
+            self._act()
+            if not was_ready and not self._leaving:
+                logger.error("a slot did not start", extra={"slot": number, "exit_code": exit_code})
+                await asyncio.sleep(SLOT_PAUSE)
+
+    async def _spawn(self, number: int) -> _Child:
+        async with self._spawning:
+            child = _Child(await self._python("mqworker.slot", stdin=asyncio.subprocess.PIPE))
+            self._children[number] = child
+        self._note_children()
+        child.order(Outfit(store=self._store_url))
+        return child
+
+    async def _listen(self, number: int, child: _Child) -> bool:
+        """Pass on what a slot says, until its process ends."""
+        was_ready = False
+        stream = child.process.stdout
+        while stream is not None and (line := await stream.readline()):
+            word: SlotWord = decode(line, SlotWord)  # type: ignore[arg-type]  # a union of structs
+            was_ready = was_ready or isinstance(word, SlotReady)
+            self._agent.slot_said(number, word)
+            self._act()
+        return was_ready
+
+    def _note_children(self) -> None:
+        self._state.note_slots(child.identity for child in self._children.values() if child.identity is not None)
+
+    async def _kill(self, slot: int) -> None:
+        child = self._children.get(slot)
+        if child is not None and child.identity is not None:
+            await self._in_disk_thread(partial(processes.kill_tree, child.identity))
+
+    async def _end_orphans(self) -> None:
+        """End what a slot that has died left to this process, which is a subreaper."""
+        async with self._spawning:
+            spare = [child.process.pid for child in self._children.values()]
+            if self._analyst is not None:
+                spare.append(self._analyst)
+            await self._in_disk_thread(lambda: processes.kill_descendants(spare=spare))
+
+    async def _end_children(self) -> None:
+        """Close the slots' pipes: each ends its descendants and itself; then make sure."""
+        children = list(self._children.values())
+        for child in children:
+            if child.process.stdin is not None:
+                child.process.stdin.close()
+        waits = [asyncio.ensure_future(child.process.wait()) for child in children]
+        if waits:
+            await asyncio.wait(waits, timeout=SETTLE_SECONDS)
+        for child in children:
+            if child.process.returncode is None and child.identity is not None:
+                await self._in_disk_thread(partial(processes.kill_tree, child.identity))
+        self._children.clear()
+        await self._end_orphans()
+        for directory in self._directories.values():
+            await self._remove(directory)
+
+    async def _python(self, module: str, *arguments: str, stdin: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # a stray tasks.py in the working directory must not shadow the package
+            "-m",
+            module,
+            *arguments,
+            stdin=stdin,
+            stdout=asyncio.subprocess.PIPE,
+            limit=LINE_LIMIT,
+            start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            env=_child_environment(),
+        )
+
+    # ------------------------------------------------------------ the host
+
+    async def _analyze(self) -> None:
+        """Look at the host in a process of its own, which cannot hang or hurt this one."""
+        self._analyzing = True
+        try:
+            self._agent.analyzed(await self._analysis())
+        except HostUnfit as error:
+            if not self._analyzed_at:
+                raise
+            logger.warning("the host could not be looked at; the last view stays", extra={"reason": str(error)})
+        finally:
+            self._analyzing = False
+            self._analyzed_at = time.monotonic()
+        self._act()
+
+    async def _analysis(self) -> Analysis:
+        async with self._spawning:
+            process = await self._python(
+                "mqworker.slot", "--analyze", str(self._work_directory), stdin=asyncio.subprocess.DEVNULL
+            )
+            self._analyst = process.pid
+        identity = processes.identify(process.pid)
+        try:
+            output, _ = await asyncio.wait_for(process.communicate(), ANALYSIS_SECONDS)
+            analysis = decode(output, Analysis)
+        except TimeoutError:
+            raise HostUnfit(f"expected analyze_worker() of all tasks to end within {ANALYSIS_SECONDS:g} s") from None
+        except PeerError as error:
+            raise HostUnfit(
+                f"expected tasks to say what this host can do, but the look at it ended with exit code"
+                f" {process.returncode}: see what it printed above"
+            ) from error
+        finally:
+            if identity is not None:
+                await self._in_disk_thread(partial(processes.kill_tree, identity))
+            self._analyst = None
+        for name, failure in analysis.failures.items():
+            logger.warning("a task cannot be used on this host", extra={"task": name, "reason": failure})
+        return analysis
+
+
+def _child_environment() -> dict[str, str]:
+    """Leave out of a child's environment what is ours: URLs have passwords."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MQWORKER_") or name.startswith(KEPT_VARIABLES)
+    }
+    return {**kept, "PYTHONUNBUFFERED": "1"}
+
+
+def _take_work_directory(base: Path, name: str) -> tuple[Path, int]:
+    """Make and lock the directory of this worker's runs; return it with the lock.
+
+    Raises:
+        StateLocked: it is another's, or cannot be made.
+    """
+    directory = base / name
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        for one in (base, directory):
+            if one.stat().st_uid == os.getuid():
+                one.chmod(one.stat().st_mode | 0o711)  # a build's own uid has to get through
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StateLocked(
+            f"expected a work directory that this user can write, got {directory}: {error.strerror}; set work_dir"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise StateLocked(
+            f"expected a work directory of this worker's own, got {directory}, which another worker of the same name"
+            " uses: give this one another name or work_dir"
+        ) from error
+    return directory, lock
+
+
+def _sweep(state: WorkerState, work_directory: Path) -> None:
+    """End what a predecessor left running, and remove its runs' directories, chroots and all."""
+    left: Sequence[processes.Process] = [*state.noted_slots(), *processes.inside(work_directory)]
+    for process in left:
+        processes.kill_tree(process)
+    for entry in work_directory.iterdir():
+        if entry.name != "lock":
+            processes.remove_tree(entry)
+
+
+async def run(
+    *,
+    amqp_url: str,
+    prefix: str,
+    store_url: str,
+    name: str,
+    slots: int,
+    state_dir: Path,
+    work_dir: Path,
+    metadata_interval: float,
+    drain_grace: float,
+    static_metadata: Mapping[str, Any],
+    metrics_listen: str,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT: the first drains it, the second stops it now; SIGHUP looks at the host.
+
+    Raises:
+        MqworkerError: its directories are another's, its store is not there, the broker refuses it.
+    """
+    state = await asyncio.to_thread(WorkerState, state_dir)
+    server = None
+    lock = None
+    try:
+        directory, lock = _take_work_directory(work_dir, name)
+        processes.become_subreaper()
+        await asyncio.to_thread(_sweep, state, directory)
+        store = await asyncio.to_thread(Store.open, store_url)
+        metrics = WorkerMetrics(version=__version__)
+        agent = Agent(
+            name=name,
+            host=socket.gethostname(),
+            incarnation=state.incarnation,
+            slots=slots,
+            store_id=store.id,
+            static_metadata=static_metadata,
+            make_token=lambda: uuid.uuid4().hex,
+            wall=time.time,
+        )
+        worker = Worker(
+            amqp_url=amqp_url,
+            topology=Topology(prefix),
+            agent=agent,
+            state=state,
+            store_url=store_url,
+            slots=slots,
+            work_directory=directory,
+            metadata_interval=metadata_interval,
+            drain_grace=drain_grace,
+            metrics=metrics,
+        )
+        if metrics_listen:
+            server = MetricsServer(metrics_listen, registry=metrics.registry, health=worker.health)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.signalled)
+        loop.add_signal_handler(signal.SIGHUP, worker.refresh)
+        logger.info("worker starts", extra={"worker": name, "slots": slots, "store": store.id})
+        await worker.run()
+        logger.info("worker has stopped")
+    finally:
+        if server is not None:
+            server.close()
+        if lock is not None:
+            os.close(lock)
+        state.close()
