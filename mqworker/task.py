@@ -466,14 +466,19 @@ class _LiveLogHandler(logging.Handler):
 
 
 def _describe_schema_error(error: Any) -> str:
+    given = error.instance
     if error.validator == "required":
-        missing = [name for name in error.validator_value if name not in error.instance]
+        missing = [name for name in error.validator_value if name not in given]
         expected = f"expected the properties {_show(error.validator_value)}, of which {_show(missing)} are missing"
-    elif error.validator in {"additionalProperties", "unevaluatedProperties"} and error.validator_value is False:
-        expected = f"expected no properties but {_show(sorted(error.schema.get('properties', {})))}"
+    elif error.validator == "additionalProperties" and error.validator_value is False:
+        known = error.schema.get("properties", {})
+        expected = f"expected no properties but {_show(sorted(known))}"
+        given = {name: value for name, value in given.items() if name not in known}
+    elif error.validator == "enum":
+        expected = f"expected one of {_show(error.validator_value)}"
     else:
         expected = f"expected {error.validator} {_show(error.validator_value)}"
-    return f"{error.json_path}: {expected}, got {_show(error.instance)}"
+    return f"{error.json_path}: {expected}, got {_show(given)}"
 
 
 def _show(value: Any) -> str:
