@@ -32,7 +32,6 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Row,
-    Select,
     String,
     Table,
     bindparam,
@@ -437,7 +436,7 @@ _imported = select(_imports.c.key, _imports.c.artifact).where(_imports.c.key.in_
 _artifact_ids = select(_artifacts.c.id).where(_artifacts.c.id.in_(_ids))
 
 _find = select(_requests.c.id, _requests.c.body, _requests.c.state, _requests.c.reason).where(_requests.c.id.in_(_ids))
-_live: Select[Any] = (
+_live: Executable = (
     select(
         *(
             column(name)

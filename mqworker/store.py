@@ -51,8 +51,9 @@ class Store:
             try:
                 objects: Any = from_url(url)
             except (BaseError, ValueError) as error:
+                # Not the error's own text, which repeats the URL, and with it what secrets it holds.
                 raise SettingsError(
-                    f"{_WANTED}, got {_without_secrets(url)}: {_first_line(error)}; correct the URL"
+                    f"{_WANTED}, got {_without_secrets(url)}, which names no store that obstore knows; correct the URL"
                 ) from error
         else:
             with _guarded(f"open the store at {url}"):
