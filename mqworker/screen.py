@@ -1,0 +1,473 @@
+"""What people see: tables, progress lines, durations and sizes; and the log lines of the residents.
+
+Draws what it is given and asks nobody. Everything fits 80 columns. What comes from others (logs, task data, names) is
+shown without its control characters: a build log must not steer the reader's terminal.
+"""
+
+import datetime as dt
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from mqworker.lifecycle import FINAL
+from mqworker.messages import (
+    AttemptView,
+    LogProgress,
+    LogText,
+    Pool,
+    Reason,
+    RecordedArtifact,
+    RequestEvent,
+    RequestView,
+    WorkerView,
+)
+
+SHORT_ID: Final = 8
+STYLES: Final[Mapping[str, str]] = {
+    "pending": "dim",
+    "offered": "blue",
+    "running": "cyan",
+    "success": "green",
+    "failure": "red",
+    "error": "bold red",
+    "lost": "red",
+    "aborted": "yellow",
+    "handed_back": "yellow",
+    "rejected": "red",
+    "online": "green",
+    "offline": "dim",
+    "refused": "red",
+    "ok": "green",
+    "note": "yellow",
+    "problem": "bold red",
+}
+_ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Screen(Console):
+    """A console that lets a broken pipe rise, and does not cut lines where nobody has a screen to cut them for."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        width = None if terminal or os.environ.get("COLUMNS", "").isdigit() else 200
+        super().__init__(stderr=stderr, width=width, highlight=False, soft_wrap=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        """Raise what Rich has caught; called while it is being handled."""
+        raise  # noqa: PLE0704  # Rich calls this inside its except clause
+
+
+# ---------------------------------------------------------------- words
+
+
+def printable(text: str) -> str:
+    """Return text without escape sequences and control characters, but for newline and tab."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+
+
+def duration(seconds: float) -> str:
+    """Write a duration in at most six characters: 0.4s, 59s, 3m12s, 2h05m, 3d04h, 120d."""
+    seconds = max(seconds, 0.0)
+    if seconds < 9.95:  # noqa: PLR2004  # one digit behind the point, as long as it is worth it
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
+    if minutes == 0:
+        return f"{whole}s"
+    if hours == 0:
+        return f"{minutes}m{whole % 60:02d}s"
+    if days == 0:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{days}d{hours % 24:02d}h" if days < 100 else f"{days}d"  # noqa: PLR2004  # six characters
+
+
+def size(count: int) -> str:
+    """Write a number of bytes: 512 B, 1.5 KiB, 23 MiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1000:  # noqa: PLR2004  # three digits
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 10 else f"{value:.1f} {unit}"  # noqa: PLR2004  # likewise
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def clock(at: float, *, day: bool = False) -> str:
+    """Write a time of day, local; with the day if asked."""
+    when = dt.datetime.fromtimestamp(at).astimezone()
+    return when.strftime("%Y-%m-%d %H:%M:%S" if day else "%H:%M:%S")
+
+
+def because(reason: Reason | None) -> str:
+    """Write a reason in one line."""
+    if reason is None:
+        return ""
+    details = [
+        *([f"stage {reason.stage}"] if reason.stage else []),
+        *([f"exit code {reason.exit_code}"] if reason.exit_code is not None else []),
+        *([f"status {reason.status}"] if reason.status else []),
+    ]
+    return printable(reason.text) + (f" ({printable(', '.join(details))})" if details else "")
+
+
+def _styled(word: str, text: str | None = None) -> Text:
+    return Text(printable(text or word), style=STYLES.get(word, ""))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def _table(*columns: str, right: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column not in wrap,
+            overflow="fold" if column in wrap else "ellipsis",
+        )
+    return table
+
+
+def _facts(*rows: tuple[str, RenderableType | None]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value not in (None, ""):
+            table.add_row(name, Text(printable(value)) if isinstance(value, str) else value)
+    return table
+
+
+def _section(title: str, body: RenderableType) -> Group:
+    return Group(Text(), Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
+
+
+# ---------------------------------------------------------------- requests
+
+
+def request_table(views: Iterable[RequestView], now: float) -> Table:
+    """Draw one line a request."""
+    table = _table("request", "task", "state", "age", "took", "worker", "stage", right=("age", "took"))
+    for view in views:
+        took = (view.ended or now) - view.granted if view.granted else None
+        table.add_row(
+            view.request.id[:SHORT_ID],
+            printable(view.request.task)[:16],
+            _styled(view.state),
+            duration(now - view.submitted),
+            "" if took is None else duration(took),
+            printable(view.worker or "")[:20],
+            _one_line(_stage(view)),
+        )
+    return table
+
+
+def _stage(view: RequestView) -> str:
+    """Say in a few words where a request is, or why it ended."""
+    if view.state == "running" and view.progress is not None:
+        fraction = "" if view.progress.fraction is None else f" {view.progress.fraction:.0%}"
+        return f"{view.progress.stage or ''}{fraction}{'; stopping' if view.abort else ''}".strip()
+    if view.state in {"pending", "offered"}:
+        return view.waits or ""
+    return "" if view.state == "success" or view.reason is None else view.reason.text
+
+
+def request_page(view: RequestView, now: float) -> Group:
+    """Draw all that is known of a request."""
+    request = view.request
+    lease = "its task's" if request.lease is None else duration(request.lease)
+    state = _styled(view.state)
+    state.append(_how_long(view, now), style="default")
+    reason = view.reason
+    parts: list[RenderableType] = [
+        _facts(
+            ("Request", request.id),
+            ("Task", request.task),
+            ("State", state),
+            ("Stage", _stage(view) if view.state == "running" else None),
+            ("Waits for", view.waits),
+            ("Reason", because(reason)),
+            ("Cause", None if reason is None else reason.line),
+            ("Abort", view.abort),
+            ("Data", json.dumps(request.data, ensure_ascii=False)),
+            ("Limits", f"priority {request.priority}, at most {request.max_attempts} attempts, lease {lease}"),
+        ),
+        _section("Timeline", _timeline(view)),
+    ]
+    if view.attempts:
+        parts.append(_section("Attempts", _attempt_table(view.attempts, now)))
+    if view.artifacts:
+        parts.append(_section("Artifacts", artifact_table(view.artifacts)))
+    return Group(*parts)
+
+
+def _how_long(view: RequestView, now: float) -> str:
+    on = f" on {view.worker}" if view.worker else ""
+    if view.ended is not None and view.granted is not None:
+        return f"{on}, ran {duration(view.ended - view.granted)}"
+    if view.state == "running" and view.granted is not None:
+        return f"{on} for {duration(now - view.granted)}"
+    if view.state in FINAL:
+        return on
+    return f" for {duration(now - view.submitted)}"
+
+
+def _timeline(view: RequestView) -> Table:
+    moments: list[tuple[float, str]] = [(view.submitted, "submitted")]
+    for attempt in view.attempts:
+        moments.append((attempt.granted, f"attempt {attempt.number} granted to {attempt.worker}"))
+        if attempt.started is not None and attempt.started - attempt.granted > 1:
+            moments.append((attempt.started, f"attempt {attempt.number} started"))
+        if attempt.ended is not None:
+            counted = "" if attempt.counted else ", not counted"
+            moments.append((attempt.ended, f"attempt {attempt.number} ended: {attempt.result}{counted}"))
+    if view.ended is not None:
+        moments.append((view.ended, view.state))
+    elif view.not_before is not None:
+        moments.append((view.not_before, "not tried again before"))
+    moments.sort(key=lambda moment: moment[0])
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for at, what in moments:
+        since = "" if at == view.submitted else f"+{duration(at - view.submitted)}"
+        table.add_row(clock(at, day=at == view.submitted).rjust(19), since, Text(printable(what)))
+    return table
+
+
+def _attempt_table(attempts: Iterable[AttemptView], now: float) -> Table:
+    table = _table("#", "worker", "ran", "result", "reason", right=("#", "ran"), wrap=("reason",))
+    for attempt in attempts:
+        ran = (attempt.ended or now) - (attempt.started or attempt.granted)
+        table.add_row(
+            str(attempt.number),
+            printable(attempt.worker)[:20],
+            duration(ran),
+            _styled(attempt.result or "running"),
+            Text(because(attempt.reason)),
+        )
+    return table
+
+
+# ---------------------------------------------------------------- artifacts, workers, tasks, checks
+
+
+def artifact_table(artifacts: Iterable[RecordedArtifact]) -> Table:
+    """Draw one line an artifact."""
+    table = _table("id", "category", "name", "files", "size", right=("id", "files", "size"))
+    for artifact in artifacts:
+        table.add_row(
+            str(artifact.id),
+            artifact.category,
+            _one_line(artifact.name),
+            str(len(artifact.files)),
+            size(sum(entry.size for entry in artifact.files)),
+        )
+    return table
+
+
+def artifact_page(artifact: RecordedArtifact) -> Group:
+    """Draw all that is known of an artifact."""
+    files = _table("size", "sha256", "name", right=("size",), wrap=("name",))
+    for entry in artifact.files:
+        files.add_row(size(entry.size), entry.sha256[:12], Text(printable(entry.path)))
+    parts: list[RenderableType] = [
+        _facts(
+            ("Artifact", str(artifact.id)),
+            ("Category", artifact.category),
+            ("Name", artifact.name),
+            ("Made by", artifact.request or "an import"),
+            ("Recorded", clock(artifact.created, day=True) if artifact.created else None),
+            ("Relations", "\n".join(f"{relation.type} {relation.target}" for relation in artifact.relations)),
+            ("Data", json.dumps(artifact.data, ensure_ascii=False, indent=2) if artifact.data else None),
+        )
+    ]
+    if artifact.files:
+        parts.append(_section("Files", files))
+    return Group(*parts)
+
+
+def worker_table(workers: Iterable[WorkerView], now: float) -> Table:
+    """Draw one line a worker."""
+    table = _table("worker", "state", "busy", "seen", "tasks", right=("busy", "seen"), wrap=("tasks",))
+    for worker in workers:
+        tasks = ", ".join(sorted(worker.tasks)) + (f"; {worker.reason}" if worker.reason else "")
+        table.add_row(
+            printable(worker.name)[:24],
+            _styled(worker.state),
+            f"{len(worker.running)}/{worker.slots}",
+            duration(now - worker.seen) if worker.seen else "",
+            Text(_one_line(tasks)),
+        )
+    return table
+
+
+def pool_line(pool: Pool) -> str:
+    """Write how the pool is, in one line."""
+    states = ", ".join(f"{count} {state}" for state, count in sorted(pool.requests.items()) if count)
+    return f"{pool.workers} workers in {pool.classes} classes; requests: {states or 'none'}"
+
+
+def task_table(tasks: Iterable[tuple[str, int | None, str]]) -> Table:
+    """Draw one line a task: name, version, what it is."""
+    table = _table("task", "version", "what", right=("version",), wrap=("what",))
+    for name, version, what in tasks:
+        table.add_row(name, "-" if version is None else str(version), Text(_one_line(what)))
+    return table
+
+
+def check_table(checks: Iterable[tuple[str, str, str, str]]) -> Table:
+    """Draw one line a check: state (ok, note, problem), what, finding; and what to do about it."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for state, what, finding, advice in checks:
+        text = Text(printable(finding))
+        if advice:
+            text.append(f"\n-> {printable(advice)}", style="bold")
+        table.add_row(_styled(state), what, text)
+    return table
+
+
+# ---------------------------------------------------------------- following a run
+
+
+class Following:
+    """Show a request as it runs: its log if asked, and one progress line where there is a terminal; a context manager.
+
+    The log goes to standard output, as it is if that is no terminal.
+    """
+
+    def __init__(self, request: str, *, logs: bool, clock: Callable[[], float] = time.time) -> None:
+        self._request = request
+        self._logs = logs
+        self._clock = clock
+        self._plain = not sys.stdout.isatty()
+        self._console = Screen(stderr=self._plain or not logs)
+        self._spinner = Spinner("dots")
+        self._stage = "waiting for the scheduler"
+        self._fraction: float | None = None
+        self._worker = ""
+        self._since = clock()
+        self._rest = ""  # of a line whose end has not come
+        self._attempt, self._seq = 0, 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(get_renderable=self._line, console=self._console, transient=True, refresh_per_second=8)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._rest:
+            self._print(self._rest + "\n")
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, item: LogText | LogProgress | RequestEvent) -> None:
+        """Take one word of a run."""
+        match item:
+            case LogText():
+                self._show_text(item)
+            case LogProgress():
+                self._stage, self._fraction = item.stage or self._stage, item.fraction
+                self._worker, self._since = item.worker, item.since
+            case RequestEvent():
+                self._stage, self._fraction, self._since = item.state, None, item.time
+                self._worker = item.worker or ""
+
+    def _show_text(self, item: LogText) -> None:
+        if not self._logs:
+            return
+        if item.attempt == self._attempt and item.seq > self._seq + 1:
+            self._print("\n[... some lines did not get here; the log artifact has them ...]\n")
+        self._attempt, self._seq = item.attempt, item.seq
+        if self._plain:
+            sys.stdout.write(item.text)
+            sys.stdout.flush()
+            return
+        whole, newline, self._rest = (self._rest + item.text).rpartition("\n")
+        if newline:
+            self._print(whole + newline)
+
+    def _print(self, text: str) -> None:
+        if self._plain:
+            sys.stdout.write(text)
+        else:
+            self._console.print(Text(printable(text)), end="", soft_wrap=True)
+
+    def _line(self) -> Table:
+        line = Table.grid(padding=(0, 1, 0, 0))
+        cells: list[RenderableType] = [self._spinner, self._request[:SHORT_ID], Text(_one_line(self._stage)[:32])]
+        if self._fraction is not None:
+            cells.append(ProgressBar(total=1.0, completed=self._fraction, width=16))
+        cells += [duration(self._clock() - self._since), Text(printable(self._worker)[:20], style="dim")]
+        line.add_row(*cells)
+        return line
+
+
+# ---------------------------------------------------------------- log lines of the residents
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what was given in `extra`, the worker's and request's first."""
+    given = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+    first = [name for name in ("worker", "request", "attempt") if name in given]
+    return {name: given[name] for name in [*first, *(name for name in given if name not in first)]}
+
+
+class TextLines(logging.Formatter):
+    """Write log records for people: time, level, room, event, and key=value for what was given in `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
+        when = dt.datetime.fromtimestamp(record.created).astimezone().isoformat(sep=" ", timespec="milliseconds")
+        extras = "".join(f" {name}={_value(value)}" for name, value in _extras(record).items())
+        room = record.name.removeprefix("mqworker.")
+        trace = f"\n{self.formatException(record.exc_info)}" if record.exc_info else ""
+        return f"{when} {record.levelname.lower():7} {room}: {printable(record.getMessage())}{extras}{trace}"
+
+
+class JsonLines(logging.Formatter):
+    """Write log records for machines: one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
+        line = {
+            "time": dt.datetime.fromtimestamp(record.created, dt.UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extras(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def _value(value: object) -> str:
+    text = printable(str(value))
+    return json.dumps(text, ensure_ascii=False) if re.search(r"[\s\"=]", text) or not text else text

@@ -1,0 +1,163 @@
+"""What every command needs: settings, a client, one way to print, logging, and errors as one line and an exit code."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import RenderableType
+
+from mqworker.client import Client
+from mqworker.errors import MqworkerError, SubmitterError
+from mqworker.screen import JsonLines, Screen, TextLines, printable
+from mqworker.settings import Loaded, Settings, load
+
+INTERRUPTED: Final = 130  # as a shell says it of SIGINT
+BROKEN_PIPE: Final = 141  # ... and of SIGPIPE
+USAGE: Final = 2
+UNEXPECTED: Final = 1
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@dataclass
+class Shell:
+    """Hold the flags before the command; it travels as Typer's context object."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    config: Path | None = None
+
+    def load(self, flags: Mapping[str, Any] | None = None) -> Loaded:
+        """Read the settings, with the command's own flags over the general ones.
+
+        Raises:
+            SettingsError: one is unknown, unreadable or out of range.
+        """
+        return load({**self.flags, **(flags or {})}, os.environ, config=self.config)
+
+    def resident(self, flags: Mapping[str, Any] | None = None) -> Settings:
+        """Read the settings of a command that runs on, and set up its log lines."""
+        settings = self.load(flags).settings
+        set_up_logging(settings)
+        return settings
+
+    def client(self) -> Client:
+        """Make a client; open it with `with`."""
+        loaded = self.load()
+        if "log_level" in loaded.sources:  # a command tells its errors itself: log lines only where asked for
+            set_up_logging(loaded.settings)
+        else:
+            silence_logging()
+        settings = loaded.settings
+        return Client(settings.amqp_url, prefix=settings.prefix, store_url=settings.store, timeout=settings.timeout)
+
+
+def set_up_logging(settings: Settings) -> None:
+    """Write log records to standard error, as lines of text or JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs as errors what the link tells in our words
+
+
+def silence_logging() -> None:
+    """Keep log records off the terminal of somebody who did not ask for them."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
+def show(drawing: RenderableType) -> None:
+    """Print a drawing."""
+    Screen().print(drawing)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+
+
+def tell(text: str) -> None:
+    """Say something beside the output."""
+    sys.stderr.write(f"mqworker: {printable(text)}\n")
+
+
+def read_object(text: str | bytes, source: str) -> dict[str, Any]:
+    """Read a JSON object that somebody typed.
+
+    Raises:
+        SubmitterError: it is none; the text names where it came from.
+    """
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise SubmitterError(f"expected one JSON object from {source}: {error}") from error
+    if not isinstance(value, dict):
+        raise SubmitterError(f"expected one JSON object from {source}, got {type(value).__name__}")
+    return value
+
+
+def read_data(data: str | None, file: Path | None) -> dict[str, Any]:
+    """Read task data from --data, or a file, or standard input (-); none of them is an empty object.
+
+    Raises:
+        SubmitterError: both are given, or what is there is no JSON object.
+    """
+    if data is not None and file is not None:
+        raise SubmitterError("expected --data or --file, got both")
+    if data is not None:
+        return read_object(data, "--data")
+    if file is None:
+        return {}
+    if str(file) == "-":
+        return read_object(sys.stdin.buffer.read(), "standard input")
+    try:
+        return read_object(file.read_bytes(), str(file))
+    except OSError as error:
+        raise SubmitterError(f"expected a readable file at {file}: {error.strerror}") from error
+
+
+def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:
+    """Run a command line and return its exit code; an error is one line on standard error.
+
+    MQWORKER_DEBUG=1 shows its traceback too.
+    """
+    try:
+        code = typer.main.get_command(application).main(
+            args=None if arguments is None else [*arguments], prog_name="mqworker", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except MqworkerError as error:
+        return _fail(error, str(error), error.exit_code)
+    except typer.TyperException as error:
+        path = getattr(getattr(error, "ctx", None), "command_path", "mqworker")
+        return _fail(error, f"{error.format_message()} (`{path} --help` shows how)", USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _leave_broken_pipe()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # Typer has its own way with it
+            return _leave_broken_pipe()
+        raise
+    except Exception as error:  # noqa: BLE001  # the last door: nobody above could say it better
+        text = f"unexpected {type(error).__name__}: {error}; MQWORKER_DEBUG=1 shows where, please report it"
+        return _fail(error, text, UNEXPECTED)
+    return int(code or 0)
+
+
+def _fail(error: BaseException, text: str, code: int) -> int:
+    if os.environ.get("MQWORKER_DEBUG"):
+        traceback.print_exception(error)
+    sys.stderr.write(f"mqworker: error: {' '.join(printable(text).split())}\n")
+    return code
+
+
+def _leave_broken_pipe() -> int:
+    # The interpreter flushes standard output once more on its way out.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    return BROKEN_PIPE
