@@ -14,7 +14,7 @@ import ssl
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -38,7 +38,7 @@ from pika.exceptions import (
 from pika.spec import Basic
 
 from mqworker.errors import BrokerRefused, BrokerUnavailable, MqworkerError, NotPublished, SettingsError
-from mqworker.topology import Exchange, Queue
+from mqworker.topology import Exchange, Queue, Topology
 
 # Every failure that pika knows of also reaches a callback here and is told from there, in our words and once. pika logs
 # the same as errors with tracebacks, up to ten lines for a refused connection; what it alone knows is critical.
@@ -370,6 +370,12 @@ class Link:
             return _failed(self._down(f"delete queue {queue!r}"))
         return self._life.delete(queue)
 
+    def remove(self, *, queues: Iterable[str], exchanges: Iterable[str]) -> asyncio.Future[None]:
+        """Delete queues and exchanges, used or not; those that do not exist count as deleted."""
+        if self._life is None or not self._life.up:
+            return _failed(self._down("remove queues and exchanges"))
+        return self._life.remove(queues, exchanges)
+
     def publish(
         self,
         *,
@@ -676,6 +682,17 @@ class _Life:
         self._connection.channel(on_open_callback=on_channel).add_on_close_callback(on_closed)
         return future
 
+    def remove(self, queues: Iterable[str], exchanges: Iterable[str]) -> asyncio.Future[None]:
+        """Delete in order; the answer to the last deletion stands for all."""
+        future = self._ask()
+        for queue in queues:
+            self.channel.queue_delete(queue, callback=_ignore)
+        *most, last = exchanges
+        for exchange in most:
+            self.channel.exchange_delete(exchange, callback=_ignore)
+        self.channel.exchange_delete(last, callback=lambda _frame: self._answer(future))
+        return future
+
     def _ask(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = self._loop.create_future()
         self._asked.add(future)
@@ -766,3 +783,23 @@ def _failed(error: MqworkerError) -> asyncio.Future[None]:
 
 def _ignore(_frame: Any) -> None:
     """Take an answer that says nothing more than that it came."""
+
+
+async def remove(url: str, topology: Topology, *, extra_queues: Iterable[str] = ()) -> None:
+    """Remove everything that a topology has on a broker, with whatever is in it.
+
+    Raises:
+        BrokerUnavailable: nobody answers within a few seconds.
+        BrokerRefused: the broker does not let us.
+    """
+    link = Link(url, name=f"mqworker removes {topology.prefix}", plan=lambda _epoch: Plan())
+    running = asyncio.create_task(link.run())
+    try:
+        await link.wait_up(timeout=SOCKET_SECONDS)
+        await link.remove(
+            queues=[*extra_queues, *(queue.name for queue in topology.queues())],
+            exchanges=[exchange.name for exchange in topology.exchanges()],
+        )
+    finally:
+        await link.close()
+        await running
