@@ -135,7 +135,7 @@ class Receipted(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str | None = None
 
 
-class Receipt(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="receipt"):
+class Receipt(Struct, frozen=True, kw_only=True, tag="receipt"):
     """Answer a Submit once the ledger has committed."""
 
     v: int = VERSION
@@ -314,7 +314,7 @@ class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
     ids: list[str]
 
 
-class ListRequests(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="list_requests"):
+class ListRequests(Struct, frozen=True, kw_only=True, tag="list_requests"):
     """Ask for the newest requests that match, without attempts."""
 
     v: int = VERSION
@@ -354,7 +354,7 @@ class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
     names: list[str] = []
 
 
-class ListArtifacts(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="list_artifacts"):
+class ListArtifacts(Struct, frozen=True, kw_only=True, tag="list_artifacts"):
     """Ask for artifacts, newest first."""
 
     v: int = VERSION
@@ -425,7 +425,7 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     artifacts: list[RecordedArtifact] = []
 
 
-class RequestList(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request_list"):
+class RequestList(Struct, frozen=True, kw_only=True, tag="request_list"):
     """Answer GetRequests, ListRequests, AbortRequests and RetryRequest."""
 
     v: int = VERSION
@@ -456,7 +456,7 @@ class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
     workers: list[WorkerView]
 
 
-class ArtifactList(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="artifact_list"):
+class ArtifactList(Struct, frozen=True, kw_only=True, tag="artifact_list"):
     """Answer ListArtifacts and ImportArtifact."""
 
     v: int = VERSION
@@ -490,7 +490,7 @@ Answer = RequestList | WorkerList | ArtifactList | Pool | Problem
 # ---------------------------------------------------------------- to everybody (mqworker.events, mqworker.logs)
 
 
-class RequestEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="request_event"):
+class RequestEvent(Struct, frozen=True, kw_only=True, tag="request_event"):
     """Tell that a request changed its state."""
 
     v: int = VERSION
@@ -505,7 +505,7 @@ class RequestEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="r
     reason: Reason | None = None
 
 
-class WorkerEvent(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="worker_event"):
+class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
     """Tell that a worker came, changed or went."""
 
     v: int = VERSION
@@ -528,7 +528,7 @@ class LogText(Struct, frozen=True, kw_only=True, tag="log_text"):
     text: str
 
 
-class LogProgress(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="log_progress"):
+class LogProgress(Struct, frozen=True, kw_only=True, tag="log_progress"):
     """Tell how far a run is, as it happens."""
 
     v: int = VERSION
