@@ -77,16 +77,17 @@ def install_packages(names: Iterable[str], say: Say) -> None:
         return
     _require("apt-get", "this works on Debian and its derivatives only")
     say(f"installs the Debian packages {' '.join(wanted)}")
+    by_hand = f"apt-get install {' '.join(wanted)}"
     install = [*_apt_get(), "install", "--yes", "--no-install-recommends", *wanted]
     updated = _run([*_apt_get(), "--simulate", "install", *wanted]).returncode != 0
     if updated:
-        _as_root([*_apt_get(), "update"])
-    done = _as_root(install)
+        _as_root([*_apt_get(), "update"], by_hand)
+    done = _as_root(install, by_hand)
     if done.returncode != 0 and not updated:  # lists that are days old name files that the mirror has dropped
-        _as_root([*_apt_get(), "update"])
-        done = _as_root(install)
+        _as_root([*_apt_get(), "update"], by_hand)
+        done = _as_root(install, by_hand)
     if done.returncode != 0:
-        raise _failed(f"cannot install {' '.join(wanted)}", done, f"apt-get install {' '.join(wanted)}")
+        raise _failed(f"cannot install {' '.join(wanted)}", done, by_hand)
 
 
 def _apt_get() -> list[str]:
@@ -111,7 +112,7 @@ def ensure_subordinate_ids(say: Say) -> None:
         span = f"{first}-{first + SUBORDINATE_IDS - 1}"
         command = ["usermod", *(word for _, flag in lacking for word in (flag, span)), user]
         say(f"gives {user} the subordinate ids {span} for unshare builds")
-        done = _as_root(command)
+        done = _as_root(command, shlex.join(command))
         if done.returncode != 0:
             raise _failed(f"cannot give {user} subordinate ids", done, shlex.join(command))
     for path, _ in _ID_FILES:
@@ -530,11 +531,11 @@ def _run(
     )
 
 
-def _as_root(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _as_root(command: Sequence[str], by_hand: str) -> subprocess.CompletedProcess[str]:
     if os.geteuid() == 0:
         return _run(command)
     if shutil.which("sudo") is None:
-        raise HostUnfit(f"root is needed and sudo is not installed; type as root: {shlex.join(command)}")
+        raise HostUnfit(f"root is needed, and sudo is not installed; type as root: {by_hand}")
     # sudo asks on the terminal by itself where there is one; without one it must not wait for an answer
     ask = [] if sys.stdin is not None and sys.stdin.isatty() else ["--non-interactive"]
     return _run(["sudo", *ask, "--", *command])

@@ -67,7 +67,7 @@ def test_new_subordinate_ids_lie_above_everybody_elses(id_files, monkeypatch):
     typed = []
     monkeypatch.setattr(debianhost, "_user_name", lambda: "carol")
 
-    def usermod(command):
+    def usermod(command, _):
         typed.append(command)
         for path in id_files:
             with path.open("a") as file:
