@@ -502,26 +502,28 @@ class Sbuild(SbuildValidatorMixin, TaskRunCommandMixin, FetchExecUploadMixin, Ta
     def upload_artifacts(self, execute_directory: Path, *, execution_success: bool) -> None:
         """Upload the log whatever happened, and after a success what was built."""
         built_using = [Relation(type="built-using", target=self._source_id)]
-        binaries: list[str] = []
+        binaries: dict[str, str] = {}  # a .deb to the artifact that it is
         if execution_success:
             uploads = [read_upload(path) for path in sorted(execute_directory.glob("*.changes"))]
             files = {name: path for upload in uploads for name, path in upload.files.items()}
             packages = [
                 read_binary_package(path) for name, path in sorted(files.items()) if name.endswith((".deb", ".udeb"))
             ]
-            binaries = [self._upload_debian(package, built_using) for package in packages]
+            for package in packages:
+                binaries |= dict.fromkeys(package.files, self._upload_debian(package, built_using))
             for group in _groups(packages):
                 self._upload_debian(group, built_using)
             for upload in uploads:
-                extends = [Relation(type="extends", target=binary) for binary in binaries]
-                relates = [Relation(type="relates-to", target=binary) for binary in binaries]
+                held = [handle for name, handle in binaries.items() if name in upload.files]
+                extends = [Relation(type="extends", target=handle) for handle in held]
+                relates = [Relation(type="relates-to", target=handle) for handle in held]
                 self._upload_debian(upload, [*extends, *relates])
         for log in sorted(execute_directory.glob("*.build")):
             if log.is_symlink():  # sbuild's own short name of the same log
                 continue
             source = self._source_package.data
             data = {"source": source["name"], "version": source["version"], "filename": log.name}
-            targets: list[int | str] = [self._source_id, *binaries]
+            targets: list[int | str] = [self._source_id, *binaries.values()]
             self._upload_debian(
                 DebianArtifact("debian:package-build-log", log.stem, data, {log.name: log}),
                 [Relation(type="relates-to", target=target) for target in targets],
