@@ -1,0 +1,100 @@
+"""Tasks that only tests have: one that keeps a journal, and some that misbehave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mqworker.task import Task, TaskRunCommandMixin
+
+
+class Journal(Task):
+    """Write to a file outside the pool when a run starts and ends; in between, wait for a gate file to appear."""
+
+    TASK_VERSION = 1
+    TASK_DATA_SCHEMA = {
+        "type": "object",
+        "properties": {"journal": {"type": "string"}, "gate": {"type": "string"}, "tag": {"type": "string"}},
+        "required": ["journal"],
+        "additionalProperties": False,
+    }
+
+    def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+        if not super().can_run_on(worker_metadata):
+            return False
+        return "tag" not in self.data or self.data["tag"] in worker_metadata.get("system:tags", [])
+
+    def _note(self, what: str) -> None:
+        line = json.dumps({"what": what, "pid": os.getpid(), "ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME)})
+        fd = os.open(self.data["journal"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, line.encode() + b"\n")
+        os.fsync(fd)
+        os.close(fd)
+
+    def _execute(self) -> bool:
+        self._note("start")
+        gate = self.data.get("gate")
+        while gate is not None and not Path(gate).exists():
+            if self.wait_aborted(0.02):
+                return False
+        self._note("end")
+        return True
+
+
+class Badly(TaskRunCommandMixin, Task):
+    """Misbehave as the request says."""
+
+    TASK_VERSION = 1
+    TASK_DATA_SCHEMA = {
+        "type": "object",
+        "properties": {"how": {"type": "string"}, "note": {"type": "string"}},
+        "required": ["how"],
+    }
+
+    def _execute(self) -> bool:
+        return bool(getattr(self, f"_{self.data['how']}")())
+
+    def _raise(self) -> bool:
+        raise RuntimeError("badly raised")
+
+    def _sysexit(self) -> bool:
+        sys.exit(7)
+
+    def _exit(self) -> bool:
+        print("these are my last words", flush=True)  # noqa: T201  # a task may print
+        os._exit(23)
+
+    def _segfault(self) -> bool:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return True
+
+    def _gigabyte(self) -> bool:
+        block = b"x" * 1023 + b"\n"
+        for _ in range(1024):
+            os.write(1, block * 1024)
+        return True
+
+    def _fork(self) -> bool:
+        """Leave a child behind that has a session of its own, and one that comes back into the slot's code."""
+        left = subprocess.Popen(["setsid", "sleep", "1000"])  # found by PATH
+        Path(self.data["note"]).write_text(str(left.pid))
+        return bool(os.fork() or True)
+
+    def _stubborn(self) -> bool:
+        """Ignore SIGTERM, the abort flag and everything else."""
+        self.run_cmd(["sh", "-c", "trap '' TERM; sleep 1000 & sleep 1000"], self.world.work_directory)
+        while True:
+            time.sleep(1)
+
+    def _printed(self) -> bool:
+        print("to be seen in the log")  # noqa: T201  # a task may print
+        return True
+
+    def _environment(self) -> bool:
+        Path(self.data["note"]).write_text(json.dumps(dict(os.environ)))
+        return True
