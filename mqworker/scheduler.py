@@ -95,6 +95,7 @@ class Scheduler:
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._working = False
         self._ticked = self._shown = 0.0
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
@@ -133,7 +134,8 @@ class Scheduler:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-            await asyncio.wait([work], timeout=STOP_SECONDS)  # for the set in hand
+            if self._working:
+                await asyncio.wait([work], timeout=STOP_SECONDS)  # for the set in hand
         finally:
             mine = (ticker, work, stopped, *self._serving)
             for task in mine:
@@ -230,6 +232,7 @@ class Scheduler:
     async def _work(self) -> None:
         await self._writing.wait_up()
         await self._reading.wait_up()
+        self._working = True
         while not self._stopping.is_set():
             await self._awake.wait()
             self._awake.clear()

@@ -84,7 +84,7 @@ def test_a_worker_with_full_slots_attracts_no_ticket_while_another_is_idle(pool,
         assert {"success"} == {view.state for view in final(client, *ids, third)}
 
 
-def test_a_worker_gets_only_what_it_can_run(pool, runs, final, eventually):
+def test_a_worker_gets_only_what_it_can_run(pool, runs, final):
     """P6, and nothing else waits meanwhile."""
     with ExitStack() as stack:
         pool.scheduler()
@@ -218,7 +218,7 @@ def test_a_run_goes_on_while_the_broker_restarts_and_its_outcome_arrives(
         assert final(client, client.submit("noop", {}))[0].state == "success"
 
 
-def test_a_task_may_take_much_longer_than_the_brokers_consumer_timeout(private_node, make_pool, runs, final):
+def test_a_task_may_take_much_longer_than_the_brokers_consumer_timeout(private_node, make_pool, final):
     """P7: the ticket is acknowledged at the claim, so that no timeout of the broker can end a run."""
     node = private_node(settings={"consumer_timeout": "2000"}, advanced="[{rabbit,[{channel_tick_interval,500}]}].\n")
     pool = make_pool(node.url)
@@ -266,7 +266,7 @@ def test_a_draining_worker_ends_its_run_and_takes_no_other(pool, runs, final, ev
         assert final(client, second)[0].worker == "bert"
 
 
-def test_a_second_signal_stops_a_worker_now(pool, runs, final, eventually):
+def test_a_second_signal_stops_a_worker_now(pool, runs, eventually):
     with ExitStack() as stack:
         pool.environment["MQWORKER_WORKER_DRAIN_GRACE"] = "600"
         client = pool.up(stack, "anna")
@@ -324,7 +324,7 @@ def test_a_second_worker_in_the_same_state_directory_refuses_to_start(pool):
         assert "Traceback" not in pool.log("second")
 
 
-def test_a_worker_with_another_store_is_refused_with_a_clear_word(pool, eventually, final):
+def test_a_worker_with_another_store_is_refused_with_a_clear_word(pool, eventually):
     with ExitStack() as stack:
         client = pool.up(stack)
         other = pool.directory / "other"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mqworker.task import Task, TaskRunCommandMixin
 
@@ -17,7 +17,7 @@ class Journal(Task):
     """Write to a file outside the pool when a run starts and ends; in between, wait for a gate file to appear."""
 
     TASK_VERSION = 1
-    TASK_DATA_SCHEMA = {
+    TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
         "type": "object",
         "properties": {"journal": {"type": "string"}, "gate": {"type": "string"}, "tag": {"type": "string"}},
         "required": ["journal"],
@@ -50,7 +50,7 @@ class Badly(TaskRunCommandMixin, Task):
     """Misbehave as the request says."""
 
     TASK_VERSION = 1
-    TASK_DATA_SCHEMA = {
+    TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
         "type": "object",
         "properties": {"how": {"type": "string"}, "note": {"type": "string"}},
         "required": ["how"],
