@@ -10,6 +10,7 @@ from contextlib import closing
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 import mqworker.ledger
 from mqworker.errors import IllegalMove, LedgerInvalid, LedgerLocked, LedgerUnavailable, SettingsError
@@ -697,6 +698,16 @@ def test_an_opening_that_failed_holds_no_lock(path):
     path.unlink()
 
     Ledger.open(f"sqlite:///{path}").close()
+
+
+def test_a_ledger_whose_making_was_cut_off_is_made_anew(path, monkeypatch):
+    with monkeypatch.context() as cut:
+        cut.setattr(mqworker.ledger, "SCHEMA_VERSION", None)  # fails once all tables have been made
+        with pytest.raises(IntegrityError):
+            Ledger.open(f"sqlite:///{path}")
+
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        assert ledger.term == 1
 
 
 # ---------------------------------------------------------------- one writer
