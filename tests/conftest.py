@@ -7,7 +7,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -15,9 +15,8 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
 import pytest
-from pika.adapters.asyncio_connection import AsyncioConnection
-from pika.connection import URLParameters
 
+from mqworker.amqp import remove
 from mqworker.errors import HostUnfit
 from mqworker.privatenode import PrivateNode, find_programs
 from mqworker.topology import Topology
@@ -56,17 +55,23 @@ def broker(tmp_path_factory) -> Iterator[Broker]:
         yield Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), None)
         return
     with ExitStack() as stack:
+        docker = "no Docker engine answers"
         if _docker_answers():
-            yield _container(stack)
-            return
-        try:
-            find_programs()
-        except HostUnfit as error:
-            missing("a RabbitMQ (MQWORKER_TEST_AMQP_URL, Docker or rabbitmq-server)", str(error))
-        directory = tmp_path_factory.mktemp("broker")
-        stack.callback(shutil.rmtree, directory)
-        node = stack.enter_context(PrivateNode(directory))
-        yield Broker(node.url, node.management_url, node)
+            try:
+                container = _container(stack)
+            except Exception as error:  # noqa: BLE001  # no image and no network, say: a node of our own will do
+                docker = f"Docker could not run {IMAGE}: {error}"
+            else:
+                yield container
+                return
+        yield _own(stack, tmp_path_factory, f"or MQWORKER_TEST_AMQP_URL, or Docker, but {docker}")
+
+
+@pytest.fixture(scope="session")
+def own_broker(broker, tmp_path_factory) -> Iterator[Broker]:
+    """A node of our own, which a test may disturb but neither kill nor fill; the same as `broker` where that is one."""
+    with ExitStack() as stack:
+        yield broker if broker.node is not None else _own(stack, tmp_path_factory, "no other broker may be disturbed")
 
 
 @pytest.fixture
@@ -97,10 +102,34 @@ def prefix() -> str:
 
 @pytest.fixture
 def amqp_url(broker, prefix) -> Iterator[str]:
-    """The URL of a vhost of the test's own, or of a broker on which it must keep to its prefix."""
+    """The URL of a vhost of the test's own (its name is the prefix), or of a broker on which it keeps to its prefix."""
+    with _vhost(broker, prefix) as url:
+        yield url
+
+
+@pytest.fixture
+def own_amqp_url(own_broker, prefix) -> Iterator[str]:
+    """The URL of a vhost of the test's own, on a node of our own."""
+    with _vhost(own_broker, prefix) as url:
+        yield url
+
+
+def _own(stack: ExitStack, tmp_path_factory, otherwise: str) -> Broker:
+    try:
+        find_programs()
+    except HostUnfit as error:
+        missing("rabbitmq-server", f"{error} ({otherwise})")
+    directory = tmp_path_factory.mktemp("broker")
+    stack.callback(shutil.rmtree, directory)
+    node = stack.enter_context(PrivateNode(directory))
+    return Broker(node.url, node.management_url, node)
+
+
+@contextmanager
+def _vhost(broker: Broker, prefix: str) -> Iterator[str]:
     if broker.management_url is None:
         yield broker.url
-        asyncio.run(_remove(broker.url, Topology(prefix)))
+        asyncio.run(remove(broker.url, Topology(prefix)))  # class queues expire
         return
     user = quote(unquote(urlsplit(broker.url).username or "guest"), safe="")
     _manage(broker.management_url, "PUT", f"vhosts/{prefix}")
@@ -160,28 +189,3 @@ def _manage(management_url: str, method: str, path: str, body: object = None) ->
         data=None if body is None else json.dumps(body).encode(),
     )
     build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).close()
-
-
-async def _remove(url: str, topology: Topology) -> None:
-    """Remove what a test has left on a broker that is not ours; class queues expire."""
-    closed = asyncio.get_running_loop().create_future()
-
-    def remove(connection: AsyncioConnection) -> None:
-        def on_channel(channel) -> None:
-            for queue in topology.queues():
-                channel.queue_delete(queue.name)
-            for exchange in topology.exchanges():
-                channel.exchange_delete(exchange.name)
-            channel.exchange_delete(
-                topology.rejected, callback=lambda _: connection.close()
-            )  # the last answer comes last
-
-        connection.channel(on_open_callback=on_channel)
-
-    AsyncioConnection(
-        URLParameters(url),
-        on_open_callback=remove,
-        on_open_error_callback=lambda _, error: closed.set_exception(error),
-        on_close_callback=lambda _, __: closed.set_result(None),
-    )
-    await closed
