@@ -212,6 +212,8 @@ def kill_descendants(pid: int | None = None, *, spare: Collection[int] = (), tim
             if _signal(process, signal.SIGKILL):
                 killed.add(process)
         reaped = _reap(spare) if root == os.getpid() else 0
+        # What was killed may have another ancestor by now, and is not gone before the kernel says so.
+        living += [process for process in killed.difference(living) if identify(process.pid) == process]
         if not living and not reaped:
             return len(killed)
         if time.monotonic() > deadline:

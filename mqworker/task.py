@@ -832,11 +832,7 @@ class FetchExecUploadMixin(Task, mixin=True):
             if not self._stage("configure", self.configure_for_execution, download):
                 return False
             success = self._stage("run", self.run, execute)
-            if self.aborted:
-                return False
             success = self._stage("check", self._check, execute) and success
-            if self.aborted:
-                return False
             return self._stage("upload", self._upload, execute, success) and success
 
     def _check(self, directory: Path) -> bool:

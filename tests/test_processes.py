@@ -61,6 +61,10 @@ def until(condition):
         time.sleep(0.005)
 
 
+def comm(pid):
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
 def grandchildren(child):
     return [process.pid for process in processes.descendants(child.pid)]
 
@@ -170,9 +174,8 @@ def test_a_command_name_with_blanks_and_parentheses_is_read(start, tmp_path):
 def test_descendants_are_listed_parents_first(start):
     child = start("sh", "-c", "sh -c 'sleep 1000 & echo ready; wait' & wait")
 
-    listed = processes.descendants(child.pid)
-
-    assert [Path(f"/proc/{process.pid}/comm").read_text() for process in listed] == ["sh\n", "sleep\n"]
+    names = []
+    until(lambda: names.append([comm(pid) for pid in grandchildren(child)]) or names[-1] == ["sh", "sleep"])
 
 
 # ---------------------------------------------------------------- ending processes
@@ -222,6 +225,25 @@ def test_a_chain_that_forks_and_exits_all_the_time_is_ended(start):
     assert processes.descendants(os.getpid()) == []
 
 
+def test_an_orphan_that_ended_meanwhile_calls_for_another_look(start, monkeypatch):
+    child = start("sh", "-c", "exec 3<&0; (read x <&3) & echo $!", stdin=subprocess.PIPE)
+    child.wait()
+    child.stdin.close()
+    ends(int(child.ready))
+    survivor = start("sh", "-c", "echo ready; exec sleep 1000")
+    looks = []
+    freeze = processes._freeze
+
+    def freeze_but_see_nothing_at_first(*arguments):
+        looks.append(arguments)
+        return [] if len(looks) == 1 else freeze(*arguments)
+
+    monkeypatch.setattr(processes, "_freeze", freeze_but_see_nothing_at_first)
+
+    assert processes.kill_descendants() == 1
+    assert processes.identify(survivor.pid) is None
+
+
 def test_nothing_to_kill_is_nothing_killed():
     assert processes.kill_descendants() == 0
 
@@ -265,6 +287,16 @@ def test_the_descendants_of_another_process_are_killed_and_it_lives_on(start):
     assert processes.kill_descendants(child.pid) == 3
     assert processes.identify(sleeper) is None
     assert processes.identify(child.pid) is not None
+
+
+def test_a_descendant_is_gone_even_where_its_death_takes_time_and_its_parent_went_before_it(start):
+    code = "import time; block = bytearray(300_000_000); block[::4096] = bytes(73243); print('ready', flush=True); "
+    code += "time.sleep(1000)"
+    child = start("sh", "-c", 'sh -c \'"$0" -c "$1" & wait\' "$0" "$1" & wait', sys.executable, code)
+    _, slow = grandchildren(child)
+    processes.kill_descendants(child.pid)
+
+    assert processes.identify(slow) is None
 
 
 def test_what_a_predecessor_left_is_killed_with_all_its_children(start):

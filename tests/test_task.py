@@ -870,8 +870,42 @@ def test_what_ran_before_the_command_is_left_alone(command, directory):
 
 
 def test_all_that_the_command_wrote_before_its_end_is_logged(command, directory):
-    assert command.run_cmd(["sh", "-c", "seq 1 20000; exit 1"], directory) == 1
-    assert "\n19999\n20000\naborted: False\n" in log_of(command)
+    code = """
+import fcntl, os
+open("tmp", "w").write(str(os.getpid()))
+os.rename("tmp", "pid")
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 2**20)
+os.write(1, b"x" * 500_000 + b"last")
+"""
+    passed = command.context.write_log
+
+    def write_log_when_the_command_has_ended(text):
+        if text.startswith("x"):
+            deadline = time.monotonic() + DEADLINE
+            while processes.identify(pid_in(directory)):
+                assert time.monotonic() < deadline
+        passed(text)
+
+    command.context.write_log = write_log_when_the_command_has_ended
+
+    assert command.run_cmd([sys.executable, "-c", code], directory) == 0
+    assert f"\n{'x' * 500_000}last\naborted: False\n" in log_of(command)
+
+
+def test_a_process_that_was_no_subreaper_finds_what_its_command_left(tmp_path):
+    script = "(setsid sh -c 'echo $$ > tmp; mv tmp pid; sleep 1000' &); until test -e pid; do sleep 0.01; done"
+    code = f"""
+        import json
+        from pathlib import Path
+        from mqworker.processes import identify
+        from mqworker.task import Task, TaskRunCommandMixin
+        class Command(TaskRunCommandMixin, Task):
+            def _execute(self): return True
+        Command().run_cmd(["sh", "-c", {script!r}], Path({str(tmp_path)!r}))
+        print(json.dumps(identify(int(Path({str(tmp_path / "pid")!r}).read_text())) is None))
+        """
+
+    assert python(code) is True
 
 
 def test_output_beyond_measure_takes_no_memory(tmp_path):
