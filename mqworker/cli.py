@@ -19,7 +19,7 @@ from mqworker import Task, __version__, cli_artifact
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
 from mqworker.lifecycle import FINAL, State
-from mqworker.messages import RequestView
+from mqworker.messages import RequestView, encode_line
 from mqworker.rehearsal import Given, kept_directory, rehearse
 from mqworker.screen import (
     Following,
@@ -27,7 +27,7 @@ from mqworker.screen import (
     because,
     check_table,
     pool_line,
-    printable,
+    printable_lines,
     request_page,
     request_table,
     task_table,
@@ -233,19 +233,19 @@ def _print_logs(client: Client, view: RequestView, *, whole: bool, as_json: bool
     for artifact, entry in files:
         if len(files) > 1:
             typer.echo(f"==> {entry.path} (artifact {artifact.id}) <==")
-        for chunk in client.read_file(entry):
-            if sys.stdout.isatty():
-                sys.stdout.write(printable(chunk.decode(errors="replace")))
-            else:
-                sys.stdout.flush()
-                sys.stdout.buffer.write(chunk)
+        chunks = client.read_file(entry)
+        if sys.stdout.isatty():
+            sys.stdout.writelines(printable_lines(chunks))
+        else:
+            sys.stdout.flush()
+            sys.stdout.buffer.writelines(chunks)
 
 
 def _follow_logs(client: Client, request: str, *, as_json: bool) -> None:
     with closing(client.follow_logs(request)) as stream:
         if as_json:
-            for item in stream:
-                print_json(item)
+            for item in stream:  # a document each line: there is no end to wait for
+                sys.stdout.write(encode_line(item).decode())
                 sys.stdout.flush()
             return
         _watch(stream, request, logs=True)

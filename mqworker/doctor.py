@@ -174,8 +174,8 @@ def _ledger(url: str) -> Check:
         )
     try:
         Ledger.open(url).close()
-    except LedgerLocked as error:
-        return Check(state="ok", what="ledger", finding=f"in use: {error}")
+    except LedgerLocked:
+        return Check(state="ok", what="ledger", finding=f"{url}, in use by a scheduler")
     except MqworkerError as error:
         return _failed("ledger", error)
     return Check(state="ok", what="ledger", finding=f"{url}; no scheduler uses it")

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -80,9 +80,20 @@ def printable(text: str) -> str:
     return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
+def printable_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Return what a file holds, fit for a terminal: in whole lines, since a chunk may end within a character."""
+    rest = b""
+    for chunk in chunks:
+        whole, newline, rest = (rest + chunk).rpartition(b"\n")
+        yield printable((whole + newline).decode(errors="replace"))
+    yield printable(rest.decode(errors="replace"))
+
+
 def duration(seconds: float) -> str:
-    """Write a duration in at most six characters: 0.4s, 59s, 3m12s, 2h05m, 3d04h, 120d."""
+    """Write a duration in at most six characters: 4ms, 0.4s, 59s, 3m12s, 2h05m, 3d04h, 120d."""
     seconds = max(seconds, 0.0)
+    if seconds < 0.0995:  # noqa: PLR2004  # what would be 0.0s
+        return f"{seconds * 1000:.0f}ms"
     if seconds < 9.95:  # noqa: PLR2004  # one digit behind the point, as long as it is worth it
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -133,15 +144,23 @@ def _one_line(text: str) -> str:
 
 
 def _table(*columns: str, right: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
+    """Make a table in which only the columns of `wrap` give way where the line is too short."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for column in columns:
         table.add_column(
-            column,
-            justify="right" if column in right else "left",
-            no_wrap=column not in wrap,
-            overflow="fold" if column in wrap else "ellipsis",
+            column, justify="right" if column in right else "left", no_wrap=column not in wrap, overflow="fold"
         )
     return table
+
+
+def _cell(text: str, width: int) -> Text:
+    """Make a cell of plain text: what others have written is no markup."""
+    return Text(_one_line(text)[:width])
+
+
+def _cut(text: str) -> Text:
+    """Make a cell that stays on one line, in a column that gives way."""
+    return Text(_one_line(text), no_wrap=True, overflow="ellipsis")
 
 
 def _facts(*rows: tuple[str, RenderableType | None]) -> Table:
@@ -163,17 +182,17 @@ def _section(title: str, body: RenderableType) -> Group:
 
 def request_table(views: Iterable[RequestView], now: float) -> Table:
     """Draw one line a request."""
-    table = _table("request", "task", "state", "age", "took", "worker", "stage", right=("age", "took"))
+    table = _table("request", "task", "state", "age", "took", "worker", "stage", right=("age", "took"), wrap=("stage",))
     for view in views:
         took = (view.ended or now) - view.granted if view.granted else None
         table.add_row(
             view.request.id[:SHORT_ID],
-            printable(view.request.task)[:16],
+            _cell(view.request.task, 16),
             _styled(view.state),
             duration(now - view.submitted),
             "" if took is None else duration(took),
-            printable(view.worker or "")[:20],
-            _one_line(_stage(view)),
+            _cell(view.worker or "", 20),
+            _cut(_stage(view)),
         )
     return table
 
@@ -182,7 +201,7 @@ def _stage(view: RequestView) -> str:
     """Say in a few words where a request is, or why it ended."""
     if view.state == "running" and view.progress is not None:
         fraction = "" if view.progress.fraction is None else f" {view.progress.fraction:.0%}"
-        return f"{view.progress.stage or ''}{fraction}{'; stopping' if view.abort else ''}".strip()
+        return f"{'stopping; ' if view.abort else ''}{view.progress.stage or ''}{fraction}".strip()
     if view.state in {"pending", "offered"}:
         return view.waits or ""
     return "" if view.state == "success" or view.reason is None else view.reason.text
@@ -204,7 +223,7 @@ def request_page(view: RequestView, now: float) -> Group:
             ("Waits for", view.waits),
             ("Reason", because(reason)),
             ("Cause", None if reason is None else reason.line),
-            ("Abort", view.abort),
+            ("Abort", None if view.state in FINAL else view.abort),
             ("Data", json.dumps(request.data, ensure_ascii=False)),
             ("Limits", f"priority {request.priority}, at most {request.max_attempts} attempts, lease {lease}"),
         ),
@@ -237,9 +256,9 @@ def _timeline(view: RequestView) -> Table:
         if attempt.ended is not None:
             counted = "" if attempt.counted else ", not counted"
             moments.append((attempt.ended, f"attempt {attempt.number} ended: {attempt.result}{counted}"))
-    if view.ended is not None:
+    if view.ended is not None and not (view.attempts and view.attempts[-1].result == view.state):
         moments.append((view.ended, view.state))
-    elif view.not_before is not None:
+    if view.ended is None and view.not_before is not None:
         moments.append((view.not_before, "not tried again before"))
     moments.sort(key=lambda moment: moment[0])
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -258,7 +277,7 @@ def _attempt_table(attempts: Iterable[AttemptView], now: float) -> Table:
         ran = (attempt.ended or now) - (attempt.started or attempt.granted)
         table.add_row(
             str(attempt.number),
-            printable(attempt.worker)[:20],
+            _cell(attempt.worker, 20),
             duration(ran),
             _styled(attempt.result or "running"),
             Text(because(attempt.reason)),
@@ -271,12 +290,12 @@ def _attempt_table(attempts: Iterable[AttemptView], now: float) -> Table:
 
 def artifact_table(artifacts: Iterable[RecordedArtifact]) -> Table:
     """Draw one line an artifact."""
-    table = _table("id", "category", "name", "files", "size", right=("id", "files", "size"))
+    table = _table("id", "category", "name", "files", "size", right=("id", "files", "size"), wrap=("name",))
     for artifact in artifacts:
         table.add_row(
             str(artifact.id),
-            artifact.category,
-            _one_line(artifact.name),
+            _cell(artifact.category, 40),
+            _cut(artifact.name),
             str(len(artifact.files)),
             size(sum(entry.size for entry in artifact.files)),
         )
@@ -310,7 +329,7 @@ def worker_table(workers: Iterable[WorkerView], now: float) -> Table:
     for worker in workers:
         tasks = ", ".join(sorted(worker.tasks)) + (f"; {worker.reason}" if worker.reason else "")
         table.add_row(
-            printable(worker.name)[:24],
+            _cell(worker.name, 24),
             _styled(worker.state),
             f"{len(worker.running)}/{worker.slots}",
             duration(now - worker.seen) if worker.seen else "",
@@ -322,28 +341,30 @@ def worker_table(workers: Iterable[WorkerView], now: float) -> Table:
 def pool_line(pool: Pool) -> str:
     """Write how the pool is, in one line."""
     states = ", ".join(f"{count} {state}" for state, count in sorted(pool.requests.items()) if count)
-    return f"{pool.workers} workers in {pool.classes} classes; requests: {states or 'none'}"
+    workers = f"{pool.workers} worker{'s' if pool.workers != 1 else ''}"
+    classes = f"{pool.classes} class{'es' if pool.classes != 1 else ''}"
+    return f"{workers} in {classes}; requests: {states or 'none'}"
 
 
 def task_table(tasks: Iterable[tuple[str, int | None, str]]) -> Table:
     """Draw one line a task: name, version, what it is."""
     table = _table("task", "version", "what", right=("version",), wrap=("what",))
     for name, version, what in tasks:
-        table.add_row(name, "-" if version is None else str(version), Text(_one_line(what)))
+        table.add_row(_cell(name, 40), "-" if version is None else str(version), Text(_one_line(what)))
     return table
 
 
 def check_table(checks: Iterable[tuple[str, str, str, str]]) -> Table:
     """Draw one line a check: state (ok, note, problem), what, finding; and what to do about it."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, min_width=7)  # fixed, so that checks drawn one by one stand below each other
+    table.add_column(no_wrap=True, min_width=9)
     table.add_column(overflow="fold")
     for state, what, finding, advice in checks:
         text = Text(printable(finding))
         if advice:
             text.append(f"\n-> {printable(advice)}", style="bold")
-        table.add_row(_styled(state), what, text)
+        table.add_row(_styled(state), Text(what), text)
     return table
 
 

@@ -72,8 +72,14 @@ def silence_logging() -> None:
 
 
 def show(drawing: RenderableType) -> None:
-    """Print a drawing."""
-    Screen().print(drawing)
+    """Print a drawing; where no terminal reads it, without the blanks that fill its lines."""
+    screen = Screen()
+    if screen.is_terminal:
+        screen.print(drawing)
+        return
+    with screen.capture() as drawn:
+        screen.print(drawing)
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in drawn.get().splitlines()))
 
 
 def print_json(value: object) -> None:
