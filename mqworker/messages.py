@@ -27,6 +27,8 @@ Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 _PART: Final = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9_.+:~@=,][A-Za-z0-9_.+:~@=, -]*"  # no "." or "..", nothing like an option
 FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z")]
 
+RequestIds = Annotated[list[Annotated[str, Meta(max_length=36)]], Meta(max_length=1000)]
+
 OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
 RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
 
@@ -311,7 +313,7 @@ class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
     """Ask for some requests with their attempts and artifacts; an id may be a unique beginning of one."""
 
     v: int = VERSION
-    ids: list[str]
+    ids: RequestIds
 
 
 class ListRequests(Struct, frozen=True, kw_only=True, tag="list_requests"):
@@ -329,8 +331,8 @@ class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
     """Ask for requests to be stopped, wherever they are."""
 
     v: int = VERSION
-    ids: list[str]
-    reason: str
+    ids: RequestIds
+    reason: Annotated[str, Meta(max_length=1000)]
 
 
 class RetryRequest(Struct, frozen=True, kw_only=True, tag="retry_request"):

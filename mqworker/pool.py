@@ -607,25 +607,26 @@ class Pool:
         )
 
         def then(result: Ended) -> None:
-            if entry is not None and holds and entry.lease is not None and entry.lease.token == ref.token:
-                lease = entry.lease
+            held = entry.lease if entry is not None and holds else None
+            if entry is not None and held is not None and held.token == ref.token and result.state is not None:
                 entry.lease = None
                 del self._running[ref.request]
-                self._workers[lease.worker].leases.discard(ref.request)
-                self._dispatch.freed(lease.worker, ref.token, moment.steady)
+                self._workers[held.worker].leases.discard(ref.request)
+                self._dispatch.freed(held.worker, ref.token, moment.steady)
                 self._metrics.run_seconds.labels(task=entry.request.task, result=outcome.result).observe(
                     max(0.0, outcome.ended - outcome.started)
                 )
+                to = result.state  # not always what was judged: an outcome may contradict itself
                 self._tell(
                     entry.request,
-                    ending.to,
-                    ending.event,
+                    to,
+                    ending.event if to is ending.to else Event.ERR,
                     attempt=ref.attempt,
                     wall=moment.wall,
-                    worker=lease.worker,
+                    worker=held.worker,
                     reason=reason,
                 )
-                if ending.to is State.PENDING:
+                if to is State.PENDING:
                     entry.attempt += 1
                     entry.tried += ending.counted
                     entry.state = State.PENDING

@@ -123,6 +123,9 @@ class _Context:
     def write_log(self, text: str) -> None:
         self._say(text)
 
+    def settle_log(self) -> None:
+        """Do nothing: what is printed is on the author's screen already."""
+
     @staticmethod
     def _number(target: int | str) -> int:
         return target if isinstance(target, int) else int(target.removeprefix("a"))

@@ -203,7 +203,6 @@ class _Context:
         files: Mapping[str, Path],
         relations: Sequence[Relation] = (),
     ) -> str:
-        self._output.settle()
         entries = []
         for path, source in files.items():
             sha256, size = self._store.put(source)
@@ -229,6 +228,9 @@ class _Context:
 
     def write_log(self, text: str) -> None:
         self._live.write(text)
+
+    def settle_log(self) -> None:
+        self._output.settle()
 
 
 class Slot:

@@ -96,6 +96,9 @@ class TaskContext(Protocol):
     def write_log(self, text: str) -> None:
         """Add to what those who follow the run see."""
 
+    def settle_log(self) -> None:
+        """Wait until all that was printed so far is in the debug logs."""
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -409,7 +412,10 @@ class Task(abc.ABC):
 
     def upload_debug_logs(self) -> str | None:
         """Upload the debug logs as one artifact and return its handle; None where there are none, or no context."""
-        if self._debug_log_directory is None or self.context is None:
+        if self.context is None:
+            return None
+        self.context.settle_log()
+        if self._debug_log_directory is None:
             return None
         files = {path.name: path for path in sorted(self._debug_log_directory.iterdir())}
         if not files:

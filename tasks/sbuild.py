@@ -247,6 +247,9 @@ class _SbuildContext:
         if self._output.stage != before:
             self.report_progress(stage=self._output.stage)
 
+    def settle_log(self) -> None:
+        self._context.settle_log()
+
     def report_progress(self, stage: str | None = None, fraction: float | None = None) -> None:
         self._context.report_progress(stage=stage, fraction=fraction)
 

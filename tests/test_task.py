@@ -50,6 +50,9 @@ class Context:
             self.text += text
             self.wrote.notify_all()
 
+    def settle_log(self):
+        """Nothing is printed here."""
+
     def wait_for(self, text):
         with self.wrote:
             assert self.wrote.wait_for(lambda: text in self.text, DEADLINE)
@@ -919,6 +922,7 @@ def test_output_beyond_measure_takes_no_memory(tmp_path):
             work_directory = Path({str(tmp_path)!r})
             heard = 0
             def write_log(self, text): self.heard += len(text)
+            def settle_log(self): pass
         chatty = Chatty()
         chatty.attach(Context())
         chatty.run_cmd(["true"], chatty.context.work_directory)

@@ -32,6 +32,9 @@ class Context:
     def write_log(self, text):
         self.text += text
 
+    def settle_log(self):
+        """Nothing is printed here."""
+
 
 @pytest.fixture
 def context(tmp_path):

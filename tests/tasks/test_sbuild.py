@@ -435,6 +435,9 @@ class RunContext:
         self.log += text
         self.on_log(text)
 
+    def settle_log(self):
+        """Nothing is printed here."""
+
     def of(self, category: str) -> list[Artifact]:
         return [artifact for artifact in self.artifacts.values() if artifact.category == category]
 

@@ -1,0 +1,47 @@
+# Two commands for everybody: `make demo` and `make test`. Both set up all that they need.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test lint format clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a real Debian build
+	@$(BIN)/mqworker demo --directory .demo
+
+test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real broker and a real sbuild
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/pytest
+
+lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+format: $(VENV)/ready-dev ## put every file into the house's layout
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format --quiet .
+
+clean: ## remove what these commands have made here
+	rm -rf $(VENV) .demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(VENV)/ready-demo: pyproject.toml | $(VENV)/made
+	@echo "installs Python packages into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[debian]'
+	@touch $@
+
+$(VENV)/ready-dev: pyproject.toml | $(VENV)/made
+	@echo "installs Python packages into $(VENV)"
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/made:
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || deploy/install-python
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
