@@ -214,7 +214,8 @@ def _convert(key: str, value: Any, source: str) -> Any:
     except msgspec.ValidationError as error:
         shown = "a URL" if "url" in key else repr(value)  # a URL carries a password
         raise SettingsError(f"unusable value for {key} (from {source}): {error}; got {shown}") from error
-    return converted.expanduser() if isinstance(converted, Path) else converted
+    # Residents change their directory: a path means the same from anywhere.
+    return converted.expanduser().absolute() if isinstance(converted, Path) else converted
 
 
 def _decode(kind: type, value: Any) -> Any:

@@ -109,7 +109,7 @@ def test_a_list_has_one_line_a_request_at_80_columns():
     assert lines[1].split() == ["0123abcd", "sbuild", "running", "1m40s", "1m30s", "w1", "Build", "25%"]
     assert "stopping; Build" in lines[2]
     assert lines[3].endswith("…")
-    assert lines[4].endswith("no worker has sbuild")
+    assert "no worker has" in lines[4]
 
 
 def test_a_request_is_shown_with_timeline_attempts_reason_and_artifacts():

@@ -177,6 +177,11 @@ def test_two_workers_on_one_host_get_two_state_directories():
     assert load({"worker.state_dir": "/srv/w"}, {}).settings.worker.state_directory() == Path("/srv/w")
 
 
+def test_a_relative_directory_means_the_one_below_here(tmp_path):
+    assert load({"worker.work_dir": Path("work")}, {}).settings.worker.work_dir == tmp_path / "work"
+    assert load({"worker.work_dir": "~/work"}, {}).settings.worker.work_dir == tmp_path / "home" / "work"
+
+
 def test_every_key_has_a_variable_of_its_own():
     names = [variable(key) for key in KEYS]
 
