@@ -24,8 +24,8 @@ PREFIX: Final = "MQWORKER_"
 CONFIG_VARIABLE: Final = "MQWORKER_CONFIG"
 TABLES: Final = ("worker", "scheduler")
 
-# These are read elsewhere: the first two by the command line, the rest by the test-suite.
-FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG")
+# These are read elsewhere: by the command line, by tasks and by the tests.
+FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG", "MQWORKER_TASK_MODULES")
 FOREIGN_BEGINNINGS: Final = ("MQWORKER_TEST_", "MQWORKER_CI_")
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 86400)]

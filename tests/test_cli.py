@@ -404,7 +404,7 @@ def test_a_request_goes_its_way_on_the_command_line(pool):
     refused(pool("submit", "nope"), 2, "was not accepted: .*'nope'")
     refused(pool("submit", "noop", "--data", '{"duration": 5}', "--id", request), 2, request)
     refused(pool("show", "00000000-0000-4000-8000-000000000000"), 2, "no request")
-    refused(pool("retry", "00000000-0000-4000-8000-000000000000"), 2, "no request")
+    refused(pool("retry", "00000000-0000-4000-8000-000000000000"), 2, "00000000-0000")
 
 
 @pytest.mark.live

@@ -442,12 +442,15 @@ def test_logs_are_followed_from_the_call_on_until_the_request_is_final(client, s
     assert followed[-1].state == "success"
 
 
-def test_following_a_request_that_has_ended_says_only_how(client, scheduler):
+def test_following_a_request_that_has_ended_says_at_once_how(client, scheduler, monkeypatch):
+    monkeypatch.setattr("mqworker.client.LOOK_AGAIN_SECONDS", 1e6)
     request = client.submit("noop")
     scheduler.move(request, "failure")
 
-    [event] = client.follow_logs(request[:8])
+    with in_thread(lambda: list(client.follow_logs(request[:8]))) as followed:
+        pass
 
+    [[event]] = followed
     assert (event.request, event.state, event.event) == (request, "failure", "fail")
 
 
