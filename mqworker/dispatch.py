@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 LOOKAHEAD_SECONDS: Final = 0.1
 MAX_LOOKAHEAD: Final = 200  # tickets a class; a bound against a clock that lies
 RATE_WINDOW: Final = 1.0  # seconds over which a class's rate is remembered
+SPARE_PLACES: Final = 64  # void places that a backlog may hold before it is worth a look at all of it
 
 
 class Offer(NamedTuple):
@@ -81,7 +82,7 @@ class Dispatch:
         self._waiting[request] = _Waiting(place=place, requirement=requirement)
         self._by_requirement.setdefault(requirement, set()).add(request)
         for name in classes:
-            heapq.heappush(self._classes[name].heads, place)
+            self._push(self._classes[name], place)
 
     def forget(self, request: str) -> None:
         """Take a request out, whether it waits, is offered, or neither."""
@@ -102,6 +103,17 @@ class Dispatch:
             if not peers:
                 del self._by_requirement[waiting.requirement]
 
+    def _push(self, one: _Class, place: _Place) -> None:
+        heapq.heappush(one.heads, place)
+        if len(one.heads) > 2 * len(self._waiting) + SPARE_PLACES:  # others have had the most of it
+            one.heads = [head for head in one.heads if self._holds(head)]
+            heapq.heapify(one.heads)
+
+    def _holds(self, place: _Place) -> bool:
+        """Say whether a place is that of its request now: one that came back has another, though it looks the same."""
+        waiting = self._waiting.get(place.request)
+        return waiting is not None and waiting.place is place
+
     # ------------------------------------------------------------ classes and workers
 
     def add_class(self, name: str) -> None:
@@ -119,9 +131,8 @@ class Dispatch:
 
     def gain(self, name: str, requirement: Hashable) -> None:
         """Let a class run a requirement: what waits with it enters its backlog."""
-        heads = self._classes[name].heads
         for request in self._by_requirement.get(requirement, ()):
-            heapq.heappush(heads, self._waiting[request].place)
+            self._push(self._classes[name], self._waiting[request].place)
 
     def supply(self, worker: str, *, capability_class: str | None, slots: int, busy: Iterable[Hashable]) -> None:
         """Take a worker's own word: whose queue it consumes, how many slots work, what sits in them."""
@@ -188,8 +199,7 @@ class Dispatch:
             credit = self.credit(name, now)
             while credit > 0 and one.heads:
                 place = heapq.heappop(one.heads)
-                waiting = self._waiting.get(place.request)
-                if waiting is None or waiting.place != place:
+                if not self._holds(place):
                     continue  # another class had it, or it was aborted
                 self._unwait(place.request)
                 self._out[place.request] = _Out(capability_class=name, since=now)
