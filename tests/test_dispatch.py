@@ -3,7 +3,7 @@ import itertools
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mqworker.dispatch import LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, Dispatch, Offer
 
@@ -39,6 +39,21 @@ class DispatchIsFair(RuleBasedStateMachine):
         self.dispatch.wait(
             request, priority=priority, seq=seq, requirement=requirement, classes=self.classes_for(requirement)
         )
+
+    @initialize(offered=st.booleans())
+    def a_pool_at_work(self, offered):
+        for name, capable in (("a", {"x", "y"}), ("b", {"y", "z"})):
+            self.dispatch.add_class(name)
+            self.capable[name] = capable
+            for requirement in sorted(capable):
+                self.dispatch.gain(name, requirement)
+        for worker, own in zip(WORKERS, ("a", "b", "b"), strict=True):
+            self.dispatch.supply(worker, capability_class=own, slots=1, busy=())
+            self.supplies[worker] = (own, 1, set())
+        for requirement in (*REQUIREMENTS, *REQUIREMENTS):
+            self.a_request_comes(0, requirement)
+        if offered:
+            self.requests_are_offered()
 
     @rule(priority=st.integers(-1, 1), requirement=st.sampled_from(REQUIREMENTS))
     def a_request_comes(self, priority, requirement):
@@ -245,6 +260,21 @@ def test_offers_that_are_out_use_up_credit_until_they_are_forgotten(dispatch):
     assert dispatch.offers(0.0) == [Offer("r2", "a")]
 
 
+def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_count_nowhere(dispatch):
+    wait(dispatch, "r1", "r2")
+    dispatch.offers(0.0)
+
+    assert dispatch.remove_class("a") == ["r1"]
+    assert dispatch.offered_to("r1") is None
+    assert dispatch.stale(1e9, 10) == []
+    dispatch.add_class("b")
+    dispatch.freed("w1", "t", 0.0)
+    dispatch.gain("b", "x")
+    assert dispatch.offers(0.0) == []
+    dispatch.supply("w1", capability_class="b", slots=1, busy=())
+    assert dispatch.offers(0.0) == [Offer("r2", "b")]
+
+
 def test_slots_that_are_fewer_than_what_sits_in_them_take_no_credit_from_others(dispatch):
     dispatch.supply("w1", capability_class="a", slots=0, busy={"t1", "t2"})
     dispatch.supply("w2", capability_class="a", slots=1, busy=())
@@ -287,9 +317,12 @@ def test_a_class_without_credit_does_not_remember_all_that_others_have_run(dispa
     dispatch.add_class("b")
     dispatch.gain("b", "x")
     dispatch.supply("w1", capability_class="b", slots=1, busy=())
+    wait(dispatch, "r9003", "r9002", "r9001", priority=-1)
     for number in range(5000):
         dispatch.wait(f"r{number}", priority=0, seq=number, requirement="x", classes=["a", "b"])
         assert dispatch.offers(0.0) == [Offer(f"r{number}", "b")]
         dispatch.forget(f"r{number}")
 
     assert len(dispatch._classes["a"].heads) < 500
+    dispatch.supply("w1", capability_class="a", slots=3, busy=())
+    assert [offer.request for offer in dispatch.offers(0.0)] == ["r9001", "r9002", "r9003"]
