@@ -16,8 +16,9 @@ from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm
 
 import pytest
 
+from mqworker import debianhost
 from mqworker.amqp import remove
-from mqworker.errors import HostUnfit
+from mqworker.errors import HostUnfit, OutsideError
 from mqworker.privatenode import PrivateNode, find_programs
 from mqworker.topology import Topology
 
@@ -189,3 +190,19 @@ def _manage(management_url: str, method: str, path: str, body: object = None) ->
         data=None if body is None else json.dumps(body).encode(),
     )
     build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).close()
+
+
+@pytest.fixture(scope="session")
+def chroot() -> dict[str, str]:
+    """The suite and architecture of a build chroot; made once, and kept where sbuild keeps them."""
+    what = "a build chroot"
+    if lacking := debianhost.missing_packages(["sbuild", "mmdebstrap", "uidmap"]):
+        missing(what, f"not installed: {', '.join(lacking)}")
+    try:
+        debianhost.ensure_subordinate_ids(print)
+        suite, architecture = debianhost.default_suite(), debianhost.native_architecture()
+        path = debianhost.ensure_chroot(suite, architecture, print)
+        assert debianhost.ensure_chroot(suite, architecture, pytest.fail) == path
+    except (HostUnfit, OutsideError) as error:
+        missing(what, str(error))
+    return {"distribution": suite, "host_architecture": architecture}

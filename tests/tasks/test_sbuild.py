@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from mqworker import debianhost, processes
-from mqworker.errors import HostUnfit, OutsideError, SettingsError
+from mqworker.errors import HostUnfit, SettingsError
 from mqworker.messages import Artifact, FileEntry, RecordedArtifact, Relation
 from tasks import Task, TaskConfigError
 from tasks.debian import read_source_package
@@ -440,27 +440,6 @@ class RunContext:
 
     def of(self, category: str) -> list[Artifact]:
         return [artifact for artifact in self.artifacts.values() if artifact.category == category]
-
-
-def missing(why: str) -> None:
-    if os.environ.get("MQWORKER_TEST_REQUIRE") == "all":
-        pytest.fail(f"needs a build chroot: {why}", pytrace=False)
-    pytest.skip(f"needs a build chroot: {why}")
-
-
-@pytest.fixture(scope="session")
-def chroot():
-    """A chroot for this machine's own suite and architecture; made once, and kept where sbuild keeps them."""
-    if lacking := debianhost.missing_packages(["sbuild", "mmdebstrap", "uidmap"]):
-        missing(f"not installed: {', '.join(lacking)}")
-    try:
-        debianhost.ensure_subordinate_ids(print)
-        suite, architecture = debianhost.default_suite(), debianhost.native_architecture()
-        path = debianhost.ensure_chroot(suite, architecture, print)
-        assert debianhost.ensure_chroot(suite, architecture, pytest.fail) == path
-    except (HostUnfit, OutsideError) as error:
-        missing(str(error))
-    return {"distribution": suite, "host_architecture": architecture}
 
 
 @pytest.fixture
