@@ -6,14 +6,17 @@ on a virtual clock. Its clock is CLOCK_BOOTTIME in nanoseconds: a lease goes on 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+import msgspec
 
 from mqworker import __version__
 from mqworker.errors import TaskConfigError
 from mqworker.lifecycle import lease_deadline_ns
 from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
     Abort,
     Alive,
     Analysis,
@@ -46,15 +49,19 @@ from mqworker.messages import (
     Ticket,
     Verdict,
     Void,
+    encode,
 )
 from mqworker.task import Task
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_NS: Final = 5_000_000_000
+NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
 ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
+MAX_SET_BYTES: Final = MAX_MESSAGE_BYTES // 2  # of outcomes; a slot sees to it that one alone is no larger
+MAX_REASON: Final = 4000  # characters of each part of a reason
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
 
 
@@ -281,6 +288,7 @@ class Agent:
         self._consuming: str | None = None
         self._draining = False
         self._hello_wanted = self._beat_wanted = False
+        self._stage_news = False
         self._beaten_ns = 0
         self.refused: str | None = None  # why the scheduler does not want this worker
         self.heard = False  # whether the scheduler has answered in this life of the connection
@@ -555,6 +563,7 @@ class Agent:
         ended: SlotEnded | None = None,
     ) -> None:
         now = self._wall()
+        reason = None if reason is None else _bounded(reason)
         outcome = Outcome(
             request=ref.request,
             attempt=ref.attempt,
@@ -570,7 +579,9 @@ class Agent:
         self._acts.append(Spool(outcome, task))
 
     def _progress(self, run: _Run, *, stage: str | None, fraction: float | None) -> None:
-        run.stage = stage if stage is not None else run.stage
+        if stage is not None and stage != run.stage:
+            run.stage = stage
+            self._stage_news = True
         run.fraction = fraction
         self._acts.append(
             PublishLog(
@@ -609,7 +620,8 @@ class Agent:
                 self._kill(run, "lease", f"its lease of {run.lease:g} s was not renewed in time")
             elif run.kill_ns is not None and run.kill_ns <= now_ns:
                 self._kill(run, "abort", "it does not stop")
-        if now_ns - self._beaten_ns >= HEARTBEAT_NS:
+        since = now_ns - self._beaten_ns
+        if since >= HEARTBEAT_NS or (self._stage_news and since >= NEWS_NS):
             self._beat_wanted = True
 
     # ------------------------------------------------------------ leaving
@@ -679,7 +691,7 @@ class Agent:
             parts.append(self._hello(self._analysis))
         beat = self._beat_wanted
         if beat:
-            self._beat_wanted = False
+            self._beat_wanted = self._stage_news = False
             self._beaten_ns = now_ns
             parts.append(self._heartbeat())
         for asking in self._asking.values():
@@ -698,14 +710,10 @@ class Agent:
             if unsettled.on_disk
             and (unsettled.sent_ns is None or (beat and now_ns - unsettled.sent_ns >= HEARTBEAT_NS))
         ]
-        if due:
-            for unsettled in due:
-                unsettled.sent_ns = now_ns
-            self._acts.append(
-                PublishOutcomes(
-                    Outcomes(worker=self.name, epoch=self._epoch, outcomes=[unsettled.outcome for unsettled in due])
-                )
-            )
+        for unsettled in due:
+            unsettled.sent_ns = now_ns
+        for outcomes in _sets([unsettled.outcome for unsettled in due]):
+            self._acts.append(PublishOutcomes(Outcomes(worker=self.name, epoch=self._epoch, outcomes=outcomes)))
 
     def _send(self, parts: list[ReportPart]) -> None:
         self._seq += 1
@@ -769,6 +777,31 @@ class Agent:
             reason=asking.refusal,
             metadata_version=self._metadata_version,
         )
+
+
+def _sets(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
+    """Divide outcomes into sets that fit into a message."""
+    one: list[Outcome] = []
+    size = 0
+    for outcome in outcomes:
+        bytes_more = len(encode(outcome))
+        if one and size + bytes_more > MAX_SET_BYTES:
+            yield one
+            one, size = [], 0
+        one.append(outcome)
+        size += bytes_more
+    if one:
+        yield one
+
+
+def _bounded(reason: Reason) -> Reason:
+    """Cut what a task says of its end to what a person reads."""
+    cut = {
+        name: value[:MAX_REASON] + " [...]"
+        for name in ("text", "stage", "status", "line")
+        if isinstance(value := getattr(reason, name), str) and len(value) > MAX_REASON
+    }
+    return msgspec.structs.replace(reason, **cut) if cut else reason
 
 
 def _judge_death(exit_code: int, stage: str | None, tail: str) -> tuple[OutcomeResult, Reason]:

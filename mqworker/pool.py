@@ -106,11 +106,15 @@ class Draft:
 @dataclass(kw_only=True)
 class _Lease:
     worker: str
-    token: str
+    run: RunProgress  # by the worker's newest word
     seconds: float
     deadline: float  # steady
     claimed: tuple[int, int]  # the report that carried the claim
     probe: int | None = None
+
+    @property
+    def token(self) -> str:
+        return self.run.token
 
 
 @dataclass(kw_only=True)
@@ -144,6 +148,7 @@ class _Worker:
     seen_wall: float = 0.0
     probe: int | None = None
     heartbeat: Heartbeat | None = None
+    former: str | None = None  # the queue that it consumed before it was told of another
     leases: set[str] = field(default_factory=set)  # request ids
 
 
@@ -237,7 +242,9 @@ class Pool:
                 self._running[row.request.id] = entry
                 entry.lease = _Lease(
                     worker=worker.name,
-                    token=row.token or "",
+                    run=RunProgress(
+                        request=row.request.id, attempt=row.attempt, token=row.token or "", since=moment.wall
+                    ),
                     seconds=seconds,
                     deadline=moment.steady + seconds + LEASE_MARGIN,
                     claimed=(-1, -1),
@@ -393,7 +400,8 @@ class Pool:
             if worker.hello is not None:
                 self._enter(worker, worker.hello)
         worker.heartbeat = beat
-        has = {ref.token for ref in (*beat.running, *beat.claiming)}
+        running = {run.token: run for run in beat.running}
+        has = {*running, *(ref.token for ref in beat.claiming)}
         settled_soon = {ref.token for ref in beat.unsettled}
         busy = set()
         for request in list(worker.leases):
@@ -403,6 +411,7 @@ class Pool:
                 continue
             if lease.token in has:
                 busy.add(lease.token)
+                lease.run = running.get(lease.token, lease.run)
                 lease.deadline, lease.probe = moment.steady + lease.seconds + LEASE_MARGIN, None
                 if entry.abort is not None:
                     self._say(
@@ -420,10 +429,20 @@ class Pool:
         own = self._matching.class_of(worker.name)
         queue = None if own is None else self._topology.class_queue(own).name
         if beat.assigned != queue:
+            worker.former = beat.assigned
             self._say(worker, self._assignment(worker))
+        elif worker.former is not None:
+            self._retire(worker.former)  # a class of an earlier term; the worker consumes it no more
+            worker.former = None
         self._dispatch.supply(
             worker.name, capability_class=own if beat.assigned == queue else None, slots=beat.slots, busy=busy
         )
+
+    def _retire(self, queue: str) -> None:
+        """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
+        live = {one.name for one in self.class_queues()}
+        if queue.startswith(f"{self._topology.work}.") and queue not in live:  # a worker may name any queue
+            self.delete.append(queue)
 
     def _lease_held(self, request: str) -> _Lease | None:
         return self._entries[request].lease
@@ -467,7 +486,9 @@ class Pool:
         entry.state = State.RUNNING
         entry.lease = _Lease(
             worker=worker.name,
-            token=claim.token,
+            run=RunProgress(
+                request=claim.request, attempt=claim.attempt, token=claim.token, since=moment.wall, stage="start"
+            ),
             seconds=seconds,
             deadline=moment.steady + seconds + LEASE_MARGIN,
             claimed=claimed,
@@ -771,14 +792,8 @@ class Pool:
         entry = self._entries.get(view.request.id)
         if entry is None:
             return view
-        return msgspec.structs.replace(view, progress=self._progress(entry), waits=self._waits(entry))
-
-    def _progress(self, entry: _Entry) -> RunProgress | None:
-        if entry.lease is None:
-            return None
-        beat = self._workers[entry.lease.worker].heartbeat
-        running = () if beat is None else beat.running
-        return next((run for run in running if run.token == entry.lease.token), None)
+        progress = None if entry.lease is None else entry.lease.run
+        return msgspec.structs.replace(view, progress=progress, waits=self._waits(entry))
 
     def _waits(self, entry: _Entry) -> str | None:
         if entry.state not in (State.PENDING, State.OFFERED):
@@ -800,7 +815,7 @@ class Pool:
                 host=worker.hello.host if worker.hello else "",
                 state=worker.state,  # type: ignore[arg-type]  # one of the three words
                 slots=worker.hello.slots if worker.hello else 0,
-                running=list(worker.heartbeat.running) if worker.heartbeat and worker.state == "online" else [],
+                running=[lease.run for lease in map(self._lease_held, sorted(worker.leases)) if lease is not None],
                 queue=worker.heartbeat.assigned if worker.heartbeat else None,
                 tasks=worker.hello.tasks if worker.hello else {},
                 metadata=worker.hello.metadata if worker.hello else {},

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from mqworker import processes
-from mqworker.errors import MqworkerError, NotFound
+from mqworker.errors import ArtifactInvalid, MqworkerError, NotFound, Unreadable
 from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
     Analysis,
     Artifact,
     FileEntry,
@@ -51,6 +52,7 @@ CHUNK: Final = 64 * 1024
 LIVE_BYTES_PER_SECOND: Final = 256 * 1024  # of output to the live log; more than anybody can read
 PROGRESS_SECONDS: Final = 0.05  # between two words on the progress of one stage
 LIVE_BURST: Final = 1024 * 1024
+MAX_DESCRIBED: Final = MAX_MESSAGE_BYTES // 4  # bytes; an outcome travels in one message, with others
 MEMORY_KEPT: Final = 256 * 1024  # KiB of peak memory; a slot that has needed more makes room for a fresh one
 
 
@@ -176,6 +178,7 @@ class _Context:
         self._inputs = {artifact.id: artifact for artifact in order.inputs}
         self._store = store
         self._mouth = mouth
+        self._described = 0  # bytes
         self._told: tuple[str | None, float] = (None, 0.0)
         self._live = live
         self._output = output
@@ -215,7 +218,17 @@ class _Context:
             files=entries,
             relations=list(relations),
         )
-        decode(encode_line(artifact), Artifact)  # what the scheduler could not read is better refused here
+        line = encode_line(artifact)
+        self._described += len(line)
+        if self._described > MAX_DESCRIBED:
+            raise ArtifactInvalid(
+                f"expected the artifacts of one run to be described in at most {MAX_DESCRIBED} bytes together:"
+                " put large data into files"
+            )
+        try:
+            decode(line, Artifact)  # what the scheduler could not read is better refused here
+        except Unreadable as error:
+            raise ArtifactInvalid(f"expected an artifact of a known form: {error}") from error
         self.artifacts.append(artifact)
         return artifact.handle
 

@@ -207,7 +207,7 @@ class Worker:
     # ------------------------------------------------------------ leaving
 
     async def _leave(self) -> None:
-        logger.info("worker drains", extra={"seconds": self._drain_grace})
+        logger.info("worker drains; a second signal stops it now", extra={"seconds": self._drain_grace})
         self._agent.drain()
         self._act()
         with contextlib.suppress(TimeoutError):
