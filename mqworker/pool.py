@@ -312,12 +312,9 @@ class Pool:
         self, request: Request, *, fresh: bool, moment: Moment, settle: Callable[[Receipted], None]
     ) -> Callable[[Accepted], None]:
         def then(result: Accepted) -> None:
-            if fresh:
-                entry = self._entries[request.id]
-                if result.status == "accepted":
-                    entry.seq = result.seq
-                else:
-                    self._forget(entry)  # the ledger knew it: it has ended before
+            # An entry's age stays what it was judged by: the ledger's own numbers have gaps, but the same order.
+            if fresh and result.status != "accepted":
+                self._forget(self._entries[request.id])  # the ledger knew it: it has ended before
             if result.status == "accepted":
                 self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
             elif result.status == "rejected":
@@ -497,7 +494,9 @@ class Pool:
         self._running[claim.request] = entry
         self._dispatch.forget(claim.request)
         self._dispatch.taken(worker.name, claim.token)
-        self._metrics.wait_seconds.labels(task=entry.request.task).observe(max(0.0, moment.wall - entry.submitted))
+        self._metrics.wait_seconds.labels(task=entry.request.task).observe(
+            max(0.0, moment.wall - entry.submitted)
+        )
         self._tell(
             entry.request, State.RUNNING, Event.GRANT, attempt=entry.attempt, wall=moment.wall, worker=worker.name
         )
