@@ -479,6 +479,9 @@ class Pool:
         if result == "void":
             self._void(worker, claim, "another worker was first")
             return
+        if entry.lease is not None and entry.lease.token == claim.token:  # the claim came twice in one set
+            self._granted(worker, claim, entry)
+            return
         seconds = self._lease_of(entry)
         entry.state = State.RUNNING
         entry.lease = _Lease(
