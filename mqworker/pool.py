@@ -497,7 +497,7 @@ class Pool:
         self._running[claim.request] = entry
         self._dispatch.forget(claim.request)
         self._dispatch.taken(worker.name, claim.token)
-        self._metrics.wait_seconds.labels(task=entry.request.task).observe(
+        self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
         )
         self._tell(
@@ -636,7 +636,7 @@ class Pool:
                 del self._running[ref.request]
                 self._workers[held.worker].leases.discard(ref.request)
                 self._dispatch.freed(held.worker, ref.token, moment.steady)
-                self._metrics.run_seconds.labels(task=entry.request.task, result=outcome.result).observe(
+                self._metrics.run_seconds.labels(task=entry.request.task.lower(), result=outcome.result).observe(
                     max(0.0, outcome.ended - outcome.started)
                 )
                 to = result.state  # not always what was judged: an outcome may contradict itself
