@@ -294,6 +294,7 @@ class Scheduler:
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
+            self._awake.set()  # what came free is offered at once, and not at the next tick
         self._pool.committed(*done)
 
     async def _declare(self) -> None:
