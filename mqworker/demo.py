@@ -80,7 +80,12 @@ def run(*, amqp_url: str | None, build: bool, directory: Path | None, prepare_on
         scratch = Path(tempfile.mkdtemp(prefix="mqworker-demo-", dir="/var/tmp"))  # builds are too large for /tmp
         stack.callback(processes.remove_tree, scratch)
         scratch.chmod(0o711)  # a build's own uid has to get through
-        return _show(screen, say, stack, amqp_url=amqp_url, scratch=scratch, keep=keep, build=wanted)
+        try:
+            return _show(screen, say, stack, amqp_url=amqp_url, scratch=scratch, keep=keep, build=wanted)
+        finally:
+            say("takes everything down")
+            for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not leave half of it behind
+                signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -90,13 +95,15 @@ def _terminable() -> Iterator[None]:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise _Interrupted
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except _Interrupted:
         raise SystemExit(128 + signal.SIGTERM) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare_build(say: Callable[[str], None]) -> _Build | str:
