@@ -1,19 +1,29 @@
 """mqworker, a worker pool for heavy, picky work on RabbitMQ: the floor plan.
 
-A room imports only floors strictly below its own; `lint-imports` checks it.
+A room imports only floors strictly below its own, where each line that begins with a name is a floor; `lint-imports`
+checks it.
 
-    5 front door   __main__, cli (commands)
-    4 its hall     settings (flags, environment, TOML), screen (tables and progress), doctor (what is wrong here)
+    5 front door   __main__ (python -m mqworker)
+                   cli (commands)
+                   cli_artifact (commands on artifacts)
+      its hall     shell (settings, client, logging and errors, as every command needs them)
+                   settings (flags, environment, TOML), doctor (what is wrong here), rehearsal (one task, here and
+                     now), demo (a private broker, a scheduler, two workers on one machine)
+                   screen (tables, progress lines, log lines)
     3 residents    client (submit, wait, abort, fetch, follow), scheduler (read, judge, record, publish),
-                   worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome),
-                   and over them demo (a private broker, a scheduler, two workers on one machine)
+                     worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
+      their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
+                     they answer with writes, messages and acts, and open nothing
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
-                   debianhost (apt, build chroots), privatenode (a RabbitMQ of our own)
+                     state (a worker's spool and lock), debianhost (apt, build chroots), privatenode (a RabbitMQ
+                     of our own)
       the ground   processes (Linux processes and clocks)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
-                   topology (exchanges, queues, names): pure; told the time, given the facts
-    0 words        messages (structs on the wire), errors (one tree, by whose fault it is)
+                     topology (exchanges, queues, names): pure; told the time, given the facts
+    0 words        messages (structs on the wire)
+                   errors (one tree, by whose fault it is)
 
+Beside the house: tasks/ (one file a task; noop is the one to copy), which sees only mqworker.task and mqworker.errors.
 Only Task and the errors are handed on here, so that a task's child process loads no broker and no database.
 """
 

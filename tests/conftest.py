@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from mqworker.privatenode import PrivateNode, find_programs
 from mqworker.topology import Topology
 
 IMAGE = "rabbitmq:4-management"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore Ctrl-C, and so would every child that a test wants to interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def missing(what: str, why: str) -> NoReturn:

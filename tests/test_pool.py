@@ -551,6 +551,18 @@ def test_a_returned_ticket_of_a_request_that_runs_or_has_ended_changes_nothing(d
     assert driven.states(one) == ["success"]
 
 
+def test_a_returned_ticket_of_an_earlier_attempt_does_not_take_back_a_later_offer(driven, anna):
+    one = driven.request()
+    [(_, _, returned)] = driven.tickets
+    anna.end(anna.run(one), "handed_back")
+    assert [ticket.attempt for _, ticket in driven.take_tickets()] == [1, 2]
+    driven.returned.append(returned)
+    driven.turn()
+
+    assert driven.take_tickets() == []
+    assert driven.states(one) == ["offered"]
+
+
 # ---------------------------------------------------------------- claims
 
 
@@ -894,6 +906,44 @@ def test_offers_to_a_class_whose_last_worker_left_go_back_at_once(driven, anna):
     assert driven.states(one) == ["offered"]
 
 
+def test_a_worker_that_left_gives_its_class_no_credit(driven, anna, bert):
+    assert anna.queue == bert.queue
+    anna.say(Bye(reason="stopped"))
+    driven.turn()
+
+    assert driven.states(driven.request(), driven.request()) == ["offered", "pending"]
+
+
+def test_a_queue_of_an_earlier_term_is_deleted_once_its_worker_consumes_another(driven, anna):
+    again = restart(driven)
+    moved = Peer(again)
+    moved.seq, moved.queue = anna.seq, anna.queue
+    deleted = []
+    for _ in range(3):
+        moved.say(moved.hello(), moved.beat())
+        again.queues.add(anna.queue)
+        again.turn()
+        deleted.append(anna.queue not in again.queues)
+        for part in moved.hear(Assign):
+            moved.queue = part.queue
+
+    assert deleted == [False, True, False]
+    assert moved.queue in again.queues
+
+
+def test_no_worker_can_have_a_queue_deleted_that_is_no_class_of_workers(driven, anna):
+    for queue in (TOPOLOGY.submit, "a stranger's", anna.queue):
+        own = Peer(driven, "bert")
+        own.queue = queue
+        driven.queues.add(queue)
+        own.say(own.hello(), own.beat())
+        driven.turn()
+        own.follow()
+        own.say(Bye(reason="stopped"))
+        driven.turn()
+        assert queue in driven.queues
+
+
 def test_a_worker_that_left_is_unknown_until_it_introduces_itself(driven, anna):
     anna.say(Bye(reason="stopped"))
     driven.turn()
@@ -1010,6 +1060,18 @@ def test_what_is_handed_back_counts_for_nothing_and_is_offered_at_once(driven, a
     view = driven.view(one)
     assert (view.state, view.reason.text) == ("failure", "it does not compile")
     assert [attempt.counted for attempt in view.attempts] == [False, False, False, True]
+
+
+def test_what_was_handed_back_leaves_all_attempts_to_what_comes_after(driven, anna):
+    one = driven.request(max_attempts=2)
+    anna.end(anna.run(one, 1), "handed_back")
+    anna.end(anna.run(one, 2), "lost")
+    assert driven.waits(one) == "for its next attempt"
+    driven.pass_time(RETRY_DELAY)
+    anna.end(anna.run(one, 3), "lost")
+
+    assert driven.states(one) == ["error"]
+    assert "attempt 2 of 2" in driven.view(one).reason.text
 
 
 def test_a_verdict_that_means_try_again_is_tried_again(driven, anna):
