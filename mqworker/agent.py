@@ -341,7 +341,9 @@ class Agent:
         request = ticket.request
         for asking in self._asking.values():
             if asking.ticket.request.id == request.id and asking.ticket.attempt == ticket.attempt:
-                asking.delivery = delivery  # redelivered on a new connection, while its claim is under way
+                # Offered twice, or redelivered on a new connection: there, acknowledging the former does nothing.
+                self._acts.append(Ack(asking.delivery))
+                asking.delivery = delivery
                 return
         if any(run.request.id == request.id and run.attempt == ticket.attempt for run in self._runs.values()):
             self._acts.append(Ack(delivery))
