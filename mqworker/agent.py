@@ -201,8 +201,13 @@ class _Asking:
     delivery: Any
     ticket: Ticket
     token: str
-    refusal: str | None
+    refusal: str | None  # why it must not run here
+    metadata_version: int  # by which that was judged
+    claims: bool | None = None  # what was said first, claim or refusal, is said until it is answered; None: nothing
     sent_ns: int | None = None  # of the first time it was said: the lease counts from there
+
+    def asks_to_run(self) -> bool:
+        return self.refusal is None if self.claims is None else self.claims
 
     def ref(self) -> RunRef:
         return RunRef(request=self.ticket.request.id, attempt=self.ticket.attempt, token=self.token)
@@ -332,7 +337,9 @@ class Agent:
         self._metadata_version += 1
         self._hello_wanted = self._beat_wanted = True
         for asking in self._asking.values():
-            asking.refusal = self._why_not(asking.ticket.request, analysis)
+            if asking.claims is not False:
+                asking.refusal = self._why_not(asking.ticket.request, analysis)
+                asking.metadata_version = self._metadata_version
 
     # ------------------------------------------------------------ tickets
 
@@ -353,7 +360,11 @@ class Agent:
             return
         token = self._make_token()
         self._asking[token] = _Asking(
-            delivery=delivery, ticket=ticket, token=token, refusal=self._why_not(request, self._analysis)
+            delivery=delivery,
+            ticket=ticket,
+            token=token,
+            refusal=self._why_not(request, self._analysis),
+            metadata_version=self._metadata_version,
         )
 
     def _why_not(self, request: Request, analysis: Analysis) -> str | None:
@@ -699,6 +710,7 @@ class Agent:
         for asking in self._asking.values():
             if asking.sent_ns is None or beat:
                 asking.sent_ns = asking.sent_ns or now_ns
+                asking.claims = asking.asks_to_run()
                 parts.append(self._question(asking))
         if parts:
             self._send(parts)
@@ -759,7 +771,7 @@ class Agent:
                 )
                 for run in self._runs.values()
             ],
-            claiming=[asking.ref() for asking in self._asking.values() if asking.refusal is None],
+            claiming=[asking.ref() for asking in self._asking.values() if asking.asks_to_run()],
             unsettled=[
                 RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
                 for one in self._unsettled.values()
@@ -768,7 +780,7 @@ class Agent:
 
     def _question(self, asking: _Asking) -> Claim | Refusal:
         ref = asking.ref()
-        if asking.refusal is None:
+        if asking.asks_to_run():
             return Claim(
                 request=ref.request, attempt=ref.attempt, token=ref.token, metadata_version=self._metadata_version
             )
@@ -776,8 +788,8 @@ class Agent:
             request=ref.request,
             attempt=ref.attempt,
             token=ref.token,
-            reason=asking.refusal,
-            metadata_version=self._metadata_version,
+            reason=asking.refusal or "",
+            metadata_version=asking.metadata_version,
         )
 
 
