@@ -17,6 +17,7 @@ from mqworker.errors import TaskConfigError
 from mqworker.lifecycle import lease_deadline_ns
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
+    SLOT_LAPSED,
     Abort,
     Alive,
     Analysis,
@@ -543,7 +544,7 @@ class Agent:
         if run is None:
             return
         stage = run.stage
-        match run.killed:
+        match "lease" if run.killed is None and exit_code == SLOT_LAPSED else run.killed:
             case "void":
                 del self._runs[run.token]
                 slot.run = None

@@ -546,6 +546,8 @@ class LogProgress(Struct, frozen=True, kw_only=True, tag="log_progress"):
 
 # ---------------------------------------------------------------- agent <-> slot (a pipe on one host; one JSON a line)
 
+SLOT_LAPSED: Final = 113  # the exit code of a slot that has ended its run, and itself, at the deadline
+
 
 class Outfit(Struct, frozen=True, kw_only=True, tag="outfit"):
     """Give a new slot what every run of it needs; not on its command line, where everybody could read it."""

@@ -26,6 +26,7 @@ from mqworker import processes
 from mqworker.errors import ArtifactInvalid, MqworkerError, NotFound, Unreadable
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
+    SLOT_LAPSED,
     Analysis,
     Artifact,
     FileEntry,
@@ -281,7 +282,7 @@ class Slot:
         while True:
             ready, _, _ = select.select([self._orders, self._alarm.fileno()], [], [])
             if self._alarm.fileno() in ready:
-                self._die()
+                self._die(SLOT_LAPSED)
             chunk = os.read(self._orders, CHUNK)
             if not chunk:
                 self._die()
@@ -308,12 +309,12 @@ class Slot:
                     task.abort()
 
     @staticmethod
-    def _die() -> None:
+    def _die(exit_code: int = 1) -> None:
         """End everything that stems from this process, and then itself."""
         try:
             processes.kill_descendants()
         finally:
-            os._exit(1)
+            os._exit(exit_code)
 
     # ------------------------------------------------------------ one run
 
