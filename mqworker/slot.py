@@ -379,7 +379,6 @@ def _stage(task: Task) -> str | None:
 
 def _explain(error: BaseException, said: Reason | None) -> Reason:
     """Make a reason of what a task raised: its own words, and where it was."""
-    traceback.print_exception(error)  # for the live log
     if isinstance(error, MqworkerError):
         return Reason(text=str(error), stage=None if said is None else said.stage)
     frames = traceback.extract_tb(error.__traceback__)

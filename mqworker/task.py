@@ -177,6 +177,7 @@ class Task(abc.ABC):
         self._abort_lock = threading.RLock()  # re-entrant: a signal handler may call abort() at any point
         self._abort_callbacks: list[Callable[[], None]] = []
         self._debug_log_directory: Path | None = None
+        self._logged: TextIO | None = None
 
     # ------------------------------------------------------------ which tasks there are
 
@@ -305,6 +306,10 @@ class Task(abc.ABC):
         try:
             done = self._execute()
             self._insist_on_bool("_execute()", done)
+        except Exception:
+            self.logger.exception("the task raised")  # for its log; the slot makes an error of it
+            raise
+        else:
             return done
         finally:
             self._try_to_upload_debug_logs()
@@ -368,7 +373,7 @@ class Task(abc.ABC):
 
     @functools.cached_property
     def logger(self) -> logging.Logger:
-        """A logger named after the task; what it gets is also in the live log."""
+        """A logger named after the task; what it gets is in the live log and in the debug log task.log."""
         # An own Logger, not one of logging's registry: what this run logs must not reach another run's live log.
         logger = logging.Logger(f"tasks.{self.name}", logging.INFO)  # noqa: LOG001  # for that reason
         logger.parent = logging.getLogger(logger.name)
@@ -405,6 +410,14 @@ class Task(abc.ABC):
         file: Any = path.open(mode, **text)  # type: ignore[call-overload]  # the arguments are right for the mode
         return file  # type: ignore[no-any-return]  # as above
 
+    def _keep_and_show(self, text: str) -> None:
+        """Write to the debug log task.log, which is kept open until the logs are uploaded, and to the live log."""
+        if self._logged is None:
+            self._logged = self.open_debug_log_file("task.log")
+            weakref.finalize(self, self._logged.close)
+        self._logged.write(text)
+        self.world.write_log(text)
+
     def append_to_log_file(self, filename: str, lines: list[str]) -> None:
         """Add lines to a debug log, each with a newline."""
         with self.open_debug_log_file(filename) as file:
@@ -415,6 +428,9 @@ class Task(abc.ABC):
         if self.context is None:
             return None
         self.context.settle_log()
+        if self._logged is not None:
+            self._logged.close()
+            self._logged = None
         if self._debug_log_directory is None:
             return None
         files = {path.name: path for path in sorted(self._debug_log_directory.iterdir())}
@@ -466,7 +482,7 @@ class _LiveLogHandler(logging.Handler):
         if task is None or task.context is None:
             return
         try:
-            task.context.write_log(f"{record.levelname}: {self.format(record)}\n")
+            task._keep_and_show(f"{record.levelname}: {self.format(record)}\n")  # noqa: SLF001  # one file, one matter
         except Exception:  # noqa: BLE001  # logging's own rule: a handler that fails says so on stderr
             self.handleError(record)
 

@@ -383,8 +383,8 @@ def test_a_request_goes_its_way_on_the_command_line(pool):
     assert "mqworker:noop-output" in shown
     [listed] = [line for line in pool("list").stdout.splitlines() if line.startswith(request[:8])]
     assert listed.split()[1:3] == ["noop", "success"]
-    assert "wrote 3 lines" in pool("logs", request).stdout
-    assert "wrote 3 lines" in json.loads(pool("logs", request, "--json").stdout)[0]["text"]
+    assert "line 3 of 3" in pool("logs", request).stdout
+    assert "line 3 of 3" in json.loads(pool("logs", request, "--json").stdout)[0]["text"]
 
     [worker] = json.loads(pool("workers", "--refresh", "--json").stdout)
     assert worker["metadata"]["system:tags"] == ["big"]

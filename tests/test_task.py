@@ -448,6 +448,22 @@ def test_execute_returns_what_the_work_returns_and_uploads_the_debug_logs(contex
     assert context.uploads == [("mqworker:debug-logs", "example-logs", {"one.log": "a\nb\n", "two.log": "c\n"})]
 
 
+def test_what_the_logger_gets_and_the_traceback_of_an_error_are_live_and_kept(context):
+    def work(self):
+        self.logger.warning("on %s", "fire")
+        raise KeyError("the task's own")
+
+    example = make(_execute=work)
+    example.attach(context)
+    with pytest.raises(KeyError):
+        example.execute()
+    [(_, _, logs)] = context.uploads
+
+    assert logs["task.log"].startswith("WARNING: on fire\nERROR: the task raised\nTraceback")
+    assert 'KeyError: "the task\'s own"' in logs["task.log"]
+    assert context.text == logs["task.log"]
+
+
 def test_debug_logs_are_uploaded_after_an_exception_too(context):
     def work(self):
         self.append_to_log_file("one.log", ["a"])

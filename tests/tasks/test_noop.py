@@ -87,10 +87,11 @@ def test_progress_is_reported_in_steps(noop, context):
     assert context.progress == [("run", 0.25), ("run", 0.5), ("run", 0.75), ("run", 1.0)]
 
 
-def test_lines_are_seen_live_and_a_debug_log_is_kept(noop, context):
+def test_lines_are_seen_live_and_kept_in_a_debug_log(noop, context):
     assert noop(log_lines=3).execute() is True
-    assert context.text == "INFO: line 1 of 3\nINFO: line 2 of 3\nINFO: line 3 of 3\n"
-    assert context.uploads == [("mqworker:debug-logs", "noop-logs", {}, {"noop.log": b"wrote 3 lines\n"})]
+    lines = "INFO: line 1 of 3\nINFO: line 2 of 3\nINFO: line 3 of 3\n"
+    assert context.text == lines
+    assert context.uploads == [("mqworker:debug-logs", "noop-logs", {}, {"task.log": lines.encode()})]
 
 
 def test_artifacts_have_their_sizes_and_contents_of_their_own(noop, context):
