@@ -1,0 +1,1045 @@
+"""The worker's judgement on a virtual clock: no broker, no slot and no disk; the tests do its acts, or do not."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mqworker import task as task_room
+from mqworker.agent import (
+    ABORT_MARGIN_NS,
+    DEFAULT_GRACE,
+    HEARTBEAT_NS,
+    Ack,
+    Agent,
+    Analyze,
+    Cancel,
+    Consume,
+    KillSlot,
+    PublishLog,
+    PublishOutcomes,
+    PublishReport,
+    RenewRun,
+    Requeue,
+    Spool,
+    StartRun,
+    StopRunIn,
+    Unspool,
+)
+from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
+    SLOT_LAPSED,
+    Abort,
+    Alive,
+    Analysis,
+    Artifact,
+    Assign,
+    Bye,
+    Claim,
+    Granted,
+    Heartbeat,
+    Hello,
+    Introduce,
+    LogProgress,
+    LogText,
+    Outcome,
+    Reason,
+    Recorded,
+    Refusal,
+    Request,
+    RunRef,
+    SlotEnded,
+    SlotOutput,
+    SlotProgress,
+    SlotReady,
+    Ticket,
+    Verdict,
+    Void,
+    encode,
+)
+from mqworker.task import Task
+
+SECOND = 1_000_000_000
+START = 1000 * SECOND
+LEASE = 60.0
+
+
+def an_id(number):
+    return f"00000000-0000-4000-8000-{number:012x}"
+
+
+def analysis(**metadata):
+    return Analysis(metadata={"noop:version": 1, **metadata}, tasks={"noop": 1, "tagged": None}, failures={})
+
+
+class Driven:
+    """Turn an agent's clock, and keep what it wants done."""
+
+    def __init__(self, *, slots=1, incarnation=1, **static):
+        self.tokens = itertools.count(1)
+        self.now = START
+        self.agent = Agent(
+            name="anna",
+            host="host",
+            incarnation=incarnation,
+            slots=slots,
+            store_id="store",
+            static_metadata=static,
+            make_token=lambda: f"t{next(self.tokens)}",
+            wall=lambda: self.now / SECOND,
+        )
+        self.slots = slots
+        self.term = 1
+        self.acts = []
+
+    def up(self):
+        """Look at the host, connect, start the slots, and be assigned a queue."""
+        self.agent.analyzed(analysis())
+        self.agent.connected("e1")
+        for number in range(self.slots):
+            self.agent.slot_said(number, SlotReady())
+        self.do()
+        self.hear(Assign(queue="q"))
+        self.do()
+        self.take()
+        return self
+
+    def do(self):
+        acts = self.agent.take_acts(self.now)
+        self.acts += acts
+        return acts
+
+    def pass_time(self, seconds):
+        self.now += int(seconds * SECOND)
+        self.agent.tick(self.now)
+        return self.do()
+
+    def take(self, *kinds):
+        """Return what was to be done since, of some kinds; the rest is forgotten."""
+        self.do()
+        acts, self.acts = self.acts, []
+        return [act for act in acts if not kinds or isinstance(act, kinds)]
+
+    def said(self, *kinds):
+        """Return what was reported since, of some kinds."""
+        parts = [part for act in self.take(PublishReport) for part in act.report.parts]
+        return [part for part in parts if not kinds or isinstance(part, kinds)]
+
+    def hear(self, *parts, term=None):
+        self.agent.verdict(Verdict(term=self.term if term is None else term, parts=list(parts)), self.now)
+        self.do()
+
+    def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None):
+        request = Request(id=an_id(number), task=task, data=data or {})
+        self.agent.ticket(delivery or f"d{number}", Ticket(term=1, attempt=attempt, request=request))
+
+    def claim(self, number=1, **given):
+        """Take a ticket; return what it was claimed with."""
+        self.ticket(number, **given)
+        [claim] = self.said(Claim)
+        return RunRef(request=claim.request, attempt=claim.attempt, token=claim.token)
+
+    def grant(self, ref, lease=LEASE):
+        self.hear(Granted(request=ref.request, attempt=ref.attempt, token=ref.token, lease=lease, inputs=[]))
+
+    def run(self, number=1, *, lease=LEASE, **given):
+        """Have a run; return its reference and the act that starts it."""
+        ref = self.claim(number, **given)
+        self.grant(ref, lease)
+        [start] = self.take(StartRun)
+        return ref, start
+
+    def beat(self):
+        """Let a heartbeat be due, and return the report that has it."""
+        self.pass_time(HEARTBEAT_NS / SECOND)
+        [report] = [
+            act.report
+            for act in self.take(PublishReport)
+            if any(isinstance(part, Heartbeat) for part in act.report.parts)
+        ]
+        return report
+
+    def spool(self):
+        """Do what is to be spooled; return it."""
+        outcomes = [act.outcome for act in self.take(Spool)]
+        for outcome in outcomes:
+            self.agent.spooled(outcome)
+        return outcomes
+
+
+def ended_of(report):
+    [beat] = [part for part in report.parts if isinstance(part, Heartbeat)]
+    return beat
+
+
+@pytest.fixture(autouse=True)
+def tagged():
+    """A task that only tests have."""
+    task_room.load_tasks()
+    kept = dict(Task._sub_tasks)
+
+    class Tagged(Task):
+        TERMINATE_GRACE = 15.0
+        TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {"type": "object", "properties": {"tag": {"type": "string"}}}
+
+        def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+            if self.data.get("tag") == "raises":
+                raise KeyError("no such tag")
+            return self.data.get("tag") == worker_metadata.get("tag")
+
+        def _execute(self) -> bool:
+            return True
+
+    class Fresh(Task):
+        def _execute(self) -> bool:
+            return True
+
+    yield Tagged, Fresh
+    Task._sub_tasks.clear()
+    Task._sub_tasks.update(kept)
+
+
+@pytest.fixture
+def driven():
+    return Driven().up()
+
+
+@pytest.fixture
+def two():
+    return Driven(slots=2).up()
+
+
+# ---------------------------------------------------------------- entering the pool
+
+
+def test_a_worker_says_nothing_before_it_has_looked_at_its_host_and_then_all_at_once():
+    driven = Driven()
+    driven.agent.connected("e1")
+    driven.pass_time(10)
+    assert driven.take() == []
+    driven.agent.analyzed(analysis())
+    parts = driven.said()
+
+    assert [type(part) for part in parts] == [Hello, Heartbeat]
+    assert (parts[0].slots, parts[0].store, parts[0].tasks) == (1, "store", {"noop": 1, "tagged": None})
+    assert (parts[1].queue, parts[1].assigned, parts[1].slots) == (None, None, 0)  # no slot is ready
+
+
+def test_it_consumes_the_queue_that_it_is_assigned_once_a_slot_is_ready():
+    driven = Driven()
+    driven.agent.analyzed(analysis())
+    driven.agent.connected("e1")
+    driven.hear(Assign(queue="q"))
+    assert driven.take(Consume) == []
+    driven.agent.slot_said(0, SlotReady())
+    acts = driven.take(Consume, PublishReport)
+
+    assert acts[0] == Consume("q")
+    beat = ended_of(acts[1].report)
+    assert (beat.queue, beat.assigned, beat.slots) == ("q", "q", 1)
+
+
+def test_it_moves_to_another_queue_and_says_so_at_once(driven):
+    driven.hear(Assign(queue="q2"))
+    acts = driven.take(Cancel, Consume, PublishReport)
+
+    assert acts[:2] == [Cancel("q"), Consume("q2")]
+    assert ended_of(acts[2].report).assigned == "q2"
+
+
+def test_a_scheduler_that_does_not_want_it_says_why_and_it_consumes_nothing(driven):
+    driven.hear(Assign(queue=None, reason="another store"))
+    assert driven.take(Cancel) == [Cancel("q")]
+    assert driven.agent.refused == "another store"
+    driven.hear(Assign(queue="q"))
+
+    assert driven.agent.refused is None
+    assert driven.take(Consume) == [Consume("q")]
+
+
+def test_the_administrators_word_counts_more_than_what_was_found():
+    driven = Driven(tag="blue")
+    driven.agent.analyzed(analysis(tag="red"))
+    driven.agent.connected("e1")
+    [hello] = driven.said(Hello)
+
+    assert hello.metadata["tag"] == "blue"
+
+
+def test_metadata_are_said_again_only_if_they_changed_and_then_under_a_higher_version(driven):
+    driven.agent.analyzed(analysis())
+    assert driven.said(Hello) == []
+    versions = []
+    for tag in ("red", "blue"):
+        driven.agent.analyzed(analysis(tag=tag))
+        [hello] = driven.said(Hello)
+        versions.append(hello.metadata_version)
+
+    assert versions == sorted(set(versions))
+    other = Driven(incarnation=2)
+    other.agent.analyzed(analysis())
+    other.agent.connected("e1")
+    assert other.said(Hello)[0].metadata_version > versions[-1]
+
+
+def test_asked_to_introduce_itself_it_says_hello_and_looks_at_its_host_afresh(driven):
+    driven.hear(Introduce())
+
+    assert [type(act) for act in driven.acts] == [Analyze, PublishReport]
+    assert [type(part) for part in driven.said()][:1] == [Hello]
+
+
+# ---------------------------------------------------------------- tickets
+
+
+def test_a_ticket_is_claimed_and_acknowledged_once_the_claim_is_answered(driven):
+    driven.ticket()
+    acts = driven.take(Ack, PublishReport, Cancel)
+    [claim] = [act.report.parts[0] for act in acts if isinstance(act, PublishReport)]
+
+    assert (claim.request, claim.attempt, claim.token) == (an_id(1), 1, "t1")
+    assert Cancel("q") in acts  # its only slot is spoken for
+    assert Ack("d1") not in acts
+    driven.hear(Void(request=an_id(1), attempt=1, token="t1", reason="another was first"))  # noqa: S106  # a token of a claim
+    assert driven.take(Ack, Consume) == [Ack("d1"), Consume("q")]
+
+
+def test_a_granted_claim_starts_a_run_and_its_ticket_is_acknowledged_before_it_ends(driven):
+    ref = driven.claim()
+    driven.grant(ref)
+    acts = driven.take(Ack, StartRun, Consume)
+
+    assert [type(act) for act in acts] == [Ack, StartRun]
+    assert (acts[1].slot, acts[1].token, acts[1].request.id) == (0, ref.token, ref.request)
+    driven.grant(ref)  # said twice
+    assert driven.take(Ack, StartRun) == []
+
+
+def test_there_are_never_more_unanswered_claims_than_free_slots(two):
+    for number in (1, 2, 3):
+        two.ticket(number)
+    acts = two.take(Requeue, PublishReport, Cancel)
+
+    assert Requeue("d3") in acts
+    assert sum(len(act.report.parts) for act in acts if isinstance(act, PublishReport)) == 2
+
+
+def test_a_worker_that_is_full_draining_or_blind_gives_tickets_back(driven):
+    driven.run()
+    driven.ticket(2)
+    assert driven.take(Requeue) == [Requeue("d2")]
+    idle = Driven().up()
+    idle.agent.drain()
+    idle.ticket(3)
+    assert idle.take(Requeue, Cancel) == [Requeue("d3"), Cancel("q")]
+    blind = Driven()
+    blind.agent.connected("e1")
+    blind.ticket(4)
+
+    assert blind.take(Requeue) == [Requeue("d4")]
+
+
+def test_a_second_ticket_of_a_claim_under_way_is_not_claimed_and_neither_stays_unacknowledged(two):
+    ref = two.claim(delivery="first")
+    two.ticket(delivery="second")
+    assert two.said(Claim) == []
+    two.ticket(delivery="third")
+    assert two.take(Ack) == [Ack("second")]
+    two.grant(ref)
+
+    assert two.take(Ack) == [Ack("third")]
+
+
+def test_a_ticket_of_what_runs_here_is_acknowledged(two):
+    two.run()
+    two.ticket(delivery="again")
+
+    assert two.take(Ack, Requeue) == [Ack("again")]
+    two.ticket(attempt=2, delivery="later")  # another attempt is another thing
+    assert two.said(Claim)[0].attempt == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "why"),
+    [
+        ("tagged", {"tag": "red"}, "can_run_on() says no"),
+        ("tagged", {"tag": "raises"}, "can_run_on() raised KeyError"),
+        ("tagged", {"tag": 1}, "does not accept the data"),
+        ("nope", {}, "has no task 'nope'"),
+        ("fresh", {}, "did not analyse cleanly"),
+    ],
+)
+def test_a_ticket_that_it_must_not_run_is_refused_with_the_reason_and_its_metadata_version(driven, task, data, why):
+    """P6."""
+    driven.ticket(task=task, data=data)
+    [refusal] = driven.said(Claim, Refusal)
+
+    assert isinstance(refusal, Refusal)
+    assert why in refusal.reason
+    assert refusal.metadata_version == 1001
+    assert ended_of(driven.beat()).claiming == []
+    driven.hear(Void(request=refusal.request, attempt=1, token=refusal.token, reason="refused"))
+    assert driven.take(Ack) == [Ack("d1")]
+
+
+def test_claims_and_refusals_are_said_again_with_each_heartbeat_until_they_are_answered(two):
+    ref = two.claim(1)
+    two.ticket(2, task="tagged", data={"tag": "red"})
+    for _ in range(2):
+        parts = two.beat().parts
+        assert [(type(part), part.token) for part in parts if isinstance(part, Claim | Refusal)] == [
+            (Claim, ref.token),
+            (Refusal, "t2"),
+        ]
+    two.hear(Void(request=ref.request, attempt=1, token=ref.token, reason="no"))
+
+    assert [type(part) for part in two.beat().parts] == [Heartbeat, Refusal]
+
+
+def test_changed_metadata_turn_a_ticket_in_hand_that_was_not_said_yet_into_a_refusal():
+    driven = Driven().up()
+    driven.agent.disconnected()
+    driven.ticket(task="tagged")
+    driven.agent.analyzed(analysis(tag="red"))
+    driven.agent.connected("e2")
+    [refusal] = driven.said(Claim, Refusal)
+
+    assert isinstance(refusal, Refusal)
+    assert refusal.metadata_version == 1002
+
+
+def test_a_claim_stays_a_claim_when_metadata_change_and_its_grant_is_handed_back_if_it_no_longer_fits(driven):
+    """Else its lease, granted meanwhile, would look forgotten, and cost the request an attempt."""
+    ref = driven.claim(task="tagged")
+    driven.agent.analyzed(analysis(tag="red"))
+    parts = driven.said()
+    assert [type(part) for part in parts] == [Hello, Heartbeat, Claim]
+    assert parts[1].claiming == [ref]
+    assert parts[2].metadata_version == parts[0].metadata_version
+    driven.grant(ref)
+
+    assert driven.take(StartRun) == []
+
+
+def test_what_is_granted_but_no_longer_fits_is_handed_back_with_the_reason(driven):
+    ref = driven.claim(task="tagged")
+    driven.agent.analyzed(analysis(tag="red"))
+    driven.grant(ref)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.token) == ("handed_back", ref.token)
+    assert "can_run_on() says no" in outcome.reason.text
+
+
+def test_a_refusal_stays_the_refusal_that_it_was_when_metadata_change(driven):
+    """Its answer acknowledges the ticket, so a claim behind it could be granted to nobody."""
+    driven.ticket(task="tagged", data={"tag": "red"})
+    [first] = driven.said(Refusal)
+    driven.agent.analyzed(analysis(tag="red"))
+
+    assert driven.said(Claim, Refusal) == [first]
+
+
+# ---------------------------------------------------------------- leases
+
+
+def test_a_lease_counts_from_when_its_claim_was_first_sent(driven):
+    driven.ticket()
+    sent = driven.now
+    driven.do()
+    for _ in range(3):
+        driven.beat()
+    driven.take()
+    driven.grant(RunRef(request=an_id(1), attempt=1, token="t1"))  # noqa: S106  # a token of a claim
+    [start] = driven.take(StartRun)
+
+    assert start.deadline_ns == sent + LEASE * SECOND
+
+
+def test_a_lease_is_renewed_from_when_the_answered_heartbeat_was_sent(driven):
+    _, start = driven.run()
+    first = driven.beat()
+    first_sent = driven.now
+    second = driven.beat()
+    second_sent = driven.now
+    driven.pass_time(3)
+    driven.hear(Alive(seq=second.seq))
+    assert driven.take(RenewRun) == [RenewRun(slot=0, deadline_ns=second_sent + int(LEASE * SECOND))]
+    driven.hear(Alive(seq=first.seq))  # late, and older: it takes nothing back
+    driven.hear(Alive(seq=second.seq))
+    driven.hear(Alive(seq=second.seq + 1000))  # of what was never sent
+
+    assert driven.take(RenewRun) == []
+    assert start.deadline_ns < first_sent + LEASE * SECOND
+
+
+def test_only_runs_that_a_heartbeat_listed_are_renewed_by_its_answer(two):
+    two.run(1)
+    report = two.beat()
+    _, later = two.run(2)
+    two.hear(Alive(seq=report.seq))
+
+    assert [act.slot for act in two.take(RenewRun)] == [0]
+    assert later.slot == 1
+
+
+def test_a_run_is_killed_at_its_deadline_and_not_before_and_is_lost(driven):
+    ref, start = driven.run()
+    driven.now = start.deadline_ns - 1
+    driven.agent.tick(driven.now)
+    assert driven.take(KillSlot) == []
+    driven.now += 1
+    driven.agent.tick(driven.now)
+    assert [act.slot for act in driven.take(KillSlot)] == [0]
+    driven.pass_time(1)
+    assert driven.take(KillSlot) == []  # once is enough
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.token) == ("lost", ref.token)
+    assert "lease of 60 s was not renewed" in outcome.reason.text
+
+
+def test_a_slot_that_was_faster_to_end_its_run_at_the_deadline_has_lost_it_too(driven):
+    driven.run()
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=None))
+    driven.agent.slot_gone(0, SLOT_LAPSED)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.stage) == ("lost", "build")
+    assert "lease of 60 s was not renewed" in outcome.reason.text
+
+
+def test_a_grant_that_comes_after_its_lease_is_handed_back(driven):
+    ref = driven.claim()
+    driven.pass_time(LEASE)
+    driven.grant(ref)
+    acts = driven.take(Ack, StartRun, Spool)
+
+    assert [type(act) for act in acts] == [Ack, Spool]
+    assert acts[1].outcome.result == "handed_back"
+
+
+def test_a_run_that_the_scheduler_does_not_know_is_killed_and_forgotten(two):
+    ref, _ = two.run(1)
+    other, _ = two.run(2)
+    report = two.beat()
+    two.hear(Alive(seq=report.seq, void=[ref]))
+    acts = two.take(KillSlot, RenewRun)
+    assert [type(act) for act in acts] == [KillSlot, RenewRun]
+    assert [act.slot for act in acts] == [0, 1]
+    two.agent.slot_gone(0, -9)
+
+    assert two.spool() == []
+    assert [run.token for run in ended_of(two.beat()).running] == [other.token]
+
+
+# ---------------------------------------------------------------- aborts
+
+
+def test_an_abort_is_passed_on_once_and_the_slot_killed_if_its_task_does_not_stop_in_its_own_grace(driven):
+    ref, _ = driven.run(task="tagged", lease=3600)
+    abort = Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted")
+    driven.hear(abort, abort)
+    driven.hear(abort)
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason="not wanted")]
+    driven.pass_time(15 + ABORT_MARGIN_NS / SECOND - 0.01)
+    assert driven.take(KillSlot) == []
+    driven.pass_time(0.02)
+    assert len(driven.take(KillSlot)) == 1
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert outcome.result == "aborted"
+    assert "not wanted (it did not stop in time" in outcome.reason.text
+
+
+def test_a_task_that_says_nothing_of_its_grace_gets_the_usual_one(driven):
+    ref, _ = driven.run()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.pass_time(DEFAULT_GRACE + ABORT_MARGIN_NS / SECOND)
+
+    assert len(driven.take(KillSlot)) == 1
+
+
+def test_an_aborted_run_that_ends_by_itself_is_what_it_says(driven):
+    ref, _ = driven.run()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+
+    assert [outcome.result for outcome in driven.spool()] == ["success"]
+
+
+def test_an_abort_of_what_does_not_run_here_does_nothing(driven):
+    ref = driven.claim()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+
+    assert driven.take(StopRunIn, KillSlot) == []
+
+
+# ---------------------------------------------------------------- slots
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "result", "why"),
+    [
+        (-9, "lost", "SIGKILL"),
+        (-11, "error", "signal 11"),
+        (-6, "error", "signal 6"),
+        (0, "error", "exit code 0"),
+        (1, "error", "exit code 1"),
+        (23, "error", "exit code 23"),
+    ],
+)
+def test_the_death_of_a_slot_in_the_middle_of_a_run_is_judged(driven, exit_code, result, why):
+    driven.run()
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=0.5))
+    driven.agent.slot_said(0, SlotOutput(text="x" * 5000 + "\nE: the cause\n\n"))
+    driven.agent.slot_gone(0, exit_code)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.stage, outcome.reason.line) == (result, "build", "E: the cause")
+    assert why in outcome.reason.text
+    assert outcome.reason.exit_code == exit_code
+
+
+def test_a_slot_that_ends_without_a_run_harms_nobody_and_is_not_counted_until_it_is_back(driven):
+    driven.agent.slot_gone(0, 0)
+    assert ended_of(driven.take(PublishReport)[0].report).slots == 0
+    driven.ticket()
+    assert driven.take(Requeue) == [Requeue("d1")]
+    driven.agent.slot_said(0, SlotReady())
+
+    assert driven.take(Consume) == [Consume("q")]
+
+
+def test_a_slot_takes_its_next_run_only_once_it_says_that_it_is_ready(driven):
+    driven.run()
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    assert driven.take(Consume) == []
+    assert ended_of(driven.beat()).slots == 0
+    assert driven.agent.slot_states() == {"idle": 0, "running": 0, "starting": 1}
+    driven.agent.slot_said(0, SlotReady())
+    acts = driven.take(Consume, PublishReport)
+
+    assert acts[0] == Consume("q")
+    assert ended_of(acts[1].report).slots == 1
+
+
+def test_what_a_slot_says_while_it_is_being_killed_does_not_count(driven):
+    ref, start = driven.run()
+    driven.now = start.deadline_ns
+    driven.agent.tick(driven.now)
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    driven.agent.slot_said(0, SlotReady())
+    assert driven.take(Spool, Consume) == []
+    driven.agent.slot_gone(0, -9)
+
+    assert [(outcome.result, outcome.token) for outcome in driven.spool()] == [("lost", ref.token)]
+
+
+def test_output_and_progress_reach_those_who_follow_in_order_and_late_words_reach_nobody(driven):
+    ref, _ = driven.run()
+    driven.agent.slot_said(0, SlotOutput(text="one"))
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=0.5))
+    driven.agent.slot_said(0, SlotOutput(text="two"))
+    driven.agent.slot_said(0, SlotProgress(stage=None, fraction=0.75))
+    messages = [act.message for act in driven.take(PublishLog)]
+
+    assert [(text.seq, text.text) for text in messages if isinstance(text, LogText)] == [(1, "one"), (2, "two")]
+    assert [(one.stage, one.fraction) for one in messages if isinstance(one, LogProgress)] == [
+        ("build", 0.5),
+        ("build", 0.75),
+    ]
+    [run] = ended_of(driven.beat()).running
+    assert (run.token, run.stage, run.fraction) == (ref.token, "build", 0.75)
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    driven.agent.slot_said(0, SlotOutput(text="late"))
+    assert driven.take(PublishLog) == []
+
+
+def test_a_new_stage_is_reported_soon_and_a_fraction_with_the_next_heartbeat(driven):
+    driven.run()
+    driven.beat()
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=None))
+    driven.pass_time(0.5)
+    assert driven.said(Heartbeat) == []
+    driven.pass_time(0.5)
+    assert len(driven.said(Heartbeat)) == 1
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=0.5))
+    driven.pass_time(2)
+
+    assert driven.said(Heartbeat) == []
+
+
+# ---------------------------------------------------------------- outcomes
+
+
+def end(driven, **fields):
+    driven.agent.slot_said(0, SlotEnded(**{"result": "success"} | fields))
+    driven.agent.slot_said(0, SlotReady())
+
+
+def test_an_outcome_is_sent_only_once_it_is_on_disk(driven):
+    """P4."""
+    ref, _ = driven.run()
+    end(driven, result="failure", reason=Reason(text="no"), again=True, artifacts=[])
+    [spool] = driven.take(Spool, PublishOutcomes)
+    for _ in range(3):
+        driven.beat()
+        assert driven.take(PublishOutcomes) == []
+    driven.agent.spooled(spool.outcome)
+    [sent] = driven.take(PublishOutcomes)
+
+    assert sent.outcomes.outcomes == [spool.outcome]
+    assert (sent.outcomes.worker, sent.outcomes.epoch) == ("anna", "e1")
+    assert (spool.outcome.token, spool.outcome.result, spool.outcome.again) == (ref.token, "failure", True)
+    assert (spool.outcome.started, spool.outcome.ended) == (START / SECOND, START / SECOND)
+
+
+@pytest.mark.parametrize("status", ["recorded", "refused", "unknown"])
+def test_an_outcome_is_sent_with_each_heartbeat_until_it_is_answered_and_then_removed(driven, status):
+    driven.run()
+    end(driven)
+    [outcome] = driven.spool()
+    assert len(driven.take(PublishOutcomes)) == 1
+    for _ in range(2):
+        driven.pass_time(HEARTBEAT_NS / SECOND)
+        acts = driven.take(PublishOutcomes, PublishReport)
+        assert [type(act) for act in acts] == [PublishReport, PublishOutcomes]
+        assert [ref.token for ref in ended_of(acts[0].report).unsettled] == [outcome.token]
+    driven.hear(Recorded(request=outcome.request, attempt=1, token=outcome.token, status=status))
+    [unspool] = driven.take(Unspool)
+    assert unspool.ref.token == outcome.token
+    assert driven.agent.unsettled() == 0
+    driven.hear(Recorded(request=outcome.request, attempt=1, token=outcome.token, status=status))
+    driven.pass_time(HEARTBEAT_NS / SECOND)
+
+    assert driven.take(PublishOutcomes, Unspool) == []
+
+
+def test_what_a_predecessor_left_in_the_spool_is_sent_at_once_and_named_until_it_is_answered():
+    driven = Driven()
+    left = Outcome(request=an_id(9), attempt=2, token="former", result="success", started=1.0, ended=2.0)  # noqa: S106  # a token of a claim
+    driven.agent.spooled(left)
+    driven.agent.analyzed(analysis())
+    driven.agent.connected("e1")
+    acts = driven.take(PublishReport, PublishOutcomes)
+
+    assert [ref.token for ref in ended_of(acts[0].report).unsettled] == ["former"]
+    assert acts[1].outcomes.outcomes == [left]
+
+
+def test_outcomes_that_are_large_together_travel_in_several_messages():
+    driven = Driven()
+    bulk = Artifact(handle="a", category="test:data", name="bulk", data={"x": "y" * (MAX_MESSAGE_BYTES // 5)})
+    for number in range(5):
+        driven.agent.spooled(
+            Outcome(
+                request=an_id(number),
+                attempt=1,
+                token=f"t{number}",
+                result="success",
+                started=1.0,
+                ended=2.0,
+                artifacts=[bulk],
+            )
+        )
+    driven.agent.analyzed(analysis())
+    driven.agent.connected("e1")
+    sets = driven.take(PublishOutcomes)
+
+    assert [outcome.token for one in sets for outcome in one.outcomes.outcomes] == ["t0", "t1", "t2", "t3", "t4"]
+    assert all(len(encode(one.outcomes)) < MAX_MESSAGE_BYTES for one in sets)
+
+
+def test_a_reason_without_end_is_cut(driven):
+    driven.run()
+    end(driven, result="failure", reason=Reason(text="x" * 1_000_000, exit_code=2, line="y" * 1_000_000))
+    [outcome] = driven.spool()
+
+    assert len(encode(outcome)) < 20_000
+    assert (outcome.reason.exit_code, outcome.reason.text[:5]) == (2, "xxxxx")
+
+
+# ---------------------------------------------------------------- connections and schedulers
+
+
+def test_without_a_connection_it_says_nothing_and_keeps_running(driven):
+    driven.run()
+    driven.agent.disconnected()
+    driven.pass_time(20)
+    assert driven.take() == []
+    driven.agent.connected("e2")
+    report = driven.take(PublishReport)[0].report
+
+    assert report.epoch == "e2"
+    assert [type(part) for part in report.parts] == [Hello, Heartbeat]
+    assert len(ended_of(report).running) == 1
+    assert driven.agent.heard is False
+
+
+def test_after_a_reconnect_all_that_is_unanswered_is_said_again_with_the_same_tokens():
+    driven = Driven(slots=3).up()
+    driven.run(1)
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    [outcome] = driven.spool()
+    driven.take()
+    running, _ = driven.run(2)
+    claim = driven.claim(3)
+    driven.agent.disconnected()
+    driven.agent.connected("e2")
+    acts = driven.take(PublishReport, PublishOutcomes, Consume)
+
+    assert Consume("q") not in acts  # until it is assigned anew
+    [report] = [act.report for act in acts if isinstance(act, PublishReport)]
+    assert [part.token for part in report.parts if isinstance(part, Claim)] == [claim.token]
+    assert [run.token for run in ended_of(report).running] == [running.token]
+    [sent] = [act.outcomes for act in acts if isinstance(act, PublishOutcomes)]
+    assert (sent.epoch, sent.outcomes) == ("e2", [outcome])
+
+
+def test_a_ticket_that_is_redelivered_on_a_new_connection_is_not_claimed_twice(driven):
+    ref = driven.claim(delivery="old")
+    driven.agent.disconnected()
+    driven.agent.connected("e2")
+    driven.take()
+    driven.ticket(delivery="new")
+    assert driven.said(Claim) == []
+    driven.grant(ref)
+
+    acts = driven.take(Ack, StartRun)
+    assert acts[-2:] == [Ack("new"), acts[-1]]
+    assert isinstance(acts[-1], StartRun)
+
+
+def test_a_higher_term_gets_everything_that_is_unsettled_again(two):
+    two.run(1)
+    two.agent.slot_said(0, SlotEnded(result="success"))
+    [outcome] = two.spool()
+    claim = two.claim(2)
+    two.take()
+    two.term = 2
+    two.hear(Introduce())
+    acts = two.take(PublishReport, PublishOutcomes)
+
+    parts = acts[0].report.parts
+    assert [type(part) for part in parts] == [Hello, Heartbeat, Claim]
+    assert parts[2].token == claim.token
+    assert acts[1].outcomes.outcomes == [outcome]
+
+
+def test_the_words_of_a_lower_term_count_for_nothing(driven):
+    driven.term = 2
+    driven.hear(Introduce())
+    ref = driven.claim()
+    driven.hear(
+        Granted(request=ref.request, attempt=1, token=ref.token, lease=LEASE, inputs=[]),
+        Assign(queue="old"),
+        Introduce(),
+        term=1,
+    )
+
+    assert driven.take(StartRun, Ack, Consume, Analyze) == []
+    driven.grant(ref)
+    assert len(driven.take(StartRun)) == 1
+
+
+def test_each_report_of_an_agent_has_a_higher_number(driven):
+    numbers = [driven.beat().seq for _ in range(3)]
+    driven.agent.disconnected()
+    driven.agent.connected("e2")
+    numbers.append(driven.take(PublishReport)[0].report.seq)
+
+    assert numbers == sorted(set(numbers))
+
+
+# ---------------------------------------------------------------- leaving
+
+
+def test_a_worker_that_drains_takes_nothing_more_and_lets_run_what_runs(two):
+    two.run(1)
+    ref = two.claim(2)
+    two.agent.drain()
+    acts = two.take(Cancel, PublishReport)
+    assert acts == [acts[0]]
+    beat = ended_of(acts[0].report)
+    assert (beat.slots, beat.queue, len(beat.running), len(beat.claiming)) == (0, None, 1, 1)
+    assert two.agent.busy()
+    two.grant(ref)
+    [outcome] = two.spool()
+    assert (outcome.result, outcome.token) == ("handed_back", ref.token)
+    assert two.agent.busy()
+    end(two)
+
+    assert not two.agent.busy()
+    assert two.agent.unsettled() == 2
+
+
+def test_runs_that_are_stopped_are_handed_back(driven):
+    ref, _ = driven.run()
+    driven.agent.drain()
+    driven.agent.stop_runs()
+    driven.agent.stop_runs()
+    assert [act.slot for act in driven.take(KillSlot)] == [0]
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.token) == ("handed_back", ref.token)
+
+
+def test_it_takes_leave_only_of_who_can_hear_it(driven):
+    driven.agent.bye("stopped")
+    assert driven.said(Bye) == [Bye(reason="stopped")]
+    driven.agent.disconnected()
+    driven.agent.bye("stopped")
+
+    assert driven.take(PublishReport) == []
+
+
+# ---------------------------------------------------------------- whatever comes
+
+
+class AgentKeepsItsSlots(RuleBasedStateMachine):
+    """Whatever comes in whatever order: no slot has two runs, and nothing is claimed that has no slot."""
+
+    SLOTS = 2
+
+    def __init__(self):
+        super().__init__()
+        self.driven = Driven(slots=self.SLOTS).up()
+        self.connected = True
+        self.epochs = itertools.count(2)
+        self.alive = dict.fromkeys(range(self.SLOTS), "ready")  # as the slot's own process knows it
+        self.claims: dict[str, Claim] = {}  # without an answer
+        self.in_hand: set[str] = set()  # deliveries that are neither acknowledged nor requeued
+        self.deliveries = itertools.count(1)
+        self.started: dict[str, int] = {}
+        self.deadlines: dict[int, int] = {}
+        self.spooled: list[str] = []
+        self.consuming = "q"
+
+    def settle(self):
+        for act in self.driven.take():
+            match act:
+                case Ack(delivery) | Requeue(delivery):
+                    self.in_hand.discard(delivery)
+                case StartRun(slot=slot, token=token, deadline_ns=deadline):
+                    assert self.alive[slot] == "ready"
+                    assert token not in self.started
+                    assert deadline > self.driven.now
+                    self.alive[slot] = token
+                    self.started[token] = slot
+                    self.deadlines[slot] = deadline
+                case RenewRun(slot=slot, deadline_ns=deadline):
+                    assert deadline > self.deadlines[slot]
+                    self.deadlines[slot] = deadline
+                case KillSlot(slot=slot):
+                    assert self.alive[slot] != "ready"
+                    self.alive[slot] = "killed"
+                case Spool(outcome=outcome):
+                    assert outcome.token not in self.spooled
+                    self.spooled.append(outcome.token)
+                    self.driven.agent.spooled(outcome)
+                case Consume():
+                    assert self.consuming is None
+                    assert self.connected
+                    self.consuming = act.queue
+                case Cancel():
+                    assert self.consuming == act.queue
+                    self.consuming = None
+                case PublishReport(report):
+                    assert self.connected
+                    self.claims |= {part.token: part for part in report.parts if isinstance(part, Claim)}
+
+    @precondition(lambda self: self.connected)
+    @rule(number=st.integers(1, 4), attempt=st.integers(1, 2))
+    def a_ticket_comes(self, number, attempt):
+        delivery = f"d{next(self.deliveries)}"
+        self.in_hand.add(delivery)
+        self.driven.ticket(number, attempt=attempt, delivery=delivery)
+        self.settle()
+
+    @precondition(lambda self: self.connected and self.claims)
+    @rule(data=st.data(), granted=st.booleans(), again=st.booleans())
+    def a_claim_is_answered(self, data, granted, again):
+        claim = self.claims[data.draw(st.sampled_from(sorted(self.claims)))]
+        if granted:
+            self.driven.grant(claim)
+        else:
+            self.driven.hear(Void(request=claim.request, attempt=claim.attempt, token=claim.token, reason="no"))
+        if not again:
+            del self.claims[claim.token]
+        self.settle()
+
+    @rule(slot=st.integers(0, SLOTS - 1), result=st.sampled_from(["success", "failure"]))
+    def a_run_ends(self, slot, result):
+        if self.alive[slot] in self.started:
+            self.driven.agent.slot_said(slot, SlotEnded(result=result))
+            self.settle()
+            self.driven.agent.slot_said(slot, SlotReady())
+            self.alive[slot] = "ready"
+            self.settle()
+
+    @rule(slot=st.integers(0, SLOTS - 1), exit_code=st.sampled_from([-9, 1, SLOT_LAPSED]))
+    def a_slot_dies_and_is_replaced(self, slot, exit_code):
+        self.alive[slot] = "gone"
+        self.driven.agent.slot_gone(slot, exit_code)
+        self.settle()
+        self.driven.agent.slot_said(slot, SlotReady())
+        self.alive[slot] = "ready"
+        self.settle()
+
+    @rule(seconds=st.sampled_from([0.25, 5.0, 30.0, 61.0]))
+    def time_passes(self, seconds):
+        self.driven.pass_time(seconds)
+        self.settle()
+        for slot, token in self.alive.items():
+            if token in self.started:
+                assert self.deadlines[slot] > self.driven.now  # else it would have been killed
+
+    @precondition(lambda self: self.connected)
+    @rule(void=st.booleans())
+    def a_heartbeat_is_answered(self, void):
+        running = [RunRef(request=an_id(1), attempt=1, token=token) for token in self.started]
+        self.driven.hear(Alive(seq=self.driven.agent._seq, void=running if void else []))
+        self.settle()
+
+    @rule()
+    def the_connection_is_lost_or_made(self):
+        self.connected = not self.connected
+        self.consuming = None
+        if self.connected:
+            self.driven.agent.connected(f"e{next(self.epochs)}")
+            self.driven.hear(Assign(queue="q"))
+        else:
+            self.in_hand.clear()  # the broker has them again
+            self.driven.agent.disconnected()
+        self.settle()
+
+    @invariant()
+    def nothing_is_claimed_that_has_no_slot_and_no_ticket_is_kept_that_is_not_claimed(self):
+        free = sum(state == "ready" for state in self.alive.values())
+        asking = len(self.driven.agent._asking)
+        assert asking <= free
+        assert len(self.in_hand) <= asking
+
+    @invariant()
+    def it_consumes_exactly_while_a_slot_is_free(self):
+        free = sum(state == "ready" for state in self.alive.values()) - len(self.driven.agent._asking)
+        assert (self.consuming is not None) == (self.connected and free > 0)
+
+    @invariant()
+    def every_run_is_in_a_slot_or_has_an_outcome_or_was_void(self):
+        states = self.driven.agent.slot_states()
+        assert states["running"] == sum(state in {*self.started, "killed"} for state in self.alive.values())
+
+
+TestAgentKeepsItsSlots = AgentKeepsItsSlots.TestCase
+TestAgentKeepsItsSlots.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
