@@ -171,7 +171,7 @@ class Driven:
         return outcomes
 
 
-def ended_of(report):
+def beat_of(report):
     [beat] = [part for part in report.parts if isinstance(part, Heartbeat)]
     return beat
 
@@ -239,7 +239,7 @@ def test_it_consumes_the_queue_that_it_is_assigned_once_a_slot_is_ready():
     acts = driven.take(Consume, PublishReport)
 
     assert acts[0] == Consume("q")
-    beat = ended_of(acts[1].report)
+    beat = beat_of(acts[1].report)
     assert (beat.queue, beat.assigned, beat.slots) == ("q", "q", 1)
 
 
@@ -248,7 +248,7 @@ def test_it_moves_to_another_queue_and_says_so_at_once(driven):
     acts = driven.take(Cancel, Consume, PublishReport)
 
     assert acts[:2] == [Cancel("q"), Consume("q2")]
-    assert ended_of(acts[2].report).assigned == "q2"
+    assert beat_of(acts[2].report).assigned == "q2"
 
 
 def test_a_scheduler_that_does_not_want_it_says_why_and_it_consumes_nothing(driven):
@@ -381,7 +381,7 @@ def test_a_ticket_that_it_must_not_run_is_refused_with_the_reason_and_its_metada
     assert isinstance(refusal, Refusal)
     assert why in refusal.reason
     assert refusal.metadata_version == 1001
-    assert ended_of(driven.beat()).claiming == []
+    assert beat_of(driven.beat()).claiming == []
     driven.hear(Void(request=refusal.request, attempt=1, token=refusal.token, reason="refused"))
     assert driven.take(Ack) == [Ack("d1")]
 
@@ -467,14 +467,25 @@ def test_a_lease_is_renewed_from_when_the_answered_heartbeat_was_sent(driven):
     second = driven.beat()
     second_sent = driven.now
     driven.pass_time(3)
+    driven.hear(Alive(seq=first.seq))
+    assert driven.take(RenewRun) == [RenewRun(slot=0, deadline_ns=first_sent + int(LEASE * SECOND))]
     driven.hear(Alive(seq=second.seq))
     assert driven.take(RenewRun) == [RenewRun(slot=0, deadline_ns=second_sent + int(LEASE * SECOND))]
-    driven.hear(Alive(seq=first.seq))  # late, and older: it takes nothing back
     driven.hear(Alive(seq=second.seq))
     driven.hear(Alive(seq=second.seq + 1000))  # of what was never sent
 
     assert driven.take(RenewRun) == []
     assert start.deadline_ns < first_sent + LEASE * SECOND
+
+
+def test_an_answer_that_comes_after_that_of_a_later_heartbeat_takes_nothing_back(driven):
+    driven.run()
+    first, second = driven.beat(), driven.beat()
+    driven.hear(Alive(seq=second.seq))
+    assert len(driven.take(RenewRun)) == 1
+    driven.hear(Alive(seq=first.seq))
+
+    assert driven.take(RenewRun) == []
 
 
 def test_only_runs_that_a_heartbeat_listed_are_renewed_by_its_answer(two):
@@ -497,6 +508,7 @@ def test_a_run_is_killed_at_its_deadline_and_not_before_and_is_lost(driven):
     assert [act.slot for act in driven.take(KillSlot)] == [0]
     driven.pass_time(1)
     assert driven.take(KillSlot) == []  # once is enough
+    assert beat_of(driven.beat()).slots == 0  # it is nobody's next slot
     driven.agent.slot_gone(0, -9)
     [outcome] = driven.spool()
 
@@ -535,7 +547,7 @@ def test_a_run_that_the_scheduler_does_not_know_is_killed_and_forgotten(two):
     two.agent.slot_gone(0, -9)
 
     assert two.spool() == []
-    assert [run.token for run in ended_of(two.beat()).running] == [other.token]
+    assert [run.token for run in beat_of(two.beat()).running] == [other.token]
 
 
 # ---------------------------------------------------------------- aborts
@@ -609,7 +621,7 @@ def test_the_death_of_a_slot_in_the_middle_of_a_run_is_judged(driven, exit_code,
 
 def test_a_slot_that_ends_without_a_run_harms_nobody_and_is_not_counted_until_it_is_back(driven):
     driven.agent.slot_gone(0, 0)
-    assert ended_of(driven.take(PublishReport)[0].report).slots == 0
+    assert beat_of(driven.take(PublishReport)[0].report).slots == 0
     driven.ticket()
     assert driven.take(Requeue) == [Requeue("d1")]
     driven.agent.slot_said(0, SlotReady())
@@ -621,13 +633,13 @@ def test_a_slot_takes_its_next_run_only_once_it_says_that_it_is_ready(driven):
     driven.run()
     driven.agent.slot_said(0, SlotEnded(result="success"))
     assert driven.take(Consume) == []
-    assert ended_of(driven.beat()).slots == 0
+    assert beat_of(driven.beat()).slots == 0
     assert driven.agent.slot_states() == {"idle": 0, "running": 0, "starting": 1}
     driven.agent.slot_said(0, SlotReady())
     acts = driven.take(Consume, PublishReport)
 
     assert acts[0] == Consume("q")
-    assert ended_of(acts[1].report).slots == 1
+    assert beat_of(acts[1].report).slots == 1
 
 
 def test_what_a_slot_says_while_it_is_being_killed_does_not_count(driven):
@@ -655,7 +667,7 @@ def test_output_and_progress_reach_those_who_follow_in_order_and_late_words_reac
         ("build", 0.5),
         ("build", 0.75),
     ]
-    [run] = ended_of(driven.beat()).running
+    [run] = beat_of(driven.beat()).running
     assert (run.token, run.stage, run.fraction) == (ref.token, "build", 0.75)
     driven.agent.slot_said(0, SlotEnded(result="success"))
     driven.agent.slot_said(0, SlotOutput(text="late"))
@@ -711,7 +723,7 @@ def test_an_outcome_is_sent_with_each_heartbeat_until_it_is_answered_and_then_re
         driven.pass_time(HEARTBEAT_NS / SECOND)
         acts = driven.take(PublishOutcomes, PublishReport)
         assert [type(act) for act in acts] == [PublishReport, PublishOutcomes]
-        assert [ref.token for ref in ended_of(acts[0].report).unsettled] == [outcome.token]
+        assert [ref.token for ref in beat_of(acts[0].report).unsettled] == [outcome.token]
     driven.hear(Recorded(request=outcome.request, attempt=1, token=outcome.token, status=status))
     [unspool] = driven.take(Unspool)
     assert unspool.ref.token == outcome.token
@@ -730,7 +742,7 @@ def test_what_a_predecessor_left_in_the_spool_is_sent_at_once_and_named_until_it
     driven.agent.connected("e1")
     acts = driven.take(PublishReport, PublishOutcomes)
 
-    assert [ref.token for ref in ended_of(acts[0].report).unsettled] == ["former"]
+    assert [ref.token for ref in beat_of(acts[0].report).unsettled] == ["former"]
     assert acts[1].outcomes.outcomes == [left]
 
 
@@ -779,7 +791,7 @@ def test_without_a_connection_it_says_nothing_and_keeps_running(driven):
 
     assert report.epoch == "e2"
     assert [type(part) for part in report.parts] == [Hello, Heartbeat]
-    assert len(ended_of(report).running) == 1
+    assert len(beat_of(report).running) == 1
     assert driven.agent.heard is False
 
 
@@ -798,9 +810,18 @@ def test_after_a_reconnect_all_that_is_unanswered_is_said_again_with_the_same_to
     assert Consume("q") not in acts  # until it is assigned anew
     [report] = [act.report for act in acts if isinstance(act, PublishReport)]
     assert [part.token for part in report.parts if isinstance(part, Claim)] == [claim.token]
-    assert [run.token for run in ended_of(report).running] == [running.token]
+    assert [run.token for run in beat_of(report).running] == [running.token]
     [sent] = [act.outcomes for act in acts if isinstance(act, PublishOutcomes)]
     assert (sent.epoch, sent.outcomes) == ("e2", [outcome])
+
+
+def test_on_a_new_connection_it_consumes_nothing_until_it_is_assigned_a_queue_anew(driven):
+    driven.agent.disconnected()
+    driven.agent.connected("e2")
+    assert driven.take(Consume) == []
+    driven.hear(Assign(queue="q"))
+
+    assert driven.take(Consume) == [Consume("q")]
 
 
 def test_a_ticket_that_is_redelivered_on_a_new_connection_is_not_claimed_twice(driven):
@@ -867,7 +888,7 @@ def test_a_worker_that_drains_takes_nothing_more_and_lets_run_what_runs(two):
     two.agent.drain()
     acts = two.take(Cancel, PublishReport)
     assert acts == [acts[0]]
-    beat = ended_of(acts[0].report)
+    beat = beat_of(acts[0].report)
     assert (beat.slots, beat.queue, len(beat.running), len(beat.claiming)) == (0, None, 1, 1)
     assert two.agent.busy()
     two.grant(ref)
