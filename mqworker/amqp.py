@@ -49,6 +49,7 @@ BLOCKED_SECONDS: Final = 60.0  # for how long a memory or disk alarm may stop us
 CONNECT_SECONDS: Final = 10.0  # for name, TCP, TLS, AMQP and the plan together
 SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
+PATIENCE_SECONDS: Final = 10.0  # let_in() tells after so long, each time, what is in the way
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
@@ -315,6 +316,22 @@ class Link:
             await asyncio.wait([waiter], timeout=left)
             self._waiters.discard(waiter)
         return self.epoch
+
+    async def let_in(self, tell: Callable[[str], None]) -> None:
+        """Wait until the connection is up, however long it takes, telling now and then what is in the way.
+
+        Raises:
+            BrokerRefused: the very first try was refused.
+        """
+        while True:
+            try:
+                await self.wait_up(PATIENCE_SECONDS)
+            except BrokerUnavailable as error:
+                if self._closing.is_set():
+                    raise
+                tell(str(error))
+            else:
+                return
 
     async def close(self) -> None:
         """Wait for outstanding confirms (at most 5 s), then close; a second call changes nothing."""

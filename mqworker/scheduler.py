@@ -230,8 +230,8 @@ class Scheduler:
             self._awake.set()
 
     async def _work(self) -> None:
-        await self._writing.wait_up()
-        await self._reading.wait_up()
+        for link in (self._writing, self._reading):
+            await link.let_in(lambda why: logger.warning("waits for the broker", extra={"reason": why}))
         self._working = True
         while not self._stopping.is_set():
             await self._awake.wait()

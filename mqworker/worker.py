@@ -258,8 +258,8 @@ class Worker:
 
     async def _let_in(self) -> None:
         """Fail at once, and not by trying for ever, where the broker refuses this worker from the beginning."""
-        await self._writing.wait_up()
-        await self._reading.wait_up()
+        for link in (self._writing, self._reading):
+            await link.let_in(lambda why: logger.warning("waits for the broker", extra={"reason": why}))
 
     def _link_changed(self) -> None:
         if self._reading.epoch is not None and self._writing.epoch is not None:

@@ -822,3 +822,34 @@ def test_a_broker_that_hangs_up_is_tried_again_and_again():
         await server.wait_closed()
 
     asyncio.run(asyncio.wait_for(scenario(), SOON))
+
+
+def test_who_waits_to_be_let_in_is_told_what_is_in_the_way(amqp_url, monkeypatch):
+    monkeypatch.setattr("mqworker.amqp.PATIENCE_SECONDS", 0.2)
+    told: list[str] = []
+
+    async def wait() -> None:
+        twice = asyncio.Event()
+
+        def tell(text: str) -> None:
+            told.append(text)
+            if len(told) == 2:
+                twice.set()
+
+        nobody = Link("amqp://127.0.0.1:1/", name="test", plan=lambda _epoch: Plan())
+        running = asyncio.create_task(nobody.run())
+        waiting = asyncio.create_task(nobody.let_in(tell))
+        await asyncio.wait_for(twice.wait(), 30)
+        await nobody.close()
+        with pytest.raises(BrokerUnavailable):
+            await waiting
+        await running
+        somebody = Link(amqp_url, name="test", plan=lambda _epoch: Plan())
+        running = asyncio.create_task(somebody.run())
+        await somebody.let_in(tell)
+        assert somebody.epoch is not None
+        await somebody.close()
+        await running
+
+    asyncio.run(wait())
+    assert all("127.0.0.1:1" in text for text in told)
