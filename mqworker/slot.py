@@ -262,6 +262,7 @@ class Slot:
         self._lock = threading.Lock()
         self._task: Task | None = None
         self._stop: str | None = None  # why the run in hand is to be aborted
+        self._busy = False
 
     def serve(self) -> None:
         """Take runs one after the other."""
@@ -295,12 +296,15 @@ class Slot:
             case Outfit(store=url):
                 self._store_url = url
             case RunTask(deadline_ns=deadline):
-                self._alarm.set(deadline)
                 with self._lock:
+                    self._alarm.set(deadline)
+                    self._busy = True
                     self._stop = None
                 self._runs.put(order)
             case Renew(deadline_ns=deadline):
-                self._alarm.set(deadline)
+                with self._lock:
+                    if self._busy:  # else it was meant for a run that has just ended
+                        self._alarm.set(deadline)
             case StopRun(reason=reason):
                 with self._lock:
                     self._stop = reason
@@ -360,7 +364,9 @@ class Slot:
             reason = task.reason
         if result == "failure" and reason is None:
             reason = Reason(text="the task says that its work failed, and does not say why; its logs may")
-        self._alarm.set(None)
+        with self._lock:
+            self._alarm.set(None)
+            self._busy = False
         return SlotEnded(
             result=result,  # type: ignore[arg-type]  # one of the four words
             reason=reason,
