@@ -279,6 +279,14 @@ class Slot:
     # ------------------------------------------------------------ the watching thread
 
     def _watch(self) -> None:
+        try:
+            self._hear()
+        except Exception:  # noqa: BLE001  # whatever it is, nobody holds the deadline any more
+            traceback.print_exc()
+        finally:
+            self._die()
+
+    def _hear(self) -> None:
         pending = b""
         while True:
             ready, _, _ = select.select([self._orders, self._alarm.fileno()], [], [])
