@@ -113,6 +113,7 @@ class _Output:
             os.dup2(self._write_end, fd)
         self._open_log: Callable[[], BinaryIO] | None = None
         self._log: BinaryIO | None = None
+        self._log_lock = threading.Lock()  # who still prints when a run ends must not meet a log that is being closed
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._marks: dict[bytes, threading.Event] = {}
         threading.Thread(target=self._pump, name="output", daemon=True).start()
@@ -125,10 +126,8 @@ class _Output:
             yield
         finally:
             self.settle()
-            self._open_log = None
-            if self._log is not None:
-                self._log.close()
-                self._log = None
+            with self._log_lock:
+                self._close_log()
 
     def settle(self) -> None:
         """Wait until what was printed so far is in the log."""
@@ -147,8 +146,7 @@ class _Output:
                 before, found, after = pending.partition(mark)
                 if found:
                     self._keep(before)
-                    if self._log is not None:
-                        self._log.flush()
+                    self._to_log(None)
                     self._marks.pop(mark).set()
                     pending = after
             if self._marks and b"\0" in pending[-64:]:
@@ -159,13 +157,39 @@ class _Output:
     def _keep(self, data: bytes) -> None:
         if not data:
             return
-        if self._log is None and self._open_log is not None:
-            self._log = self._open_log()
-        if self._log is not None:
-            self._log.write(data)
+        self._to_log(data)
         text = self._decoder.decode(data)
         if text:
             self._live.write(text)
+
+    def _to_log(self, data: bytes | None) -> None:
+        """Write to the log, or flush it; go on without it if that fails, since a full disk must not stop the task."""
+        with self._log_lock:
+            try:
+                self._write_log(data)
+            except Exception as error:  # noqa: BLE001  # a task's own code opens the log
+                failed: Exception | None = error
+                self._close_log()
+            else:
+                failed = None
+        if failed is not None:
+            self._live.write(f"\n[... what is printed from here on is not kept: {failed} ...]\n")
+
+    def _write_log(self, data: bytes | None) -> None:
+        if data is not None and self._log is None and self._open_log is not None:
+            self._log = self._open_log()
+        if self._log is None:
+            return
+        if data is None:
+            self._log.flush()
+        else:
+            self._log.write(data)
+
+    def _close_log(self) -> None:
+        log, self._log, self._open_log = self._log, None, None
+        if log is not None:
+            with contextlib.suppress(OSError):  # what it could not write was told when that failed
+                log.close()
 
 
 class _Context:
