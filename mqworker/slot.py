@@ -97,10 +97,19 @@ class _LiveLog:
                 self._skipped += len(text)
                 return
             self._allowance -= len(text)
-            if self._skipped:
-                text = f"\n[... {self._skipped} characters are not shown live; the log artifact has them ...]\n{text}"
-                self._skipped = 0
+            text = self._take_gap() + text
         self._mouth.say(SlotOutput(text=text))
+
+    def end(self) -> None:
+        """Say what was left out last."""
+        with self._lock:
+            gap = self._take_gap()
+        if gap:
+            self._mouth.say(SlotOutput(text=gap))
+
+    def _take_gap(self) -> str:
+        skipped, self._skipped = self._skipped, 0
+        return f"\n[... {skipped} characters are not shown live; the log artifact has them ...]\n" if skipped else ""
 
 
 class _Output:
@@ -128,6 +137,7 @@ class _Output:
             self.settle()
             with self._log_lock:
                 self._close_log()
+            self._live.end()
 
     def settle(self) -> None:
         """Wait until what was printed so far is in the log."""
