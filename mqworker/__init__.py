@@ -7,16 +7,15 @@ checks it.
                    cli (commands)
                    cli_artifact (commands on artifacts)
       its hall     shell (settings, client, logging and errors, as every command needs them)
-                   settings (flags, environment, TOML), doctor (what is wrong here), rehearsal (one task, here and
-                     now), demo (a private broker, a scheduler, two workers on one machine)
+                   settings (flags, environment, TOML), doctor (what is wrong here), rehearsal (one task here and now),
+                     demo (a private broker, a scheduler, two workers on one machine)
                    screen (tables, progress lines, log lines)
     3 residents    client (submit, wait, abort, fetch, follow), scheduler (read, judge, record, publish),
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
-                     state (a worker's spool and lock), debianhost (apt, build chroots), privatenode (a RabbitMQ
-                     of our own)
+                     state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       the ground   processes (Linux processes and clocks)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
                      topology (exchanges, queues, names): pure; told the time, given the facts
