@@ -141,8 +141,9 @@ class _Output:
 
     def settle(self) -> None:
         """Wait until what was printed so far is in the log."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # a task has closed or replaced it
+                stream.flush()
         mark = b"\0mqworker " + os.urandom(16).hex().encode() + b"\0"
         passed = self._marks[mark] = threading.Event()
         os.write(self._write_end, mark)  # far below PIPE_BUF, so nobody's bytes come in between
@@ -302,13 +303,14 @@ class Slot:
         """Take runs one after the other."""
         processes.become_subreaper()
         threading.Thread(target=self._watch, name="orders", daemon=True).start()
+        fresh = _condition()
         while True:
             self._mouth.say(SlotReady())
             order = self._runs.get()
             ended = self._run(order)
             self._mouth.say(ended)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KEPT:
-                return
+            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KEPT or _condition() != fresh:
+                return  # the next run is better off in a process of its own
 
     # ------------------------------------------------------------ the watching thread
 
@@ -417,6 +419,12 @@ class Slot:
         )
 
 
+def _condition() -> tuple[Any, ...]:
+    """Look at what a run may leave changed in its process, to the harm of the next one."""
+    streams = tuple((stream, getattr(stream, "closed", True)) for stream in (sys.stdout, sys.stderr))
+    return dict(os.environ), threading.active_count(), streams
+
+
 def _log_opener(task: Task) -> Callable[[], BinaryIO]:
     return lambda: task.open_debug_log_file("output.log", mode="ab")
 
@@ -440,7 +448,9 @@ def _analyze(words: int, work_directory: Path) -> None:
     """Say what this host can do."""
     found = Task.analyze_worker_tasks()
     metadata = {**found.metadata, **processes.system_metadata(work_directory)}
-    _Mouth(words).say(Analysis(metadata=metadata, tasks=dict(found.tasks), failures=dict(found.failures)))
+    _Mouth(words).say(
+        Analysis(metadata=metadata, tasks=dict(found.tasks), failures=dict(found.failures))
+    )
 
 
 def main() -> None:
