@@ -449,7 +449,7 @@ def _analyze(words: int, work_directory: Path) -> None:
     found = Task.analyze_worker_tasks()
     metadata = {**found.metadata, **processes.system_metadata(work_directory)}
     _Mouth(words).say(
-        Analysis(metadata=metadata, tasks=dict(found.tasks), failures=dict(found.failures))
+        Analysis(metadata=metadata, tasks=dict(found.tasks), failures={**found.unimported, **found.failures})
     )
 
 
