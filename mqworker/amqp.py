@@ -53,6 +53,9 @@ PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what i
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
+REASON_HEADER: Final = "x-mqworker-reason"
+EXCHANGE_HEADER: Final = "x-mqworker-exchange"
+REASON_CHARACTERS: Final = 2000
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
@@ -432,6 +435,18 @@ class Link:
             app_id="mqworker",
         )
         return self._life.publish(exchange, key, body, properties, mandatory=mandatory)
+
+    def put_aside(self, delivery: Delivery, *, exchange: str, reason: str) -> asyncio.Future[None]:
+        """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers."""
+        headers = {**delivery.headers, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        return self.publish(
+            exchange=exchange,
+            key=exchange,
+            body=delivery.body,
+            kind=delivery.kind or "",
+            message_id=delivery.message_id,
+            headers=headers,
+        )
 
     def _rise(self, life: "_Life") -> None:
         life.up = life.up_once = True

@@ -69,6 +69,7 @@ from mqworker.messages import (
     WorkerView,
     decode,
     encode,
+    tag_of,
 )
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -509,8 +510,8 @@ class Client:
             raise Unreadable(f"expected a receipt for each of {what}, got none for {error}") from error
 
     async def _answer(self, query: Query, kind: type[_T], left: Callable[[], float]) -> _T:
-        name = query.__struct_config__.tag
-        body = await self._exchange(self._topology.api, str(name), encode(query), f"the query {name}", left)
+        name = tag_of(query)
+        body = await self._exchange(self._topology.api, name, encode(query), f"the query {name}", left)
         answer = decode(body, cast("Any", Answer))
         if isinstance(answer, Problem):
             raise _PROBLEMS[answer.kind](answer.text)

@@ -635,6 +635,11 @@ def encode(message: Struct) -> bytes:
     return _encoder.encode(message)
 
 
+def tag_of(message: Struct) -> str:
+    """Return a message's type, for the `type` property."""
+    return str(message.__struct_config__.tag)
+
+
 def encode_line(message: Struct) -> bytes:
     """Write a message as one line of JSON, for a pipe."""
     return _encoder.encode(message) + b"\n"

@@ -44,6 +44,7 @@ from mqworker.messages import (
     WorkerList,
     decode,
     encode,
+    tag_of,
 )
 from mqworker.messages import Pool as PoolView
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
@@ -58,7 +59,6 @@ TICK: Final = 0.25  # seconds between looks at what is due; leases and offers ar
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
-REJECTED_HEADER: Final = "x-mqworker-reason"
 
 _T = TypeVar("_T")
 
@@ -315,7 +315,7 @@ class Scheduler:
             exchange=send.exchange,
             key=send.key,
             body=encode(send.message),
-            kind=_kind(send.message),
+            kind=tag_of(send.message),
             mandatory=send.mandatory,
             persistent=send.persistent,
         )
@@ -366,22 +366,11 @@ class Scheduler:
         if delivery.exchange == self._topology.submit:
             self._answer(delivery, Receipt(term=self._ledger.term, problem=str(error)))
         try:
-            await self._writing.publish(
-                exchange=self._topology.rejected,
-                key=self._topology.rejected,
-                body=delivery.body,
-                kind=delivery.kind or "",
-                message_id=delivery.message_id,
-                headers={
-                    **delivery.headers,
-                    REJECTED_HEADER: str(error)[:2000],
-                    "x-mqworker-exchange": delivery.exchange,
-                },
-            )
+            await self._writing.put_aside(delivery, exchange=self._topology.rejected, reason=str(error))
         except NotPublished:
             self._reading.requeue(delivery)
-            return
-        self._reading.ack(delivery)
+        else:
+            self._reading.ack(delivery)
 
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
         if delivery.reply_to is None:
@@ -390,7 +379,7 @@ class Scheduler:
             exchange="",
             key=delivery.reply_to,
             body=encode(message),
-            kind=_kind(message),
+            kind=tag_of(message),
             correlation_id=delivery.correlation_id,
             mandatory=False,
             persistent=False,
@@ -493,11 +482,6 @@ class Scheduler:
         ask(settle)
         self._awake.set()
         return await future
-
-
-def _kind(message: msgspec.Struct) -> str:
-    """Return the tag of a message, for the `type` property."""
-    return str(message.__struct_config__.tag)
 
 
 async def run(

@@ -42,7 +42,7 @@ from mqworker.agent import (
     Unspool,
 )
 from mqworker.amqp import Consumer, Delivery, Link, Plan
-from mqworker.errors import HostUnfit, MqworkerError, PeerError, StateLocked
+from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
 from mqworker.messages import (
     Analysis,
     Outcome,
@@ -58,6 +58,7 @@ from mqworker.messages import (
     decode,
     encode,
     encode_line,
+    tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, WorkerMetrics
 from mqworker.state import WorkerState
@@ -302,14 +303,8 @@ class Worker:
         """Keep an unreadable ticket for the operator; its request is offered again by the scheduler."""
         logger.warning("an unreadable ticket went to %s", self._topology.rejected, extra={"reason": str(error)})
         try:
-            await self._writing.publish(
-                exchange=self._topology.rejected,
-                key=self._topology.rejected,
-                body=delivery.body,
-                kind=delivery.kind or "",
-                headers={"x-mqworker-reason": str(error)[:2000], "x-mqworker-exchange": delivery.exchange},
-            )
-        except MqworkerError:
+            await self._writing.put_aside(delivery, exchange=self._topology.rejected, reason=str(error))
+        except NotPublished:
             self._reading.requeue(delivery)
         else:
             self._reading.ack(delivery)
@@ -319,7 +314,7 @@ class Worker:
             exchange=exchange,
             key=key,
             body=encode(message),
-            kind=str(message.__struct_config__.tag),
+            kind=tag_of(message),
             mandatory=lasting,
             persistent=lasting,
         )
