@@ -516,26 +516,13 @@ class Agent:
             case SlotProgress(stage=stage, fraction=fraction) if run is not None:
                 self._progress(run, stage=stage, fraction=fraction)
             case SlotOutput(text=text) if run is not None:
-                run.log_seq += 1
-                run.tail = (run.tail + text)[-LOG_TAIL:]
-                self._acts.append(
-                    PublishLog(
-                        LogText(
-                            request=run.request.id,
-                            attempt=run.attempt,
-                            worker=self.name,
-                            time=self._wall(),
-                            seq=run.log_seq,
-                            text=text,
-                        )
-                    )
-                )
+                self._show(run, text)
             case SlotEnded() if run is not None and run.killed is None:
                 slot.ready = False  # until it says so
                 self._end(run, word.result, word.reason, ended=word)
 
-    def slot_gone(self, number: int, exit_code: int) -> None:
-        """Take the end of a slot's process; nothing that stems from it lives any more."""
+    def slot_gone(self, number: int, exit_code: int, last_words: str = "") -> None:
+        """Take the end of a slot's process, and what it had still to say; nothing that stems from it lives any more."""
         slot = self._slots[number]
         slot.ready = False
         slot.dying = False
@@ -543,6 +530,8 @@ class Agent:
         run = self._runs.get(slot.run) if slot.run is not None else None
         if run is None:
             return
+        if last_words:
+            self._show(run, last_words)
         stage = run.stage
         match "lease" if run.killed is None and exit_code == SLOT_LAPSED else run.killed:
             case "void":
@@ -591,6 +580,22 @@ class Agent:
         )
         self._unsettled[ref.token] = _Unsettled(outcome=outcome, on_disk=False)
         self._acts.append(Spool(outcome, task))
+
+    def _show(self, run: _Run, text: str) -> None:
+        run.log_seq += 1
+        run.tail = (run.tail + text)[-LOG_TAIL:]
+        self._acts.append(
+            PublishLog(
+                LogText(
+                    request=run.request.id,
+                    attempt=run.attempt,
+                    worker=self.name,
+                    time=self._wall(),
+                    seq=run.log_seq,
+                    text=text,
+                )
+            )
+        )
 
     def _progress(self, run: _Run, *, stage: str | None, fraction: float | None) -> None:
         if stage is not None and stage != run.stage:

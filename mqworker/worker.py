@@ -72,6 +72,8 @@ ANALYSIS_SECONDS: Final = 120.0  # a look at the host that takes longer is given
 SETTLE_SECONDS: Final = 10.0  # for the ledger's answers, before the worker leaves its spool to its successor
 STOP_NOW_SECONDS: Final = 3.0  # the same, when the worker is told twice
 SLOT_PAUSE: Final = 1.0  # seconds before the next try, where slots do not start
+LAST_WORDS: Final = 64 * 1024  # bytes: what a pipe holds
+LAST_LINES: Final = 500  # characters of them, for an operator
 LINE_LIMIT: Final = 16 * 1024 * 1024  # bytes of one word of a slot
 KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may read of ours: no URL with a password
 
@@ -79,9 +81,16 @@ KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may
 class _Child:
     """One slot's process."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, output: int) -> None:
         self.process = process
         self.identity = processes.identify(process.pid)
+        self._output = output  # where its standard error goes; the slot itself reads it while it lives
+
+    def last_words(self) -> str:
+        """Return what it printed and did not live to read itself; once, when all that could write there has ended."""
+        os.set_blocking(self._output, False)
+        with open(self._output, "rb") as pipe:  # noqa: PTH123  # a descriptor, closed here
+            return (pipe.read(LAST_WORDS) or b"").decode(errors="replace")
 
     def order(self, order: SlotOrder) -> None:
         if self.process.stdin is not None and not self.process.stdin.is_closing():
@@ -441,16 +450,22 @@ class Worker:
             await self._end_orphans()
             del self._children[number]
             self._note_children()
-            self._agent.slot_gone(number, exit_code)
+            last_words = child.last_words()
+            self._agent.slot_gone(number, exit_code, last_words)
             self._act()
             if not was_ready and not self._leaving:
-                logger.error("a slot did not start", extra={"slot": number, "exit_code": exit_code})
+                reason = f"exit code {exit_code}: {last_words.strip()[-LAST_LINES:]}"
+                logger.error("a slot did not start", extra={"slot": number, "reason": reason})
                 await asyncio.sleep(SLOT_PAUSE)
 
     async def _spawn(self, number: int) -> _Child:
         async with self._spawning:
-            child = _Child(await self._python("mqworker.slot", stdin=asyncio.subprocess.PIPE))
-            self._children[number] = child
+            output, printed = os.pipe()
+            try:
+                process = await self._python("mqworker.slot", stdin=asyncio.subprocess.PIPE, stderr=printed)
+            finally:
+                os.close(printed)
+            child = self._children[number] = _Child(process, output)
         self._note_children()
         child.order(Outfit(store=self._store_url))
         return child
@@ -499,7 +514,9 @@ class Worker:
         for directory in self._directories.values():
             await self._remove(directory)
 
-    async def _python(self, module: str, *arguments: str, stdin: int) -> asyncio.subprocess.Process:
+    async def _python(
+        self, module: str, *arguments: str, stdin: int, stderr: int | None = None
+    ) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",  # a stray tasks.py in the working directory must not shadow the package
@@ -508,6 +525,7 @@ class Worker:
             *arguments,
             stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
+            stderr=stderr,
             limit=LINE_LIMIT,
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             env=_child_environment(),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -40,7 +41,8 @@ def listening_addresses(pids):
     inodes = set()
     for pid in pids:
         for fd in Path(f"/proc/{pid}/fd").iterdir():
-            inodes.add(str(fd.readlink()).removeprefix("socket:[").removesuffix("]"))
+            with suppress(FileNotFoundError):  # closed meanwhile
+                inodes.add(str(fd.readlink()).removeprefix("socket:[").removesuffix("]"))
     addresses = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
