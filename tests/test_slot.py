@@ -95,6 +95,13 @@ class Odd(Task):
         subprocess.run(["sh", "-c", "setsid sh -c 'while :; do echo I am not over; done' &"], check=True)
         return True
 
+    def fork_a_speaker(self):
+        pid = os.fork()
+        if pid == 0:
+            self.world.report_progress(stage="I am not who I seem")
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
     def print_much(self):
         for _ in range(32 * 1024):
             os.write(1, b"x" * 1023 + b"\\n")
@@ -403,6 +410,13 @@ def test_a_forked_child_that_comes_back_speaks_for_nobody_and_nothing_of_the_run
     assert descendants(child.process.pid) == []
     child.start()
     assert child.hear(SlotEnded)[0].result == "success"
+
+
+def test_a_forked_child_that_speaks_for_its_parent_ends(shared):
+    ended, words = shared.run("odd", {"how": "fork_a_speaker"})
+
+    assert ended.result == "success"
+    assert "I am not who I seem" not in [word.stage for word in words if isinstance(word, SlotProgress)]
 
 
 # ---------------------------------------------------------------- orders
