@@ -170,6 +170,13 @@ class PublishLog:
 
 
 @dataclass(frozen=True)
+class CountRefusal:
+    """Count a ticket that was refused."""
+
+    task: str
+
+
+@dataclass(frozen=True)
 class Analyze:
     """Look at the host afresh."""
 
@@ -188,6 +195,7 @@ Act = (
     | PublishReport
     | PublishOutcomes
     | PublishLog
+    | CountRefusal
     | Analyze
 )
 
@@ -716,6 +724,8 @@ class Agent:
         for asking in self._asking.values():
             if asking.sent_ns is None or beat:
                 asking.sent_ns = asking.sent_ns or now_ns
+                if asking.claims is None and asking.refusal is not None:
+                    self._acts.append(CountRefusal(asking.ticket.request.task))
                 asking.claims = asking.asks_to_run()
                 parts.append(self._question(asking))
         if parts:

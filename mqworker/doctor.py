@@ -80,14 +80,17 @@ def _broker(url: str) -> Check:
 
 
 def _rights(url: str, topology: Topology) -> Check:
-    """Declare what everybody declares, and send a word round through an exchange to a queue of our own."""
+    """Declare what everybody declares, and send words round to a queue of our own, as events and as answers go."""
 
-    async def round_trip() -> None:
+    async def round_trip() -> bool:
         key = topology.worker_event_key(f"doctor-{uuid.uuid4().hex}")
         arrived = asyncio.Event()
+        own = ""
 
         def plan(epoch: str) -> Plan:
+            nonlocal own
             queue = topology.follower_queue(epoch, ((topology.events, key),))
+            own = queue.name
 
             def on_delivery(_delivery: Delivery) -> None:
                 arrived.set()
@@ -101,10 +104,16 @@ def _rights(url: str, topology: Topology) -> Check:
         async with _up(url, plan) as link, asyncio.timeout(CONNECT_SECONDS):
             await link.publish(exchange=topology.events, key=key, body=b"{}", kind="doctor", persistent=False)
             await arrived.wait()
+            try:
+                await link.publish(exchange="", key=own, body=b"{}", kind="doctor", persistent=False)
+            except NotPublished:
+                return False
+            return True
 
-    advice = f"let the user configure, write and read ^{topology.prefix}\\..* (rabbitmqctl set_permissions)"
+    names = f"{topology.prefix}\\..*"
+    advice = f"let the user configure, write and read ^{names} (rabbitmqctl set_permissions)"
     try:
-        asyncio.run(round_trip())
+        answers = asyncio.run(round_trip())
     except NotPublished as error:
         return _failed("rights", error, f"see whether the broker is out of memory or disk; {advice}")
     except MqworkerError as error:
@@ -112,7 +121,11 @@ def _rights(url: str, topology: Topology) -> Check:
     except TimeoutError:
         finding = f"a message sent to {topology.events} did not come back within {CONNECT_SECONDS:g} s"
         return Check(state="problem", what="rights", finding=finding, advice="see whether the broker raises an alarm")
-    return Check(state="ok", what="rights", finding=f"may declare, write and read {topology.prefix}.*")
+    if not answers:
+        finding = f"may declare, write and read {topology.prefix}.*, but not answer clients through amq.default"
+        advice = f"the scheduler's user needs to write ^({names}|amq\\.default)$; clients and workers do not"
+        return Check(state="note", what="rights", finding=finding, advice=advice)
+    return Check(state="ok", what="rights", finding=f"may declare, write and read {topology.prefix}.*, and answer")
 
 
 def _scheduler(url: str, prefix: str) -> tuple[Pool | None, Check]:

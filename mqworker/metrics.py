@@ -125,10 +125,6 @@ class WorkerMetrics(_Process):
         self.slot_restarts = self._counter(
             "mqworker_worker_slot_restarts_total", "Slot processes started after the first ones."
         )
-        self.log_bytes_skipped = self._counter(
-            "mqworker_worker_log_bytes_skipped_total",
-            "Bytes of output left out of the live log (the log artifact has them).",
-        )
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from mqworker import processes
-from mqworker.errors import ArtifactInvalid, MqworkerError, NotFound, Unreadable
+from mqworker.errors import ArtifactInvalid, MqworkerError, NotFound, OutsideError, Unreadable
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     SLOT_LAPSED,
@@ -378,6 +378,7 @@ class Slot:
         task: Task | None = None
         context: _Context | None = None
         reason: Reason | None = None
+        again = False
         try:
             task = Task.class_from_name(order.request.task)()
             if self._store is None:
@@ -401,6 +402,7 @@ class Slot:
                 result = "success" if task.execute() else "failure"
         except BaseException as error:  # noqa: BLE001  # a task's own code: SystemExit and the like are its errors, too
             result = "error"
+            again = isinstance(error, OutsideError)  # a store that is away says nothing of the request
             reason = _explain(error, None if task is None else task.reason)
         with self._lock:
             self._task = None
@@ -420,7 +422,7 @@ class Slot:
         return SlotEnded(
             result=result,  # type: ignore[arg-type]  # one of the four words
             reason=reason,
-            again=task is not None and task.try_again and result in {"failure", "error"},
+            again=result in {"failure", "error"} and (again or (task is not None and task.try_again)),
             artifacts=[] if context is None else context.artifacts,
         )
 

@@ -30,6 +30,7 @@ from mqworker.agent import (
     Analyze,
     Cancel,
     Consume,
+    CountRefusal,
     KillSlot,
     PublishLog,
     PublishOutcomes,
@@ -384,6 +385,8 @@ class Worker:
                 self._publish(self._topology.outcome, self._topology.outcome, outcomes, lasting=True)
             case PublishLog(message):
                 self._publish(self._topology.logs, message.request, message, lasting=False)
+            case CountRefusal(task):
+                self._metrics.refusals.labels(task=task).inc()
             case Analyze():
                 if not self._analyzing:
                     self._start(self._analyze())

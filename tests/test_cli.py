@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
@@ -338,6 +339,21 @@ def test_the_doctor_tries_the_rights_on_the_broker(cli, amqp_url, prefix):
     assert re.search(rf"^ok +rights +may declare, write and read {prefix}", done.stdout, re.MULTILINE)
     assert re.search(r"^note +scheduler +none answers", done.stdout, re.MULTILINE)
     assert re.search(r"^note +store", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.live
+def test_the_doctor_sees_that_a_user_may_not_answer_clients(cli, own_amqp_url, own_broker, prefix):
+    """With the rights of a worker a scheduler would lose its connection at the first answer."""
+    at = urlsplit(own_amqp_url)
+    url = urlunsplit(at._replace(netloc=f"{prefix}:secret@{at.hostname}:{at.port}"))
+    rights = rf"^{prefix}\..*"
+    own_broker.node.ctl("add_user", prefix, "secret")
+    own_broker.node.ctl("set_permissions", "--vhost", prefix, prefix, rights, rights, rights)
+    done = cli("--amqp-url", url, "--prefix", prefix, "doctor")
+    own_broker.node.ctl("delete_user", prefix)
+
+    assert re.search(r"^note +rights +.*but not answer clients", done.stdout, re.MULTILINE), done
+    assert r"amq\.default" in done.stdout
 
 
 # ---------------------------------------------------------------- a whole pool

@@ -222,6 +222,22 @@ def test_bytes_that_are_gone_or_altered_in_the_store_are_told_and_never_handed_o
             client.import_artifact("example:plain", "plain", {}, {"../../etc/passwd": source})
 
 
+def test_a_run_that_finds_no_store_is_tried_again(pool, final, eventually):
+    """An unmounted file system is nobody's request's fault."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        store = pool.directory / "store"
+        store.rename(pool.directory / "unmounted")
+        one = client.submit("noop", {"artifacts": [10]}, max_attempts=50)
+        eventually(lambda: client.status(one).attempts[1:], "a second attempt")
+        (pool.directory / "unmounted").rename(store)
+        [view] = final(client, one)
+
+        assert view.state == "success"
+        assert {"error"} == {attempt.result for attempt in view.attempts[:-1]}
+        assert "store" in view.attempts[0].reason.text
+
+
 def test_a_task_module_that_does_not_import_is_named_and_hides_no_other(pool, final):
     with ExitStack() as stack:
         pool.environment["MQWORKER_TASK_MODULES"] = "broken_tasks,live_tasks"
