@@ -57,6 +57,7 @@ from mqworker.task import Task
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_NS: Final = 5_000_000_000
+BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
 ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
@@ -648,8 +649,12 @@ class Agent:
             elif run.kill_ns is not None and run.kill_ns <= now_ns:
                 self._kill(run, "abort", "it does not stop")
         since = now_ns - self._beaten_ns
-        if since >= HEARTBEAT_NS or (self._stage_news and since >= NEWS_NS):
+        if since >= self._beat_interval_ns() or (self._stage_news and since >= NEWS_NS):
             self._beat_wanted = True
+
+    def _beat_interval_ns(self) -> int:
+        """Return how long may pass between two heartbeats: a short lease needs several of them in its term."""
+        return min([HEARTBEAT_NS, *(int(run.lease * 1e9) // BEATS_IN_A_LEASE for run in self._runs.values())])
 
     # ------------------------------------------------------------ leaving
 

@@ -478,6 +478,17 @@ def test_a_lease_is_renewed_from_when_the_answered_heartbeat_was_sent(driven):
     assert start.deadline_ns < first_sent + LEASE * SECOND
 
 
+def test_a_lease_shorter_than_the_usual_pause_is_asked_for_several_times_in_its_term(driven):
+    driven.run(lease=5.0)
+    driven.take()
+    asked = 0
+    for _ in range(19):
+        driven.pass_time(0.25)
+        asked += len(driven.said(Heartbeat))
+
+    assert asked >= 2
+
+
 def test_an_answer_that_comes_after_that_of_a_later_heartbeat_takes_nothing_back(driven):
     driven.run()
     first, second = driven.beat(), driven.beat()
