@@ -8,10 +8,13 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 from mqworker.errors import PeerError, StateLocked
 from mqworker.messages import Outcome, RunRef, decode, encode
 from mqworker.processes import Process
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # another one after each boot, random(4)
 
 
 class WorkerState:
@@ -62,14 +65,18 @@ class WorkerState:
     def note_slots(self, slots: Iterable[Process]) -> None:
         """Keep which processes would be left if this worker were killed now."""
         lines = "".join(f"{slot.pid} {slot.start}\n" for slot in slots)
-        self._write(self._directory / "slots", lines.encode(), durable=False)  # a reboot ends them anyway
+        data = f"{_boot_id()}\n{lines}".encode()
+        self._write(self._directory / "slots", data, durable=False)  # a reboot ends them anyway
 
     def noted_slots(self) -> list[Process]:
-        """List the processes that a predecessor has noted."""
+        """List the processes that a predecessor has noted since the host's boot."""
         file = self._directory / "slots"
         if not file.exists():
             return []
-        pairs = [line.split() for line in file.read_text().splitlines()]
+        boot, *lines = file.read_text().splitlines() or [""]
+        if boot != _boot_id():
+            return []  # start times count from the boot: these may be anybody's by now
+        pairs = [line.split() for line in lines]
         return [Process(pid=int(pid), start=int(start)) for pid, start in pairs]
 
     # ------------------------------------------------------------ the spool
@@ -108,6 +115,10 @@ class WorkerState:
         new.replace(file)
         if durable and sync_directory:
             _fsync(file.parent)
+
+
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
 
 
 def _fsync(directory: Path) -> None:
