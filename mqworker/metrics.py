@@ -6,6 +6,7 @@ no host name is ever a label. One endpoint a process; a task's child never loads
 
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from socketserver import ThreadingMixIn
 from typing import Any, Final, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -146,7 +147,7 @@ class MetricsServer:
             SettingsError: the address is no address, or taken.
         """
         host, separator, port = listen.rpartition(":")
-        if not separator or not port.isdigit():
+        if not separator or not port.isdecimal():
             raise SettingsError(f"expected an address like 127.0.0.1:9107 for metrics, got {listen!r}")
         metrics = make_wsgi_app(registry)
 
@@ -171,7 +172,8 @@ class MetricsServer:
         except (OSError, OverflowError) as error:
             raise SettingsError(f"expected a free address for metrics, got {listen}: {error}") from error
         self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        serve = partial(self._server.serve_forever, poll_interval=0.05)  # seconds that `close` may wait
+        self._thread = threading.Thread(target=serve, name="metrics", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
