@@ -67,6 +67,12 @@ def test_a_holder_that_was_refused_leaves_the_holders_name_and_no_file_open(tmp_
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_the_holder_that_is_named_is_the_newest_whatever_was_there_before(tmp_path):
+    (tmp_path / "lock").write_text("12345678901234567890")
+    with closing(WorkerState(tmp_path)), pytest.raises(StateLocked, match=f"pid {os.getpid()} holds"):
+        WorkerState(tmp_path)
+
+
 def test_the_lock_is_not_inherited_by_children(tmp_path):
     state = WorkerState(tmp_path)
     with subprocess.Popen(["sleep", "1000"], close_fds=False) as heir:
