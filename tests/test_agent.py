@@ -19,6 +19,7 @@ from mqworker.agent import (
     Analyze,
     Cancel,
     Consume,
+    CountRefusal,
     KillSlot,
     PublishLog,
     PublishOutcomes,
@@ -376,7 +377,9 @@ def test_a_ticket_of_what_runs_here_is_acknowledged(two):
 def test_a_ticket_that_it_must_not_run_is_refused_with_the_reason_and_its_metadata_version(driven, task, data, why):
     """P6."""
     driven.ticket(task=task, data=data)
-    [refusal] = driven.said(Claim, Refusal)
+    acts = driven.take(CountRefusal, PublishReport)
+    assert acts[0] == CountRefusal(task)
+    [refusal] = acts[1].report.parts
 
     assert isinstance(refusal, Refusal)
     assert why in refusal.reason
@@ -389,9 +392,11 @@ def test_a_ticket_that_it_must_not_run_is_refused_with_the_reason_and_its_metada
 def test_claims_and_refusals_are_said_again_with_each_heartbeat_until_they_are_answered(two):
     ref = two.claim(1)
     two.ticket(2, task="tagged", data={"tag": "red"})
+    two.take()
     for _ in range(2):
-        parts = two.beat().parts
-        assert [(type(part), part.token) for part in parts if isinstance(part, Claim | Refusal)] == [
+        two.pass_time(HEARTBEAT_NS / SECOND)
+        [act] = two.take(PublishReport, CountRefusal)  # it was counted when it was said first
+        assert [(type(part), part.token) for part in act.report.parts if isinstance(part, Claim | Refusal)] == [
             (Claim, ref.token),
             (Refusal, "t2"),
         ]

@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -237,6 +238,15 @@ def environment(directory, modules):
     return {**inherited, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "MQWORKER_TASK_MODULES": modules}
 
 
+def eventually(met):
+    """Wait until something is true, and return it."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := met()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # between two looks at what has no event
+    return found
+
+
 def shown(words):
     return "".join(word.text for word in words if isinstance(word, SlotOutput))
 
@@ -325,6 +335,16 @@ def test_inputs_are_fetched_by_their_ids_and_verified(shared):
 
     assert ended.result == "success"
     assert "deep/in.txt', 'what it needs'" in shown(words)
+
+
+def test_a_store_that_is_away_says_nothing_of_the_request_which_is_tried_again(child):
+    child.hear(SlotReady)
+    shutil.rmtree(child.directory / "store")
+    (child.directory / "store").write_text("this is no directory any more")
+    child.start("noop", {"artifacts": [10]})
+    ended, _ = child.hear(SlotEnded)
+
+    assert (ended.result, ended.again) == ("error", True)
 
 
 def test_a_run_that_needed_much_memory_makes_room_for_a_fresh_process(child):
@@ -426,8 +446,7 @@ def test_an_abort_ends_a_run_and_tells_why(shared, tmp_path):
     shared.hear(SlotReady)
     journal = tmp_path / "journal"
     shared.start("journal", {"journal": str(journal), "gate": str(tmp_path / "never")})
-    while not journal.exists():
-        time.sleep(0.01)
+    eventually(journal.exists)
     shared.order(StopRun(reason="not wanted"))
     ended, _ = shared.hear(SlotEnded)
 
@@ -470,9 +489,8 @@ def await_deaf(child):
     child.start("odd", {"how": "ignore_everything"}, seconds=1.5)
     while "deaf" not in shown([child.hear(SlotOutput)[0]]):
         pass
-    while len(family := descendants(child.process.pid)) < 3:
-        time.sleep(0.01)
-    return family
+    eventually(lambda: len(descendants(child.process.pid)) >= 3)
+    return descendants(child.process.pid)
 
 
 def test_at_its_deadline_a_slot_ends_its_run_with_all_descendants_and_itself_whatever_the_task_does(child):
