@@ -588,7 +588,7 @@ class Agent:
             artifacts=[] if ended is None else ended.artifacts,
         )
         self._unsettled[ref.token] = _Unsettled(outcome=outcome, on_disk=False)
-        self._acts.append(Spool(outcome, task))
+        self._acts.append(Spool(outcome, task.lower()))
 
     def _show(self, run: _Run, text: str) -> None:
         run.log_seq += 1
@@ -730,7 +730,7 @@ class Agent:
             if asking.sent_ns is None or beat:
                 asking.sent_ns = asking.sent_ns or now_ns
                 if asking.claims is None and asking.refusal is not None:
-                    self._acts.append(CountRefusal(asking.ticket.request.task))
+                    self._acts.append(CountRefusal(asking.ticket.request.task.lower()))
                 asking.claims = asking.asks_to_run()
                 parts.append(self._question(asking))
         if parts:

@@ -109,7 +109,6 @@ class _Lease:
     run: RunProgress  # by the worker's newest word
     seconds: float
     deadline: float  # steady
-    claimed: tuple[int, int]  # the report that carried the claim
     probe: int | None = None
 
     @property
@@ -247,7 +246,6 @@ class Pool:
                     ),
                     seconds=seconds,
                     deadline=moment.steady + seconds + LEASE_MARGIN,
-                    claimed=(-1, -1),
                 )
             elif row.state is State.OFFERED:
                 self._write(Return(request=row.request.id, attempt=row.attempt), self._returned(row.request.id))
@@ -414,7 +412,7 @@ class Pool:
                     self._say(
                         worker, Abort(request=request, attempt=entry.attempt, token=lease.token, reason=entry.abort)
                     )
-            elif lease.token not in settled_soon and lease.claimed < (worker.incarnation, worker.seq):
+            elif lease.token not in settled_soon:  # and its claim came in an earlier report than this
                 self._lost(entry, "the worker was restarted and does not have this run any more", moment)
         mine = {lease.token for lease in map(self._lease_held, worker.leases) if lease is not None}
         void = [
@@ -467,15 +465,12 @@ class Pool:
             grant = Grant(
                 request=claim.request, attempt=claim.attempt, token=claim.token, worker=worker.name, at=moment.wall
             )
-            claimed = (worker.incarnation, worker.seq)
             self._write(
                 grant,
-                partial(self._claim_settled, worker=worker, claim=claim, claimed=claimed, entry=entry, moment=moment),
+                partial(self._claim_settled, worker=worker, claim=claim, entry=entry, moment=moment),
             )
 
-    def _claim_settled(
-        self, result: str, *, worker: _Worker, claim: Claim, claimed: tuple[int, int], entry: _Entry, moment: Moment
-    ) -> None:
+    def _claim_settled(self, result: str, *, worker: _Worker, claim: Claim, entry: _Entry, moment: Moment) -> None:
         if result == "void":
             self._void(worker, claim, "another worker was first")
             return
@@ -491,7 +486,6 @@ class Pool:
             ),
             seconds=seconds,
             deadline=moment.steady + seconds + LEASE_MARGIN,
-            claimed=claimed,
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
