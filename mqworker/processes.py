@@ -5,6 +5,7 @@ May import only errors. Knows no task, no broker and no ledger; everything is re
 
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib.metadata
 import os
@@ -483,3 +484,21 @@ class BoottimeAlarm:
         value = _Itimerspec(_Timespec(0, 0), _Timespec(seconds, nanoseconds))
         if _libc.timerfd_settime(self._fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None) != 0:
             raise HostUnfit(f"expected to set an alarm, got: {os.strerror(ctypes.get_errno())}")
+
+
+# ---------------------------------------------------------------- pipes
+
+
+def tee(source: int, target: int, size: int) -> int:
+    """Copy what waits in a pipe, once something does, into another pipe without taking it out; return its size.
+
+    Raises:
+        OSError: one of the two is no pipe, or the target is full.
+    """
+    while True:
+        copied: int = _libc.tee(source, target, ctypes.c_size_t(size), ctypes.c_uint(0))
+        if copied >= 0:
+            return copied
+        number = ctypes.get_errno()
+        if number != errno.EINTR:  # a signal that another thread handles
+            raise OSError(number, os.strerror(number))

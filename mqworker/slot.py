@@ -124,6 +124,7 @@ class _Output:
             self._read_end = os.open("/proc/self/fd/2", os.O_RDONLY)
         else:
             self._read_end, self._write_end = os.pipe()
+        self._copies_out, self._copies_in = os.pipe()
         for fd in (1, 2):
             os.dup2(self._write_end, fd)
         self._open_log: Callable[[], BinaryIO] | None = None
@@ -158,7 +159,9 @@ class _Output:
     def _pump(self) -> None:
         pending = b""
         while True:
-            pending += os.read(self._read_end, CHUNK)
+            # What is not told yet stays in the pipe, where the agent finds it if the task ends this process now.
+            count = processes.tee(self._read_end, self._copies_in, CHUNK)
+            pending += os.read(self._copies_out, count)
             for mark in list(self._marks):
                 before, found, after = pending.partition(mark)
                 if found:
@@ -166,10 +169,10 @@ class _Output:
                     self._to_log(None)
                     self._marks.pop(mark).set()
                     pending = after
-            if self._marks and b"\0" in pending[-64:]:
-                continue  # perhaps the beginning of a mark
-            self._keep(pending)
-            pending = b""
+            if not (self._marks and b"\0" in pending[-64:]):  # else perhaps the beginning of a mark
+                self._keep(pending)
+                pending = b""
+            os.read(self._read_end, count)
 
     def _keep(self, data: bytes) -> None:
         if not data:

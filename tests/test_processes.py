@@ -483,3 +483,19 @@ def test_foreign_architectures_count_only_where_the_kernel_runs_them(monkeypatch
     runnable = processes._runnable_architectures("amd64", frozenset({"i386", "arm64"}))
 
     assert runnable == ["amd64", "i386", "riscv64"]
+
+
+def test_what_was_copied_from_a_pipe_is_still_in_it():
+    source, write_end = os.pipe()
+    copies, target = os.pipe()
+    os.write(write_end, b"some words")
+
+    assert processes.tee(source, target, 4) == 4
+    assert os.read(copies, 100) == b"some"
+    assert processes.tee(source, target, 100) == 10
+    assert os.read(copies, 100) == b"some words"
+    assert os.read(source, 100) == b"some words"
+    os.close(write_end)
+    assert processes.tee(source, target, 100) == 0
+    for descriptor in (source, copies, target):
+        os.close(descriptor)
