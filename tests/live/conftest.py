@@ -9,9 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import pika
 import pytest
 
 from mqworker.client import Client
@@ -117,6 +118,17 @@ class LivePool:
         client = stack.enter_context(self.client())
         self.await_workers(client, *workers)
         return client
+
+    @contextmanager
+    def channel(self) -> Iterator[pika.channel.Channel]:
+        """Speak AMQP as a program does that has never heard of mqworker's own client."""
+        connection = pika.BlockingConnection(pika.URLParameters(self.amqp_url))
+        try:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            yield channel
+        finally:
+            connection.close()
 
     def end(self, name: str, number: int = signal.SIGTERM) -> int:
         process = self.processes.pop(name)

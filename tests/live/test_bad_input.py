@@ -4,7 +4,8 @@ import json
 import re
 import signal
 import uuid
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pika
@@ -16,22 +17,10 @@ from mqworker.messages import Request
 pytestmark = pytest.mark.live
 
 
-@contextmanager
-def foreign_channel(url):
-    """Speak AMQP as a program does that has never heard of mqworker's own client."""
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    try:
-        channel = connection.channel()
-        channel.confirm_delivery()
-        yield connection, channel
-    finally:
-        connection.close()
-
-
 def receipt_for(pool, body: bytes) -> dict:
     """Publish a submission with bare pika, and return the answer to it."""
     answers: list[bytes] = []
-    with foreign_channel(pool.amqp_url) as (connection, channel):
+    with pool.channel() as channel:
         channel.basic_consume("amq.rabbitmq.reply-to", lambda *got: answers.append(got[3]), auto_ack=True)
         channel.basic_publish(
             f"{pool.prefix}.submit",
@@ -41,7 +30,7 @@ def receipt_for(pool, body: bytes) -> dict:
             mandatory=True,
         )
         for _ in range(300):
-            connection.process_data_events(time_limit=0.1)
+            channel.connection.process_data_events(time_limit=0.1)
             if answers:
                 return json.loads(answers[0])
     raise AssertionError("no receipt came")
@@ -49,7 +38,7 @@ def receipt_for(pool, body: bytes) -> dict:
 
 def in_rejected(pool, eventually) -> tuple[bytes, dict]:
     """Take the message that went to the operator."""
-    with foreign_channel(pool.amqp_url) as (_, channel):
+    with pool.channel() as channel:
 
         def take():
             method, properties, body = channel.basic_get(f"{pool.prefix}.rejected", auto_ack=True)
@@ -100,8 +89,8 @@ def test_what_cannot_be_read_goes_to_the_operator_with_the_reason(pool, eventual
         assert "Traceback" not in pool.log("scheduler")
 
 
-def test_unreadable_words_to_any_exchange_hurt_nobody(pool, final):
-    """Whatever is sent to the exchanges of the scheduler and the workers, both go on."""
+def test_unreadable_words_to_any_exchange_are_kept_and_hurt_nobody(pool, final, eventually):
+    """Whatever is sent to the exchanges of the scheduler and the workers, both go on; who asks something is told."""
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         queue = client.workers()[0].queue
@@ -112,12 +101,14 @@ def test_unreadable_words_to_any_exchange_hurt_nobody(pool, final):
             "api": f"{pool.prefix}.api",
         }
         bodies = [b"", b"null", b"[]", b'{"type":"report"}', b'{"type":"ticket","v":9}', b"\x00" * 100]
-        with foreign_channel(pool.amqp_url) as (_, channel):
+        with pool.channel() as channel:
             for name, routing_key in key.items():
                 for body in bodies:
                     channel.basic_publish(f"{pool.prefix}.{name}", routing_key, body)
 
         assert {"success"} == {view.state for view in final(client, *(client.submit("noop", {}) for _ in range(3)))}
+        kept = Counter(in_rejected(pool, eventually)[1]["x-mqworker-exchange"] for _ in range(3 * len(bodies)))
+        assert kept == {f"{pool.prefix}.{name}": len(bodies) for name in ("work", "report", "outcome")}
         for name in ("scheduler", "anna"):
             assert pool.processes[name].poll() is None
             assert "Traceback" not in pool.log(name)

@@ -4,20 +4,28 @@ import json
 import os
 import signal
 import socket
+import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
 from mqworker.errors import Unanswered
-from mqworker.messages import Request
+from mqworker.messages import Request, Ticket, encode
 from mqworker.store import Store
 
 pytestmark = pytest.mark.live
+
+
+def _consumers(pool, queue: str) -> int:
+    with pool.channel() as channel:
+        return channel.queue_declare(queue, passive=True).method.consumer_count
 
 
 def _listens(port: int) -> bool:
@@ -65,14 +73,16 @@ def test_the_same_id_is_one_request_and_other_content_is_a_conflict(pool, final)
         assert len(client.list()) == 1
 
 
-def test_a_worker_with_full_slots_attracts_no_ticket_while_another_is_idle(pool, runs, final):
+def test_a_worker_with_full_slots_attracts_no_ticket_while_another_is_idle(pool, runs, final, eventually):
     """P5: the second request starts on the idle worker while the first one blocks the other."""
     with ExitStack() as stack:
         client = pool.up(stack, "anna", "bert")
+        queue = client.workers()[0].queue
         ids = []
         for number in (1, 2):
             ids.append(client.submit("journal", runs.data))
             runs.await_starts(number)
+            eventually(lambda idle=2 - number: _consumers(pool, queue) == idle, "only idle workers consume")
         views = [client.status(one) for one in ids]
 
         assert {"anna", "bert"} == {view.worker for view in views}
@@ -106,6 +116,23 @@ def test_a_worker_gets_only_what_it_can_run(pool, runs, final):
         assert final(client, nobody)[0].worker == "carl"
 
 
+def test_a_worker_that_must_not_run_it_by_its_own_view_refuses_and_another_gets_it(pool, runs, final, eventually):
+    """P6: scheduler and worker disagree, and the worker's word counts."""
+    with ExitStack() as stack:
+        pool.scheduler()
+        pool.worker("anna", JOURNAL_SHY="1")
+        client = stack.enter_context(pool.client())
+        pool.await_workers(client, "anna")
+        runs.open()
+        one = client.submit("journal", runs.data)
+        eventually(lambda: client.status(one).waits == "no worker can run it", "the worker has refused it")
+        assert runs.count("start") == 0
+        pool.worker("bert")
+        [view] = final(client, one)
+
+        assert [attempt.worker for attempt in view.attempts] == ["bert"]
+
+
 def test_the_request_of_a_killed_worker_runs_again_elsewhere_once(pool, runs, final, eventually, alive):
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
@@ -127,11 +154,12 @@ def test_the_request_of_a_killed_worker_runs_again_elsewhere_once(pool, runs, fi
 
 
 def test_a_restarted_worker_gives_up_its_predecessors_run_at_once(pool, runs, final):
-    """Its lease of an hour is not waited for."""
+    """Its lease of an hour is not waited for, and a slot that did not notice the end of its agent is ended."""
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         one = client.submit("journal", runs.data, lease=3600)
         runs.await_starts(1)
+        os.kill(runs.lines()[0]["pid"], signal.SIGSTOP)
         pool.end("anna", signal.SIGKILL)
         pool.worker("anna")
         runs.await_starts(2)
@@ -161,7 +189,40 @@ def test_a_frozen_worker_ends_its_run_at_its_lease_by_its_own_clock(pool, runs, 
         runs.assert_no_overlap()
 
 
-def test_nothing_is_lost_when_the_scheduler_is_killed(pool, runs, final):
+def test_an_agent_ends_a_frozen_slot_at_its_lease(pool, runs, final, eventually, alive):
+    """P2: the slot is stopped and holds no deadline, and no scheduler renews the lease: the agent holds it too."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one = client.submit("journal", runs.data, lease=5)
+        runs.await_starts(1)
+        pool.end("scheduler", signal.SIGKILL)
+        first = runs.lines()[0]["pid"]
+        os.kill(first, signal.SIGSTOP)
+        eventually(lambda: not alive(first), "the agent ends its slot")
+        pool.scheduler()
+        runs.await_starts(2)
+        runs.open()
+        [view] = final(client, one)
+
+        assert [attempt.result for attempt in view.attempts] == ["lost", "success"]
+        runs.assert_no_overlap()
+
+
+def test_a_run_may_be_longer_than_its_lease(pool, runs, final):
+    """P2: heartbeats renew it, also the shortest that there is."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one = client.submit("journal", runs.data, lease=5)
+        runs.await_starts(1)
+        time.sleep(8)  # beyond its first term, and what one answer more would add
+        runs.open()
+        [view] = final(client, one)
+
+        assert view.state == "success"
+        assert len(view.attempts) == 1
+
+
+def test_nothing_is_lost_when_the_scheduler_is_killed(pool, runs, final, eventually):
     """P1 and P3: a run goes on, what waits is done afterwards, and each is done once."""
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
@@ -170,13 +231,175 @@ def test_nothing_is_lost_when_the_scheduler_is_killed(pool, runs, final):
         waiting = [str(uuid.uuid4()) for _ in range(20)]
         client.submit_many([Request(id=one, task="noop") for one in waiting])
         pool.end("scheduler", signal.SIGKILL)
-        runs.open()
         pool.scheduler()
+        eventually(
+            lambda: [one for one in client.workers() if one.state == "online" and one.running],
+            "worker and scheduler know the run again",
+        )
+        runs.open()
         views = final(client, running, *waiting)
 
         assert {"success"} == {view.state for view in views}
         assert {1} == {len(view.attempts) for view in views}
         assert [runs.count("start"), runs.count("end")] == [1, 1]
+
+
+def test_what_was_on_offer_when_the_scheduler_was_killed_is_offered_again(pool, final, eventually):
+    """P1: the old ticket is still under way when a new scheduler comes, and counts for nothing."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        final(client, client.submit("noop", {}))  # its slot is ready
+        pool.processes["anna"].send_signal(signal.SIGSTOP)
+        one = client.submit("noop", {})
+        eventually(lambda: client.status(one).state == "offered", "the ticket is out")
+        pool.end("scheduler", signal.SIGKILL)
+        pool.scheduler()
+        pool.processes["anna"].send_signal(signal.SIGCONT)
+        [view] = final(client, one)
+
+        assert view.state == "success"
+        assert len(view.attempts) == 1
+
+
+def test_what_the_ledger_does_not_have_has_no_receipt_and_is_still_in_the_broker(pool, final, eventually):
+    """P1: the scheduler is killed in the middle of a commit."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        request = Request(id=str(uuid.uuid4()), task="noop")
+        ledger = stack.enter_context(closing(sqlite3.connect(pool.directory / "ledger.db", isolation_level=None)))
+        ledger.execute("BEGIN IMMEDIATE")
+        with pool.client(timeout=1.5) as hurried, pytest.raises(Unanswered, match="broker has"):
+            hurried.submit_many([request])
+        pool.end("scheduler", signal.SIGKILL)
+        ledger.execute("ROLLBACK")
+        pool.scheduler()
+        eventually(client.list, "the scheduler has read what the broker held")
+
+        assert final(client, request.id)[0].state == "success"
+
+
+def test_a_ticket_that_is_lost_is_issued_again_and_counts_for_nothing(pool, final, eventually):
+    """A stranger takes it out of the queue."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        stolen: list[bytes] = []
+        with pool.channel() as channel:
+            channel.basic_consume(
+                client.workers()[0].queue,
+                lambda *got: stolen.append(got[3]),
+                auto_ack=True,
+                arguments={"x-priority": 10},
+            )
+            one = client.submit("noop", {}, max_attempts=1)
+            eventually(lambda: channel.connection.process_data_events(time_limit=0.1) or stolen, "the ticket is stolen")
+        [view] = final(client, one)
+
+        assert view.state == "success"
+        assert len(view.attempts) == 1
+
+
+def test_of_two_tickets_for_one_attempt_one_is_granted(pool, runs, final):
+    """P2: a worker that is idle is offered what another runs."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna", "bert")
+        one = client.submit("journal", runs.data)
+        runs.await_starts(1)
+        view = client.status(one)
+        queue = client.workers()[0].queue
+        with pool.channel() as channel:
+            body = encode(Ticket(term=1, attempt=view.attempt, request=view.request))
+            channel.basic_publish(f"{pool.prefix}.work", queue, body, mandatory=True)
+        behind = client.submit("noop", {})
+
+        assert final(client, behind)[0].state == "success"
+        assert runs.count("start") == 1
+        runs.open()
+        assert [attempt.worker for attempt in final(client, one)[0].attempts] == [view.worker]
+
+
+class _Relay:
+    """Stand between a worker and its broker: see what it says, and cut the line."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._broker = (parts.hostname, parts.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = self._listener.getsockname()[1]
+        self.url = urlunsplit(parts._replace(netloc=f"{parts.netloc.rpartition('@')[0]}@127.0.0.1:{port}"))
+        self.said = bytearray()
+        self._whole = threading.Event()
+        self._whole.set()
+        self._ends: list[tuple[socket.socket, socket.socket]] = []
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                worker, _ = self._listener.accept()
+                self._whole.wait()
+                broker = socket.create_connection(self._broker)
+                self._ends.append((worker, broker))
+                for way in ((worker, broker, self.said), (broker, worker, bytearray())):
+                    self._threads.append(threading.Thread(target=self._pass, args=way))
+                    self._threads[-1].start()
+
+    @staticmethod
+    def _pass(source: socket.socket, target: socket.socket, heard: bytearray) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                heard += data
+                with suppress(OSError):  # what is for the worker after the cut
+                    target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)  # all that was said before reaches the broker
+
+    def cut(self) -> None:
+        self._whole.clear()
+        for worker, _ in self._ends:
+            with suppress(OSError):
+                worker.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._whole.set()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self.mend()
+        self._threads[0].join()
+        self.cut()
+        for thread in self._threads:
+            thread.join()
+        for one in (self._listener, *(end for pair in self._ends for end in pair)):
+            one.close()
+
+
+def test_a_claim_whose_answer_is_lost_gets_the_same_answer_again(pool, runs, final, eventually):
+    """P2: it is granted while the worker's line is cut, and no attempt is lost by that."""
+    with ExitStack() as stack:
+        relay = stack.enter_context(closing(_Relay(pool.amqp_url)))
+        stack.callback(pool.close)
+        pool.scheduler()
+        pool.worker("anna", MQWORKER_AMQP_URL=relay.url)
+        client = stack.enter_context(pool.client())
+        final(client, client.submit("noop", {}))  # its slot is ready
+        pool.processes["anna"].send_signal(signal.SIGSTOP)
+        one = client.submit("journal", runs.data, max_attempts=1)
+        eventually(lambda: client.status(one).state == "offered", "the ticket is out")
+        pool.processes["scheduler"].send_signal(signal.SIGSTOP)
+        claims = relay.said.count(b'"type":"claim"')
+        pool.processes["anna"].send_signal(signal.SIGCONT)
+        eventually(lambda: relay.said.count(b'"type":"claim"') > claims, "the worker claims")
+        relay.cut()
+        pool.processes["scheduler"].send_signal(signal.SIGCONT)
+        eventually(lambda: client.status(one).state == "running", "the claim is granted")
+        relay.mend()
+        runs.await_starts(1)
+        runs.open()
+        [view] = final(client, one)
+
+        assert view.state == "success"
+        assert runs.count("start") == 1
 
 
 def test_a_submission_without_a_scheduler_is_done_when_one_comes(pool, final, eventually):
@@ -304,6 +527,23 @@ def test_an_outcome_survives_the_death_of_its_agent(pool, runs, final, eventuall
         eventually(lambda: not list(spool.glob("*.json")), "the spool is empty once the ledger has answered")
 
 
+def test_an_outcome_is_sent_only_once_it_is_on_disk(pool, runs, final, eventually):
+    """P4: as long as the disk does not take it, nobody is told."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one = client.submit("journal", runs.data)
+        runs.await_starts(1)
+        spool = pool.directory / "state" / "anna" / "spool"
+        aside = spool.rename(spool.with_name("aside"))
+        runs.open()
+        eventually(lambda: pool.log("anna").count("cannot be spooled") > 1, "it was tried twice")
+
+        assert client.status(one).state == "running"
+        aside.rename(spool)
+        assert final(client, one)[0].state == "success"
+        eventually(lambda: not list(spool.iterdir()), "the spool is empty once the ledger has answered")
+
+
 def test_a_second_scheduler_on_the_same_ledger_refuses_to_start(pool):
     with ExitStack() as stack:
         pool.up(stack)
@@ -322,6 +562,22 @@ def test_a_second_worker_in_the_same_state_directory_refuses_to_start(pool):
 
         assert second.wait(30) == 3
         assert "Traceback" not in pool.log("second")
+
+
+def test_a_second_worker_of_the_same_name_refuses_to_start_beside_the_first_ones_runs(pool, runs, final):
+    """Its state directory is its own, its work directory is not."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one = client.submit("journal", runs.data)
+        runs.await_starts(1)
+        second = pool.start(
+            "second", "worker", "--name", "anna", "--state-dir", str(pool.directory / "state" / "other")
+        )
+
+        assert second.wait(30) == 3
+        assert "Traceback" not in pool.log("second")
+        runs.open()
+        assert len(final(client, one)[0].attempts) == 1
 
 
 def test_a_worker_with_another_store_is_refused_with_a_clear_word(pool, eventually):

@@ -25,7 +25,7 @@ class Journal(Task):
     }
 
     def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
-        if not super().can_run_on(worker_metadata):
+        if not super().can_run_on(worker_metadata) or "JOURNAL_SHY" in os.environ:  # not by the metadata alone: a bug
             return False
         return "tag" not in self.data or self.data["tag"] in worker_metadata.get("system:tags", [])
 
