@@ -376,6 +376,17 @@ def _mounts_below(path: Path) -> list[str]:
 # ---------------------------------------------------------------- the host
 
 
+def peak_memory() -> int:
+    """Return the most memory that this program has had in use, in bytes.
+
+    Not what getrusage(2) says: its figure is handed down by whoever started this program.
+    """
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise HostUnfit("expected /proc/self/status to say VmHWM, as Linux does")
+    return int(found[1]) * 1024
+
+
 def system_metadata(work_directory: Path) -> dict[str, Any]:
     """Say what a worker reports of its host beside what its tasks say.
 

@@ -12,7 +12,6 @@ import codecs
 import contextlib
 import os
 import queue
-import resource
 import select
 import stat
 import sys
@@ -55,7 +54,7 @@ LIVE_BYTES_PER_SECOND: Final = 256 * 1024  # of output to the live log; more tha
 PROGRESS_SECONDS: Final = 0.05  # between two words on the progress of one stage
 LIVE_BURST: Final = 1024 * 1024
 MAX_DESCRIBED: Final = MAX_MESSAGE_BYTES // 4  # bytes; an outcome travels in one message, with others
-MEMORY_KEPT: Final = 256 * 1024  # KiB of peak memory; a slot that has needed more makes room for a fresh one
+MEMORY_KEPT: Final = 256 * 1024 * 1024  # bytes of peak memory; a slot that has needed more makes room for a fresh one
 
 
 class _Mouth:
@@ -318,7 +317,7 @@ class Slot:
             order = self._runs.get()
             ended = self._run(order)
             self._mouth.say(ended)
-            if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY_KEPT or _condition() != fresh:
+            if processes.peak_memory() > MEMORY_KEPT or _condition() != fresh:
                 return  # the next run is better off in a process of its own
 
     # ------------------------------------------------------------ the watching thread

@@ -499,3 +499,12 @@ def test_what_was_copied_from_a_pipe_is_still_in_it():
     assert processes.tee(source, target, 100) == 0
     for descriptor in (source, copies, target):
         os.close(descriptor)
+
+
+def test_the_peak_of_memory_is_a_programs_own_and_not_its_parents():
+    filling = bytearray(b"x" * 300_000_000)
+    code = "from mqworker import processes; print(processes.peak_memory())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert processes.peak_memory() > len(filling)
+    assert 1_000_000 < int(child.stdout) < 200_000_000

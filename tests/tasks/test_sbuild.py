@@ -592,7 +592,7 @@ def test_an_aborted_silent_build_leaves_no_process_and_no_chroot(sbuild, monkeyp
     assert task.execute() is False
 
     assert task.aborted
-    assert processes.descendants(os.getpid()) == before
+    assert set(processes.descendants(os.getpid())) <= set(before)
     assert context.of("debian:package-build-log") == []
     unpacked = list((context.work_directory / "sbuild-tmp").iterdir())
     assert unpacked == [] or grace == 0
