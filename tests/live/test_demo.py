@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mqworker import processes
 from mqworker.privatenode import PrivateNode
 
 pytestmark = pytest.mark.live
