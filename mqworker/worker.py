@@ -597,7 +597,13 @@ def _take_work_directory(base: Path, name: str) -> tuple[Path, int]:
         base.mkdir(parents=True, exist_ok=True)
         directory.mkdir(exist_ok=True)
         for one in (base, directory):
-            if one.stat().st_uid == os.getuid():
+            owner = one.lstat().st_uid
+            if owner not in {os.getuid(), 0}:  # in /var/tmp anybody may have been here first
+                raise StateLocked(
+                    f"expected a work directory that belongs to this user or root, got {one} of uid {owner};"
+                    " remove it, or set work_dir"
+                )
+            if owner == os.getuid():
                 one.chmod(one.stat().st_mode | 0o711)  # a build's own uid has to get through
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
