@@ -539,8 +539,8 @@ class Agent:
         run = self._runs.get(slot.run) if slot.run is not None else None
         if run is None:
             return
-        if last_words:
-            self._show(run, last_words)
+        if news := _after(run.tail, last_words):
+            self._show(run, news)
         stage = run.stage
         match "lease" if run.killed is None and exit_code == SLOT_LAPSED else run.killed:
             case "void":
@@ -827,6 +827,14 @@ def _sets(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
         size += bytes_more
     if one:
         yield one
+
+
+def _after(told: str, left: str) -> str:
+    """Cut from what a slot left what it had told already: a slot that dies between the two has done both."""
+    for length in range(min(len(told), len(left)), 0, -1):
+        if told.endswith(left[:length]):
+            return left[length:]
+    return left
 
 
 def _bounded(reason: Reason) -> Reason:

@@ -268,11 +268,18 @@ class Client:
         Raises:
             NotFound: some are not there; the others are being stopped.
         """
-        answer = self._ask(AbortRequests(ids=[*ids], reason=reason), RequestList)
-        if answer.missing:
-            others = f"; the other {len(answer.requests)} are being stopped" if answer.requests else ""
-            raise NotFound(f"{_no_request(answer.missing)}{others}")
-        return answer.requests
+        views: Views = []
+        missing: list[str] = []
+        asked = [*ids]
+        for start in range(0, len(asked), VIEWS_IN_AN_ANSWER):
+            part = asked[start : start + VIEWS_IN_AN_ANSWER]
+            answer = self._ask(AbortRequests(ids=part, reason=reason), RequestList)
+            views += answer.requests
+            missing += answer.missing
+        if missing:
+            others = f"; the other {len(views)} are being stopped" if views else ""
+            raise NotFound(f"{_no_request(missing)}{others}")
+        return views
 
     def retry(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
         """Ask for an ended request to be done anew and return the id of the new request.

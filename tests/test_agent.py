@@ -1080,3 +1080,22 @@ TestAgentKeepsItsSlots = AgentKeepsItsSlots.TestCase
 TestAgentKeepsItsSlots.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.mark.parametrize(
+    ("told", "left", "news"),
+    [
+        ("", "last\n", ["last\n"]),
+        ("first\n", "last\n", ["last\n"]),
+        ("first\nlast", "last\n", ["\n"]),  # told, but not yet out of the pipe
+        ("last\n", "last\n", []),
+        ("first\n", "", []),
+    ],
+)
+def test_what_a_slot_leaves_in_its_pipe_is_told_once(driven, told, left, news):
+    driven.run()
+    driven.agent.slot_said(0, SlotOutput(text=told))
+    driven.take(PublishLog)
+    driven.agent.slot_gone(0, 23, left)
+
+    assert [act.message.text for act in driven.take(PublishLog) if isinstance(act.message, LogText)] == news

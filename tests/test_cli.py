@@ -352,8 +352,9 @@ def test_the_doctor_sees_that_a_user_may_not_answer_clients(cli, own_amqp_url, o
     done = cli("--amqp-url", url, "--prefix", prefix, "doctor")
     own_broker.node.ctl("delete_user", prefix)
 
-    assert re.search(r"^note +rights +.*but not answer clients", done.stdout, re.MULTILINE), done
-    assert r"amq\.default" in done.stdout
+    said = " ".join(done.stdout.split())  # however wide the screen is
+    assert re.search(r"note rights may [^;]*but not answer clients", said), done
+    assert r"amq\.default" in said
 
 
 # ---------------------------------------------------------------- a whole pool
