@@ -198,15 +198,6 @@ Result: TypeAlias = Accepted | bool | Granting | Ended | AbortResult | Imported 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """Show where a request stands."""
-
-    request: Request
-    state: State
-    reason: Reason | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
     """Show a request that has not ended, with all that a new scheduler must know of it."""
 
@@ -435,7 +426,6 @@ _new_import = insert(_imports)
 _imported = select(_imports.c.key, _imports.c.artifact).where(_imports.c.key.in_(_ids))
 _artifact_ids = select(_artifacts.c.id).where(_artifacts.c.id.in_(_ids))
 
-_find = select(_requests.c.id, _requests.c.body, _requests.c.state, _requests.c.reason).where(_requests.c.id.in_(_ids))
 _live: Executable = (
     select(
         *(
@@ -576,14 +566,6 @@ class Ledger:
         return [results[number] for number in range(len(writes))]
 
     # ---------------------------------------------------------------- reading
-
-    def find(self, ids: Collection[str]) -> dict[str, Found]:
-        """Return those of the requests that the ledger knows."""
-        with self._snapshot() as connection:
-            return {
-                row.id: Found(request=_read_request(row.body), state=State(row.state), reason=_reason_from(row.reason))
-                for row in _rows(connection, _find, ids)
-            }
 
     def live(self) -> Iterator[Live]:
         """Go through every request that has not ended, the oldest first, a page in memory at a time."""

@@ -12,7 +12,6 @@ from mqworker.errors import IllegalMove
 from mqworker.messages import OutcomeResult
 
 MAX_BACK_OFF: Final = 600.0  # seconds
-MAX_RETURN_DELAY: Final = 30.0  # seconds
 
 
 class State(StrEnum):

@@ -539,17 +539,6 @@ def test_a_request_is_found_by_a_unique_beginning_of_its_id(ledger):
     assert missing == ["fff", "abcd", "dead", ""]
 
 
-def test_find_returns_what_is_known(ledger):
-    ledger.commit([accept(), accept(2, rejected=BAD_DATA)])
-
-    found = ledger.find([an_id(), an_id(2), an_id(3)])
-
-    assert {id_: (one.state, one.reason) for id_, one in found.items()} == {
-        an_id(): (State.PENDING, None),
-        an_id(2): (State.REJECTED, BAD_DATA),
-    }
-
-
 def test_the_newest_requests_that_match_are_listed(ledger):
     ledger.commit([accept(1), accept(2, task="sbuild"), accept(3), accept(4, rejected=BAD_DATA)])
     ledger.commit([offer(3), grant(3, worker="w3")])
