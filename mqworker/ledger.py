@@ -662,20 +662,19 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._writing.begin() as connection:
-                yield connection
-        except exc.DatabaseError as error:
-            explained = _explain(error, self._name)
-            if explained is None:
-                raise
-            raise explained from error
+        with self._explained(), self._writing.begin() as connection:
+            yield connection
 
     @contextmanager
     def _snapshot(self) -> Iterator[Connection]:
+        with self._explained(), self._reading.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what a database's error means for the ledger, where it is known."""
         try:
-            with self._reading.connect() as connection:
-                yield connection
+            yield
         except exc.DatabaseError as error:
             explained = _explain(error, self._name)
             if explained is None:
