@@ -36,6 +36,21 @@ RequestState = Literal["pending", "offered", "running", "success", "failure", "e
 # ---------------------------------------------------------------- parts, used in several messages
 
 
+class After(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Name a request that has to end first."""
+
+    request: Id
+    need: Literal["success", "end"] = "success"
+
+
+class Take(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Put the id of an artifact that another request makes into the task data, once that request has succeeded."""
+
+    into: Annotated[str, Meta(pattern=r"^(/[^/]+)+\Z", max_length=300)]  # a JSON Pointer into the task data
+    request: Id
+    category: Annotated[str, Meta(max_length=100)]  # exactly one of its artifacts must be of this category
+
+
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Say what somebody wants done."""
 
@@ -45,6 +60,11 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     lease: Annotated[float, Meta(ge=5, le=86400)] | None = None  # seconds; None: what the task says
+    group: Name = "default"  # whose share of the slots it uses
+    concurrency_key: Name | None = None  # requests with one key run a few at a time: settings say how many
+    requires: dict[str, Any] | None = None  # a JSON Schema that a worker's metadata must satisfy
+    after: Annotated[list[After], Meta(max_length=100)] = []
+    take: Annotated[list[Take], Meta(max_length=100)] = []  # each means "after its success", too
 
 
 class Reason(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -171,6 +191,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     metadata_version: int
     store: str  # the id of the store it writes to
     version: str
+    denied: list[str] = []  # tasks that it has, and that its administrator does not let it run
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
@@ -316,15 +337,36 @@ class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
     ids: RequestIds
 
 
-class ListRequests(Struct, frozen=True, kw_only=True, tag="list_requests"):
-    """Ask for the newest requests that match, without attempts."""
+class Selection(Struct, frozen=True, kw_only=True):
+    """Choose requests; what is not given chooses all."""
 
-    v: int = VERSION
     states: list[RequestState] = []
     task: str | None = None
     worker: str | None = None
+    group: str | None = None
+    submitted_before: float | None = None  # seconds since the epoch
+
+
+class ListRequests(Selection, frozen=True, kw_only=True, tag="list_requests"):
+    """Ask for the newest requests that match, without attempts."""
+
+    v: int = VERSION
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
     before: Positive | None = None  # seq: go on below it
+
+
+class CountRequests(Selection, frozen=True, kw_only=True, tag="count_requests"):
+    """Ask how many requests match."""
+
+    v: int = VERSION
+
+
+class Reprioritise(Struct, frozen=True, kw_only=True, tag="reprioritise"):
+    """Ask for another priority of requests that have not ended."""
+
+    v: int = VERSION
+    ids: RequestIds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)]
 
 
 class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
@@ -375,6 +417,45 @@ class ImportArtifact(Struct, frozen=True, kw_only=True, tag="import_artifact"):
     store: str
 
 
+class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
+    """Ask that a worker, a task or a group gets no slot any more; what runs goes on."""
+
+    v: int = VERSION
+    kind: Literal["worker", "task", "group"]
+    name: Name
+    reason: Annotated[str, Meta(max_length=1000)] = ""
+
+
+class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
+    """Ask for the end of a pause."""
+
+    v: int = VERSION
+    kind: Literal["worker", "task", "group"]
+    name: Name
+
+
+class ListPauses(Struct, frozen=True, kw_only=True, tag="list_pauses"):
+    """Ask what is paused."""
+
+    v: int = VERSION
+
+
+class Explain(Struct, frozen=True, kw_only=True, tag="explain"):
+    """Ask who can run a request, and why it waits: of a submitted one by its id, else of a task and its data."""
+
+    v: int = VERSION
+    id: str | None = None
+    task: str | None = None
+    data: dict[str, Any] = {}
+    requires: dict[str, Any] | None = None
+
+
+class GetCapabilities(Struct, frozen=True, kw_only=True, tag="get_capabilities"):
+    """Ask for the capability classes."""
+
+    v: int = VERSION
+
+
 class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
     """Ask the scheduler how it is."""
 
@@ -384,12 +465,19 @@ class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
 Query = (
     GetRequests
     | ListRequests
+    | CountRequests
+    | Reprioritise
     | AbortRequests
     | RetryRequest
     | ListWorkers
     | RefreshWorkers
     | ListArtifacts
     | ImportArtifact
+    | Pause
+    | Resume
+    | ListPauses
+    | Explain
+    | GetCapabilities
     | GetPool
 )
 
@@ -423,6 +511,8 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Reason | None = None
     progress: RunProgress | None = None
     waits: str | None = None  # what a pending request waits for
+    requirement: int | None = None  # its requirement class
+    after: list[str] = []  # requests that it still waits for
     attempts: list[AttemptView] = []
     artifacts: list[RecordedArtifact] = []
 
@@ -449,6 +539,9 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     version: str = ""
     seen: float = 0.0
     reason: str | None = None
+    paused: str | None = None  # why; empty: no reason was given
+    denied: list[str] = []
+    capability_class: str | None = None
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
@@ -464,6 +557,96 @@ class ArtifactList(Struct, frozen=True, kw_only=True, tag="artifact_list"):
     v: int = VERSION
     artifacts: list[RecordedArtifact] = []
     missing: list[int] = []
+
+
+class RequestCount(Struct, frozen=True, kw_only=True, tag="request_count"):
+    """Answer CountRequests."""
+
+    v: int = VERSION
+    number: int
+
+
+class PauseView(Struct, frozen=True, kw_only=True):
+    """Show a pause."""
+
+    kind: Literal["worker", "task", "group"]
+    name: str
+    reason: str
+    since: float
+
+
+class PauseList(Struct, frozen=True, kw_only=True, tag="pause_list"):
+    """Answer Pause, Resume and ListPauses."""
+
+    v: int = VERSION
+    pauses: list[PauseView] = []
+
+
+class Offered(Struct, frozen=True, kw_only=True):
+    """Say how many workers offer a value."""
+
+    value: str  # as JSON; "missing" where the key is not there
+    workers: int
+    examples: list[str]  # names of some of them
+
+
+class Step(Struct, frozen=True, kw_only=True):
+    """Show one step of the funnel: what was looked at, and how many workers went on from there."""
+
+    looked_at: str  # a metadata key, or words
+    asked: list[str] = []  # values that it was compared with, as JSON
+    passed: int
+    stopped: int
+    offered: list[Offered] = []  # by those that it stopped, the most frequent first
+
+
+class Explanation(Struct, frozen=True, kw_only=True, tag="explanation"):
+    """Answer Explain: each worker either stops at one step or is able, so that the counts add up."""
+
+    v: int = VERSION
+    task: str
+    request: str | None = None
+    state: RequestState | None = None
+    verdict: str  # one line: why it waits, or where it is
+    workers: int  # that the scheduler knows, online or not
+    steps: list[Step]
+    able: int
+    idle: int  # these five are the able ones
+    busy: int
+    paused: int
+    offline: int
+    refused: int  # that declined this very request
+    ahead: int | None = None  # requests that go first, about
+    advice: list[str] = []  # changes of metadata, the cheapest first, each tried out
+    requirement: int | None = None
+    escaped: bool = False
+    failing: str | None = None  # what can_run_on() raised
+    classes: list[str] = []
+
+
+class Capability(Struct, frozen=True, kw_only=True):
+    """Show a capability class."""
+
+    name: str
+    queue: str
+    workers: int
+    examples: list[str]
+    shared: dict[str, Any]  # metadata that all its workers have
+    tasks: list[str]
+    requirements: int  # requirement classes that it can run
+    idle: int
+    lookahead: int
+    out: int  # tickets
+    backlog: int  # pending requests that it can run
+
+
+class CapabilityList(Struct, frozen=True, kw_only=True, tag="capability_list"):
+    """Answer GetCapabilities."""
+
+    v: int = VERSION
+    classes: list[Capability]
+    requirements: int
+    escaped: int
 
 
 class Pool(Struct, frozen=True, kw_only=True, tag="pool"):
@@ -486,7 +669,9 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     text: str
 
 
-Answer = RequestList | WorkerList | ArtifactList | Pool | Problem
+Answer = (
+    RequestList | RequestCount | WorkerList | ArtifactList | PauseList | Explanation | CapabilityList | Pool | Problem
+)
 
 
 # ---------------------------------------------------------------- to everybody (mqworker.events, mqworker.logs)
@@ -505,6 +690,20 @@ class RequestEvent(Struct, frozen=True, kw_only=True, tag="request_event"):
     attempt: int
     worker: str | None = None
     reason: Reason | None = None
+
+
+class StuckEvent(Struct, frozen=True, kw_only=True, tag="stuck_event"):
+    """Tell that no worker can run some requests, and has not been able to for a while."""
+
+    v: int = VERSION
+    term: int
+    time: float
+    task: str
+    requirement: int
+    since: float
+    number: int  # of requests
+    requests: list[str]  # the oldest of them
+    reason: str
 
 
 class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
