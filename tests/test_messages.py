@@ -285,7 +285,7 @@ def test_fields_that_are_not_known_are_ignored_at_every_depth(message):
     def without_free_data(value):
         # What is free of a schema keeps what it is given: task data, artifact data, metadata, and maps by name.
         if isinstance(value, dict):
-            free = ("data", "metadata", "tasks")
+            free = ("data", "metadata", "tasks", "requires", "shared")
             return {key: {} if key in free else without_free_data(one) for key, one in value.items()}
         return [without_free_data(one) for one in value] if isinstance(value, list) else value
 
