@@ -15,9 +15,9 @@ from typing import Any, Final
 import msgspec
 
 from mqworker.errors import TakeInvalid, TaskConfigError
-from mqworker.needs import bind
 from mqworker.matching import Question
 from mqworker.messages import RecordedArtifact, Request
+from mqworker.needs import bind
 from mqworker.requirements import Kind, RequirementClass, schema_text
 from mqworker.requires import problem as requires_problem
 from mqworker.requires import satisfied

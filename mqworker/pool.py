@@ -7,7 +7,7 @@ of what waits, the first few of each lane; the rest is read when their turn come
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -84,6 +84,7 @@ from mqworker.needs import in_order, needs
 from mqworker.requirements import Kind, RequirementClass, Requirements, reads_from, reads_text
 from mqworker.task import Task
 from mqworker.topology import Queue, Topology
+from mqworker.tracking import Read
 
 logger = logging.getLogger(__name__)
 
@@ -604,7 +605,7 @@ class Pool:
                 case Claim():
                     self._claim(worker, part, moment)
                 case Refusal():
-                    self._refusal(worker, part, moment)
+                    self._refusal(worker, part)
 
     def _hello(self, worker: _Worker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
@@ -768,15 +769,15 @@ class Pool:
             ),
         )
 
-    def _refusal(self, worker: _Worker, refusal: Refusal, moment: Moment) -> None:
+    def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
         entry = self._entries.get(refusal.request)
         if entry is not None and entry.attempt == refusal.attempt and entry.state is State.OFFERED:
             if self._matching.can_run(worker.name, entry.requirement):
-                self._remember_refusal(entry, worker.name, refusal.metadata_version, moment)
+                self._remember_refusal(entry, worker.name, refusal.metadata_version)
             self._return(entry)
         self._void(worker, refusal, "refused")
 
-    def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int, moment: Moment) -> None:
+    def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
         hello = self._workers[worker].hello
         if entry.own is None and hello is not None and hello.metadata_version == metadata_version:

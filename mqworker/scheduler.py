@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -18,19 +19,24 @@ import msgspec
 from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
+from mqworker.examiner import Draft
 from mqworker.ledger import ImportRefused, Ledger
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
     AbortRequests,
     Answer,
     ArtifactList,
+    CountRequests,
     GetPool,
     GetRequests,
     ImportArtifact,
     ListArtifacts,
+    ListPauses,
     ListRequests,
     ListWorkers,
     Outcomes,
+    Pause,
+    PauseList,
     Probe,
     Problem,
     Query,
@@ -38,7 +44,10 @@ from mqworker.messages import (
     RecordedArtifact,
     RefreshWorkers,
     Report,
+    Reprioritise,
+    RequestCount,
     RequestList,
+    Resume,
     RetryRequest,
     Submit,
     WorkerList,
@@ -48,7 +57,7 @@ from mqworker.messages import (
 )
 from mqworker.messages import Pool as PoolView
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import Draft, Moment, Pool, Send
+from mqworker.pool import PLACED_AT_ONCE, Answers, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -81,6 +90,9 @@ class Scheduler:
         metrics: SchedulerMetrics,
         retry_delay: float,
         offer_timeout: float,
+        group_weights: Mapping[str, float] = MappingProxyType({}),
+        concurrency_limits: Mapping[str, int] = MappingProxyType({}),
+        no_worker_after: float = 300.0,
         link: Callable[..., Link] = Link,
         clock: Callable[[], Moment] = now,
     ) -> None:
@@ -96,6 +108,9 @@ class Scheduler:
             retry_delay=retry_delay,
             offer_timeout=offer_timeout,
             metrics=metrics,
+            group_weights=group_weights,
+            concurrency_limits=concurrency_limits,
+            no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
         self._returned: list[Callable[[], None]] = []
@@ -130,7 +145,7 @@ class Scheduler:
             BrokerRefused: the broker does not let this scheduler in.
         """
         moment = self._now()
-        self._pool.restore(await self._in_ledger_thread(lambda: list(self._ledger.live())), moment)
+        self._pool.restore(await self._in_ledger_thread(self._kept), moment)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -274,19 +289,36 @@ class Scheduler:
             self._shown = moment.steady
             self._pool.show(moment)
 
+    def _kept(self) -> Kept:
+        ledger = self._ledger
+        return Kept(
+            newest=ledger.newest(),
+            requirements=ledger.requirements(),
+            lanes=ledger.lanes(),
+            held=ledger.held(),
+            blocked=ledger.blocked(),
+            pauses=ledger.pauses(),
+        )
+
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
-        writes, wanted = self._pool.take_writes()
+        writes, asks = self._pool.take_writes()
 
-        def commit() -> tuple[Sequence[Any], Mapping[int, RecordedArtifact]]:
-            results = self._ledger.commit(writes) if writes else []
-            return results, self._ledger.artifacts_by_id(wanted) if wanted else {}
+        def commit() -> tuple[Sequence[Any], Answers]:
+            ledger = self._ledger
+            results = ledger.commit(writes) if writes else []
+            return results, Answers(
+                artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
+                heads=ledger.heads([(*want.lane, want.after, want.limit) for want in asks.heads]) if asks.heads else (),
+                members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
+                used=ledger.used(asks.unused) if asks.unused else frozenset(),
+            )
 
-        done: tuple[Sequence[Any], Mapping[int, RecordedArtifact]] | None = None
+        done: tuple[Sequence[Any], Answers] | None = None
         began = time.monotonic()
         while done is None:
             try:
-                done = await self._in_ledger_thread(commit) if writes or wanted else ([], {})
+                done = await self._in_ledger_thread(commit) if writes or asks else ([], Answers())
             except LedgerUnavailable as error:
                 self._ledger_well = False
                 self._metrics.commit_failures.inc()
@@ -298,6 +330,7 @@ class Scheduler:
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
+        if writes or asks:
             self._awake.set()  # what came free is offered at once, and not at the next tick
         self._pool.committed(*done)
 
@@ -408,8 +441,20 @@ class Scheduler:
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
                 return RequestList(requests=[self._pool.decorate(view) for view in views])
+            case CountRequests():
+                return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._abort(ids, reason)
+                return await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+            case Reprioritise(ids=ids, priority=priority):
+                return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
+            case Pause():
+                await self._settled(partial(self._pool.pause, query, self._now()))
+                return PauseList(pauses=self._pool.pauses())
+            case Resume(kind=kind, name=name):
+                await self._settled(partial(self._pool.resume, kind, name))
+                return PauseList(pauses=self._pool.pauses())
+            case ListPauses():
+                return PauseList(pauses=self._pool.pauses())
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
@@ -438,12 +483,11 @@ class Scheduler:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
         return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
 
-    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+    async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
+        """Let the pool judge a command on each request, and show what became of them."""
         known = await self._requests(ids)
         found = [view.request.id for view in known.requests]
-        if found:
-            settled = [self._settled(partial(self._pool.abort, one, reason, self._now())) for one in found]
-            await asyncio.gather(*settled)
+        await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
 
@@ -496,6 +540,9 @@ async def run(
     store_url: str,
     retry_delay: float,
     metrics_listen: str,
+    group_weights: Mapping[str, float],
+    concurrency_limits: Mapping[str, int],
+    no_worker_after: float,
     offer_timeout: float = 10.0,
 ) -> None:
     """Run a scheduler until SIGTERM or SIGINT.
@@ -516,6 +563,9 @@ async def run(
             metrics=metrics,
             retry_delay=retry_delay,
             offer_timeout=offer_timeout,
+            group_weights=group_weights,
+            concurrency_limits=concurrency_limits,
+            no_worker_after=no_worker_after,
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
