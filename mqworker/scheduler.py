@@ -57,7 +57,7 @@ from mqworker.messages import (
 )
 from mqworker.messages import Pool as PoolView
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import PLACED_AT_ONCE, Answers, Kept, Moment, Pool, Send
+from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -75,6 +75,28 @@ _T = TypeVar("_T")
 def now() -> Moment:
     """Say what time it is on this host."""
     return Moment(steady=boottime_ns() / 1e9, wall=time.time())
+
+
+def kept_by(ledger: Ledger) -> Kept:
+    """Read what a new scheduler begins with."""
+    return Kept(
+        newest=ledger.newest(),
+        requirements=ledger.requirements(),
+        lanes=ledger.lanes(),
+        held=ledger.held(),
+        blocked=ledger.blocked(),
+        pauses=ledger.pauses(),
+    )
+
+
+def look_up(ledger: Ledger, asks: Asks) -> Answers:
+    """Read what the pool wants to know; right behind a commit, it is what that has left."""
+    return Answers(
+        artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
+        heads=ledger.heads(asks.heads) if asks.heads else (),
+        members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
+        used=ledger.used(asks.unused) if asks.unused else frozenset(),
+    )
 
 
 class Scheduler:
@@ -145,7 +167,7 @@ class Scheduler:
             BrokerRefused: the broker does not let this scheduler in.
         """
         moment = self._now()
-        self._pool.restore(await self._in_ledger_thread(self._kept), moment)
+        self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -289,30 +311,12 @@ class Scheduler:
             self._shown = moment.steady
             self._pool.show(moment)
 
-    def _kept(self) -> Kept:
-        ledger = self._ledger
-        return Kept(
-            newest=ledger.newest(),
-            requirements=ledger.requirements(),
-            lanes=ledger.lanes(),
-            held=ledger.held(),
-            blocked=ledger.blocked(),
-            pauses=ledger.pauses(),
-        )
-
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
         writes, asks = self._pool.take_writes()
 
         def commit() -> tuple[Sequence[Any], Answers]:
-            ledger = self._ledger
-            results = ledger.commit(writes) if writes else []
-            return results, Answers(
-                artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
-                heads=ledger.heads([(*want.lane, want.after, want.limit) for want in asks.heads]) if asks.heads else (),
-                members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
-                used=ledger.used(asks.unused) if asks.unused else frozenset(),
-            )
+            return self._ledger.commit(writes), look_up(self._ledger, asks)
 
         done: tuple[Sequence[Any], Answers] | None = None
         began = time.monotonic()
