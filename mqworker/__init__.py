@@ -16,7 +16,7 @@ checks it.
                      they answer with writes, messages and acts, and open nothing
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
-      the ground   processes (Linux processes and clocks)
+      the ground   processes (Linux processes and clocks), schema (the ledger's tables)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
                      topology (exchanges, queues, names): pure; told the time, given the facts
     0 words        messages (structs on the wire)
