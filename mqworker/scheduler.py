@@ -76,11 +76,17 @@ class Scheduler:
         metrics: SchedulerMetrics,
         retry_delay: float,
         offer_timeout: float,
+        no_worker_after: float,
+        group_weights: Mapping[str, float],
+        concurrency_limits: Mapping[str, int],
     ) -> None:
         self._topology = topology
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
+        self._no_worker_after = no_worker_after
+        self._group_weights = group_weights
+        self._concurrency_limits = concurrency_limits
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -491,6 +497,9 @@ async def run(
     ledger_url: str,
     store_url: str,
     retry_delay: float,
+    no_worker_after: float,
+    group_weights: Mapping[str, float],
+    concurrency_limits: Mapping[str, int],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
@@ -512,6 +521,9 @@ async def run(
             metrics=metrics,
             retry_delay=retry_delay,
             offer_timeout=offer_timeout,
+            no_worker_after=no_worker_after,
+            group_weights=group_weights,
+            concurrency_limits=concurrency_limits,
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
