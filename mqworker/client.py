@@ -196,13 +196,9 @@ class Client:
         `required`. `after` are requests that have to end first, ids (or unique beginnings) those that must succeed.
         `take` puts ids of artifacts that other requests make into the task data.
 
-            source = client.submit("fetch", {"url": "..."})
-            client.submit(
-                "sbuild",
-                {"input": {}, "distribution": "trixie", "host_architecture": "amd64"},
-                requires={"required": ["system:cpu_count"], "properties": {"system:cpu_count": {"minimum": 8}}},
-                take=[Take(into="/input/source_artifact_id", request=source, category="debian:source-package")],
-            )
+            many_cores = {"required": ["system:cpu_count"], "properties": {"system:cpu_count": {"minimum": 8}}}
+            first = client.submit("noop", requires=many_cores)
+            client.submit("noop", after=[first], group="night")
 
         Raises:
             Rejected: the scheduler, or this client, does not accept it; the text says why.
