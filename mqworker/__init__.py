@@ -18,7 +18,8 @@ checks it.
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       the ground   processes (Linux processes and clocks), schema (the ledger's tables)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
-                     topology (exchanges, queues, names): pure; told the time, given the facts
+                     requires (what a request asks of a worker), topology (exchanges, queues, names): pure;
+                     told the time, given the facts
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)
 

@@ -19,7 +19,7 @@ from mqworker import Task, __version__, cli_artifact
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
 from mqworker.lifecycle import FINAL, State
-from mqworker.messages import RequestView, encode_line
+from mqworker.messages import After, RequestView, encode_line
 from mqworker.rehearsal import Given, kept_directory, rehearse
 from mqworker.screen import (
     Following,
@@ -33,7 +33,20 @@ from mqworker.screen import (
     task_table,
     worker_table,
 )
-from mqworker.shell import INTERRUPTED, AsJson, Shell, print_json, read_data, run, show, silence_logging, tell
+from mqworker.shell import (
+    INTERRUPTED,
+    AsJson,
+    Shell,
+    print_json,
+    read_data,
+    read_name,
+    read_requires,
+    read_take,
+    run,
+    show,
+    silence_logging,
+    tell,
+)
 from mqworker.task import load_tasks
 
 EXIT_CODES: Final = (
@@ -112,6 +125,30 @@ def submit(
     lease: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a run may go on unheard; default: the task's.")
     ] = None,
+    group: Annotated[str, typer.Option(metavar="NAME", help="Whose share of the slots it uses.")] = "default",
+    concurrency_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of requests with one key, a few run at a time.")
+    ] = None,
+    requires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEMA",
+            help="A JSON Schema that a worker's metadata must satisfy, or @FILE; keys that must be there: `required`.",
+        ),
+    ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Wait for a request's success; may be repeated.")
+    ] = None,
+    after_end: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Wait for a request's end, whatever it is; may be repeated.")
+    ] = None,
+    take: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="/POINTER=ID:CATEGORY",
+            help="Put the id of an artifact that a request makes into the task data; may be repeated.",
+        ),
+    ] = None,
     own_id: Annotated[
         uuid.UUID | None, typer.Option("--id", help="An id of your own: the same again is the same request.")
     ] = None,
@@ -124,7 +161,17 @@ def submit(
 
     The exit code is that of the work with --wait and --follow: 0 for success only.
     """
-    task_data = read_data(data, file)
+    request_words: dict[str, Any] = {
+        "data": read_data(data, file),
+        "priority": priority,
+        "max_attempts": max_attempts,
+        "lease": lease,
+        "group": read_name(group, "--group"),
+        "concurrency_key": None if concurrency_key is None else read_name(concurrency_key, "--concurrency-key"),
+        "requires": read_requires(requires),
+        "after": [*(after or ()), *(After(request=one, need="end") for one in after_end or ())],
+        "take": [read_take(one) for one in take or ()],
+    }
     shell: Shell = context.obj
     request = str(own_id or uuid.uuid4())
     alone = quiet or not sys.stdout.isatty()
@@ -132,7 +179,7 @@ def submit(
         client = stack.enter_context(shell.client())
         # Listening begins before the request exists, so that nothing of it is missed.
         stream = stack.enter_context(closing(client.follow_logs(request))) if wait or follow else None
-        client.submit(task, task_data, priority=priority, max_attempts=max_attempts, lease=lease, id=request)
+        client.submit(task, id=request, **request_words)
         if stream is None and as_json:
             print_json({"id": request})
         elif follow and alone:
@@ -337,11 +384,19 @@ def scheduler(
     ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH")] = None,
     metrics_listen: MetricsListen = None,
     retry_delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Before a second attempt.")] = None,
+    no_worker_after: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="When an event says that nobody can run a request.")
+    ] = None,
 ) -> None:
     """Run the scheduler: it keeps the ledger and gives requests to workers."""
     shell: Shell = context.obj
     settings = shell.resident(
-        {"ledger": ledger, "scheduler.metrics_listen": metrics_listen, "scheduler.retry_delay": retry_delay}
+        {
+            "ledger": ledger,
+            "scheduler.metrics_listen": metrics_listen,
+            "scheduler.retry_delay": retry_delay,
+            "scheduler.no_worker_after": no_worker_after,
+        }
     )
     from mqworker import scheduler as resident  # noqa: PLC0415  # loads the database driver
 
@@ -352,6 +407,9 @@ def scheduler(
             ledger_url=settings.ledger,
             store_url=settings.store,
             retry_delay=settings.scheduler.retry_delay,
+            no_worker_after=settings.scheduler.no_worker_after,
+            group_weights=settings.scheduler.group_weights,
+            concurrency_limits=settings.scheduler.concurrency_limits,
             metrics_listen=settings.scheduler.metrics_listen,
         )
     )
@@ -373,6 +431,10 @@ def worker(
     ] = None,
     drain_grace: Annotated[float | None, typer.Option(metavar="SECONDS", help="For runs in hand, at SIGTERM.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Reported in system:tags; may be repeated.")] = None,
+    allow_task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Run no other; may be repeated; default: all.")
+    ] = None,
+    deny_task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Do not run it; may be repeated.")] = None,
 ) -> None:
     """Run a worker: it runs what this host can run."""
     shell: Shell = context.obj
@@ -386,6 +448,8 @@ def worker(
             "worker.metadata_interval": metadata_interval,
             "worker.drain_grace": drain_grace,
             "worker.tags": tag or None,
+            "worker.allow_tasks": allow_task or None,
+            "worker.deny_tasks": deny_task or None,
         }
     )
     from mqworker import worker as resident  # noqa: PLC0415  # the other commands do without
@@ -402,6 +466,8 @@ def worker(
             metadata_interval=settings.worker.metadata_interval,
             drain_grace=settings.worker.drain_grace,
             static_metadata=settings.worker.static_metadata(),
+            allow_tasks=settings.worker.allow_tasks,
+            deny_tasks=settings.worker.deny_tasks,
             metrics_listen=settings.worker.metrics_listen,
         )
     )

@@ -19,6 +19,7 @@ from typing import Any, Final, Self, TypeVar, cast
 
 import msgspec
 
+from mqworker import requires as schemas
 from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
@@ -38,6 +39,7 @@ from mqworker.lifecycle import FINAL, MOVES
 from mqworker.messages import (
     MAX_REQUESTS_IN_A_MESSAGE,
     AbortRequests,
+    After,
     Answer,
     Artifact,
     ArtifactList,
@@ -65,6 +67,7 @@ from mqworker.messages import (
     RequestView,
     RetryRequest,
     Submit,
+    Take,
     WorkerList,
     WorkerView,
     decode,
@@ -82,6 +85,7 @@ Paths = list[Path]
 Receipts = list[Receipted]
 Items = list[Followed]
 _T = TypeVar("_T")
+_Naming = TypeVar("_Naming", After, Take)
 
 FIRST_CONNECT_SECONDS: Final = 5.0  # who calls a command should not wait half a minute for a wrong port
 RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy costs the scheduler a look
@@ -179,13 +183,27 @@ class Client:
         priority: int = 0,
         max_attempts: int = 3,
         lease: float | None = None,
+        group: str = "default",
+        concurrency_key: str | None = None,
+        requires: Mapping[str, Any] | None = None,
+        after: Iterable[str | After] = (),
+        take: Iterable[Take] = (),
         id: str | None = None,  # noqa: A002  # the word for it everywhere else
     ) -> str:
         """Submit one request and return its id, once the ledger keeps it.
 
+        `requires` is a JSON Schema that a worker's metadata must satisfy; keys that must be there it has to name in
+        `required`. `after` are requests that have to end first, ids (or unique beginnings) those that must succeed.
+        `take` puts ids of artifacts that other requests make into the task data.
+
+            many_cores = {"required": ["system:cpu_count"], "properties": {"system:cpu_count": {"minimum": 8}}}
+            first = client.submit("noop", requires=many_cores)
+            client.submit("noop", after=[first], group="night")
+
         Raises:
             Rejected: the scheduler, or this client, does not accept it; the text says why.
             Conflict: the id is taken by a request with other content.
+            NotFound: there is no request to come after.
             Unanswered: no receipt came in time; the text says how far the request got.
         """
         request = Request(
@@ -195,6 +213,11 @@ class Client:
             priority=priority,
             max_attempts=max_attempts,
             lease=lease,
+            group=group,
+            concurrency_key=concurrency_key,
+            requires=None if requires is None else dict(requires),
+            after=[self._after(one) for one in after],
+            take=[self._named(one) for one in take],
         )
         [receipted] = self.submit_many([request])
         if receipted.status == "rejected":
@@ -304,8 +327,8 @@ class Client:
         Raises:
             NotFound: there is no such request (at the first `next()`).
         """
-        if id is not None and not _FULL_ID.fullmatch(id):
-            id = self.status(id).request.id  # noqa: A001  # as above
+        if id is not None:
+            id = self._full_id(id)  # noqa: A001  # as above
         events = (self._topology.events, "request.#")
         logs = (self._topology.logs, id or "#")
         follow = self._call(self._open_follow((events, logs)))
@@ -452,6 +475,15 @@ class Client:
 
     def _ended(self) -> BaseException:
         return self._broken or BrokerUnavailable("expected an open client, got one that is closed: open it with `with`")
+
+    def _full_id(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
+        return id if _FULL_ID.fullmatch(id) else self.status(id.lower()).request.id
+
+    def _after(self, one: str | After) -> After:
+        return After(request=self._full_id(one)) if isinstance(one, str) else self._named(one)
+
+    def _named(self, one: _Naming) -> _Naming:
+        return msgspec.structs.replace(one, request=self._full_id(one.request))
 
     def _ask(self, query: Query, kind: type[_T]) -> _T:
         return self._call(self._answer(query, kind, self._deadline()))
@@ -778,6 +810,8 @@ def _checked_length(request: Request) -> int:
         decode(body, Request)
     except (Unreadable, TypeError, ValueError, msgspec.MsgspecError) as error:
         raise Rejected(f"request {request.id} cannot be: {error}") from error
+    if request.requires is not None and (trouble := schemas.problem(request.requires)) is not None:
+        raise Rejected(f"request {request.id} cannot be: `requires`: {trouble}")
     if len(body) > REQUEST_BYTES:
         raise Rejected(
             f"expected a request of at most {REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "

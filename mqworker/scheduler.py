@@ -112,9 +112,9 @@ class Scheduler:
         metrics: SchedulerMetrics,
         retry_delay: float,
         offer_timeout: float,
-        group_weights: Mapping[str, float] = MappingProxyType({}),
-        concurrency_limits: Mapping[str, int] = MappingProxyType({}),
-        no_worker_after: float = 300.0,
+        no_worker_after: float,
+        group_weights: Mapping[str, float],
+        concurrency_limits: Mapping[str, int],
         link: Callable[..., Link] = Link,
         clock: Callable[[], Moment] = now,
     ) -> None:
@@ -123,6 +123,9 @@ class Scheduler:
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
+        self._no_worker_after = no_worker_after
+        self._group_weights = group_weights
+        self._concurrency_limits = concurrency_limits
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -543,10 +546,10 @@ async def run(
     ledger_url: str,
     store_url: str,
     retry_delay: float,
-    metrics_listen: str,
+    no_worker_after: float,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
-    no_worker_after: float,
+    metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
     """Run a scheduler until SIGTERM or SIGINT.

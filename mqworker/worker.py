@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from mqworker.agent import (
     StartRun,
     StopRunIn,
     Unspool,
+    check_task_names,
 )
 from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
@@ -646,13 +647,17 @@ async def run(
     metadata_interval: float,
     drain_grace: float,
     static_metadata: Mapping[str, Any],
+    allow_tasks: Collection[str],
+    deny_tasks: Collection[str],
     metrics_listen: str,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT: the first drains it, the second stops it now; SIGHUP looks at the host.
 
     Raises:
-        MqworkerError: its directories are another's, its store is not there, the broker refuses it.
+        MqworkerError: its directories are another's, its store is not there, the broker refuses it, or it is to allow
+            or deny a task that nobody has.
     """
+    check_task_names(allow_tasks=allow_tasks, deny_tasks=deny_tasks)
     state = await asyncio.to_thread(WorkerState, state_dir)
     server = None
     lock = None
@@ -669,6 +674,8 @@ async def run(
             slots=slots,
             store_id=store.id,
             static_metadata=static_metadata,
+            allow_tasks=allow_tasks,
+            deny_tasks=deny_tasks,
             make_token=lambda: uuid.uuid4().hex,
             wall=time.time,
         )

@@ -33,6 +33,7 @@ from mqworker.errors import (
 )
 from mqworker.messages import (
     AbortRequests,
+    After,
     ArtifactList,
     FileEntry,
     GetPool,
@@ -56,6 +57,7 @@ from mqworker.messages import (
     RequestView,
     RetryRequest,
     Submit,
+    Take,
     WorkerList,
     WorkerView,
     decode,
@@ -258,6 +260,32 @@ def test_a_submitted_request_has_its_receipt(client, scheduler):
     )
 
 
+def test_a_request_says_whose_it_is_what_it_needs_and_what_it_comes_after(client, scheduler):
+    first, second = client.submit("noop"), client.submit("noop")
+    schema = {"required": ["system:cpu_count"]}
+
+    request = client.submit(
+        "noop",
+        group="night",
+        concurrency_key="mirror",
+        requires=schema,
+        after=[first, second[:8], After(request=second[:8], need="end")],
+        take=[Take(into="/input/id", request=first[:8], category="debian:upload")],
+    )
+
+    assert scheduler.views[request].request == Request(
+        id=request,
+        task="noop",
+        group="night",
+        concurrency_key="mirror",
+        requires=schema,
+        after=[After(request=first), After(request=second), After(request=second, need="end")],
+        take=[Take(into="/input/id", request=first, category="debian:upload")],
+    )
+    with pytest.raises(NotFound, match="nobody"):
+        client.submit("noop", after=["nobody"])
+
+
 def test_submitting_the_same_again_is_the_same_request_and_other_content_is_a_conflict(client, scheduler):
     request = client.submit("noop", {"duration": 2})
 
@@ -279,6 +307,11 @@ def test_a_rejected_request_is_an_error_with_the_schedulers_reason(client):
         ({"id": "5"}, r"\$\.id"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"data": {"x": object()}}, "object"),
+        ({"group": "my group"}, r"\$\.group"),
+        ({"concurrency_key": ""}, r"\$\.concurrency_key"),
+        ({"requires": {"require": ["x"]}}, "`requires`: .* did you mean 'required'"),
+        ({"requires": {"$ref": "http://x/y"}}, "nothing is fetched"),
+        ({"take": [Take(into="x", request=str(uuid.uuid4()), category="a:b")]}, r"\$\.take\[0\]\.into"),
         ({"data": {"x": "a" * 5_000_000}}, "import large data as an artifact"),
     ],
 )
