@@ -611,6 +611,10 @@ _dependents = (
     .where(_dependencies.c.after.in_(_ids))
     .order_by(_dependencies.c.request)
 )
+_used = (
+    _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
+)
+_blocked = select(func.count(_dependencies.c.request.distinct()))
 _newest = select(func.max(_requests.c.seq))
 _newest_requirement = select(func.max(_requirements.c.id))
 _has_live_requests = or_(
@@ -768,6 +772,16 @@ class Ledger:
                 PauseView(kind=row.kind, name=row.name, reason=row.reason, since=row.since)
                 for row in connection.execute(_all_pauses)
             ]
+
+    def used(self, requirements: Collection[int]) -> frozenset[int]:
+        """Return those of the requirement classes that have a pending request."""
+        with self._snapshot() as connection:
+            return frozenset(row.requirement for row in _rows(connection, _used, requirements))
+
+    def blocked(self) -> int:
+        """Count the requests that wait for others."""
+        with self._snapshot() as connection:
+            return connection.scalar(_blocked) or 0
 
     def newest(self) -> int:
         """Return the highest seq that any request has; 0: there is none."""

@@ -145,11 +145,19 @@ class Kept:
     """Hold what a new scheduler begins with."""
 
     newest: int  # the highest age ever given
+    newest_requirement: int  # the highest number of a requirement class ever given
     requirements: Sequence[RequirementRow]
     lanes: Sequence[LaneCount]
     held: Sequence[Live]  # offered, running, or waiting out a delay
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
+
+
+class _Named(NamedTuple):
+    """Name a request that is not in memory."""
+
+    id: str
+    task: str
 
 
 @dataclass(kw_only=True)
@@ -304,10 +312,9 @@ class Pool:
 
     def _heads(self, want: Want, rows: Sequence[Live]) -> None:
         """Take the next requests of a lane into memory."""
-        for row in rows:
-            if row.request.id not in self._entries:
-                self._entry_of(row)
-        self._dispatch.heads(want, [(row.request.id, row.seq) for row in rows])
+        by_id = {row.request.id: row for row in rows}
+        for request in self._dispatch.heads(want, [(row.request.id, row.seq) for row in rows]):
+            self._entry_of(by_id[request])
 
     def take_sends(self) -> list[Send]:
         """Hand over the messages to publish."""
@@ -332,6 +339,7 @@ class Pool:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
         self._steady = moment.steady
         self._last_seq = kept.newest
+        self._requirements.count_from(kept.newest_requirement)
         self._blocked = kept.blocked
         for pause in kept.pauses:
             self._pauses[pause.kind, pause.name] = pause
@@ -452,7 +460,7 @@ class Pool:
     def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
         """Find the requirement class of a request anew."""
         one = self._class_of(self._examiner.examine(request))
-        self._write(Rekey(seq=seq, requirement=one.id), lambda _: None)
+        self._write(Rekey(to={seq: one.id}), lambda _: None)
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
             if waits:
@@ -531,15 +539,23 @@ class Pool:
                 )
                 continue
             one = self._class_of(draft)
-            fresh = None
-            if request.id not in self._entries and not needs(request):
-                fresh = self._new_entry(
-                    _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
-                )
+            entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
+            fresh = later = None
+            if needs(request):
+                later = entry
+            elif request.id not in self._entries:
+                fresh = self._new_entry(entry)
                 self._place(fresh)  # so that it can be offered in the transaction that accepts it
             self._write(
                 Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
-                partial(self._accepted, request=request, fresh=fresh, moment=moment, settle=partial(settle, index)),
+                partial(
+                    self._accepted,
+                    request=request,
+                    fresh=fresh,
+                    later=later,
+                    moment=moment,
+                    settle=partial(settle, index),
+                ),
             )
 
     def _accepted(
@@ -550,6 +566,7 @@ class Pool:
         moment: Moment,
         settle: Callable[[Receipted], None],
         fresh: _Entry | None = None,
+        later: _Entry | None = None,
     ) -> None:
         if fresh is not None and result.status != "accepted":  # the ledger knew it
             if self._entries.get(request.id) is fresh:
@@ -561,24 +578,31 @@ class Pool:
         elif result.status == "rejected":
             reason = Reason(text=result.reason or "")
             self._tell(request, State.REJECTED, Event.REJECT, attempt=1, wall=moment.wall, reason=reason)
-        if result.status == "accepted" and needs(request):
+        if result.stranded is not None:
+            self._tell(request, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=result.stranded)
+        elif result.unmet:
             self._blocked += 1
-            self._settle_dependents(result.freed, result.stranded, moment)
+        elif result.status == "accepted" and later is not None:
+            if result.live is None:
+                self._place(self._new_entry(later))
+            else:
+                self._free(result.live)
         settle(Receipted(id=request.id, status=result.status, reason=result.reason))
 
+    def _free(self, row: Live) -> None:
+        """Let a request wait for a slot that needs no other request any more."""
+        entry = self._entry_of(row)
+        if row.request.take:  # only now it is known what its task sees
+            self._reclass(row.seq, row.request, entry)
+        self._place(entry)
+
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
-        """Take over what the end of one request meant for those that waited for it."""
+        """Take over what the end of one request meant for those that needed it."""
+        self._blocked -= len(freed) + len(stranded)
         for row in freed:
-            self._blocked -= 1
-            entry = self._entry_of(row)
-            if row.request.take:  # only now it is known what its task sees
-                self._reclass(row.seq, row.request, entry)
-            self._place(entry)
+            self._free(row)
         for gone in stranded:
-            self._blocked -= 1
-            self._tell(
-                gone.request, State.ABORTED, Event.ABORT, attempt=gone.attempt, wall=moment.wall, reason=gone.reason
-            )
+            self._tell(gone, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason)
 
     # ------------------------------------------------------------ reports
 
@@ -928,22 +952,19 @@ class Pool:
 
         def settled(result: AbortResult) -> None:
             entry = self._entries.get(request)
-            live = result.live
-            if result.after is State.ABORTED and live is not None:
+            if result.after is State.ABORTED and result.before is not State.ABORTED:
+                one = _Named(id=request, task=result.task or "")
+                attempt = result.attempt or 1
                 self._tell(
-                    live.request,
-                    State.ABORTED,
-                    Event.ABORT,
-                    attempt=live.attempt,
-                    wall=moment.wall,
-                    reason=Reason(text=reason),
+                    one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=Reason(text=reason)
                 )
                 if entry is not None:
                     self._forget(entry)
-                elif live.unmet:
+                elif result.before_lane is not None and result.before_lane.waiting:
+                    *lane, seq, _ = result.before_lane
+                    self._dispatch.absent(Lane(*lane), seq)
+                else:
                     self._blocked -= 1
-                elif live.state is State.PENDING:
-                    self._dispatch.absent(_lane_of(live), live.seq)
             elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
                 entry.abort = reason
                 worker = self._workers[entry.lease.worker]
@@ -966,8 +987,8 @@ class Pool:
                 entry.request = msgspec.structs.replace(entry.request, priority=priority)
                 if waits:
                     self._place(entry)
-            elif live is not None and live.state is State.PENDING and not live.unmet:
-                self._dispatch.absent(_lane_of(live)._replace(priority=moved.before), live.seq)
+            elif live is not None and live.state is State.PENDING and not live.unmet and live.not_before is None:
+                self._dispatch.absent(_lane_of(live)._replace(priority=moved.before or 0), live.seq)
                 self._place(self._entry_of(live))
             then(moved)
 
@@ -1267,7 +1288,7 @@ class Pool:
         one = one or self._requirements.get(row.requirement)
         if one is None:
             one = self._class_of(self._examiner.examine(row.request))
-            self._write(Rekey(seq=row.seq, requirement=one.id), lambda _: None)
+            self._write(Rekey(to={row.seq: one.id}), lambda _: None)
         return self._new_entry(
             _Entry(
                 seq=row.seq,
@@ -1366,7 +1387,7 @@ class Pool:
 
     def _tell(
         self,
-        request: Request,
+        request: Request | Stranded | _Named,
         state: State,
         event: Event,
         *,

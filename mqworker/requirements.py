@@ -7,13 +7,13 @@ reads on all workers make its place in the trie. If a worker that comes later ha
 to agree on, the class is divided: it takes no new members, and those that it has are to be placed anew, one by one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from mqworker.tracking import WHOLE, Key, Read, covers, token_of
+from mqworker.tracking import WHOLE, Key, Read, token_of
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,7 +42,7 @@ class RequirementClass:
 
     def unknown(self, reads: Iterable[Read]) -> tuple[Read, ...]:
         """Return those of the reads that its members need not agree on."""
-        return tuple(read for read in reads if not covers(self.known, read.key))
+        return tuple(read for read in reads if not _implied(read.key, self.known))
 
 
 @dataclass(eq=False)
@@ -71,6 +71,10 @@ class Requirements:
 
     def __iter__(self) -> Iterator[RequirementClass]:
         return iter(self._classes.values())
+
+    def count_from(self, newest: int) -> None:
+        """Give new classes higher numbers than this."""
+        self._newest = newest
 
     def get(self, number: int | None) -> RequirementClass | None:
         """Return a class by its number."""
@@ -129,7 +133,6 @@ class Requirements:
 
     def restore(self, one: RequirementClass) -> None:
         """Take back a class that was made earlier; one that its trie has no place for is divided."""
-        self._newest = max(self._newest, one.id)
         self._classes[one.id] = one
         one.known = {read.key for read in one.reads}
         if one.divided:
@@ -181,6 +184,14 @@ class Requirements:
         return path if path[-1].found is one else []
 
 
+def _implied(key: Key, known: Collection[Key]) -> bool:
+    """Say whether what is known leaves no doubt what a read of this key is."""
+    _, path = key
+    return key in known or any(
+        (kind, path[:length]) in known for kind in ("whole", "value") for length in range(len(path) + 1)
+    )
+
+
 def schema_text(requires: Mapping[str, Any] | None) -> str:
     """Write a request's own schema as the text that its requirement class goes by."""
     return "" if requires is None else _encode(requires).decode()
@@ -188,7 +199,7 @@ def schema_text(requires: Mapping[str, Any] | None) -> str:
 
 def reads_text(reads: Iterable[Read]) -> str:
     """Write reads as JSON, for the ledger."""
-    return _encode([[*read.key, read.token] for read in reads]).decode()
+    return _encode([(*read.key, read.token) for read in reads]).decode()
 
 
 def reads_from(text: str) -> tuple[Read, ...]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -20,7 +19,7 @@ from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import Draft
-from mqworker.ledger import ImportRefused, Ledger
+from mqworker.ledger import ImportRefused, Ledger, Wanted
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
     AbortRequests,
@@ -81,6 +80,7 @@ def kept_by(ledger: Ledger) -> Kept:
     """Read what a new scheduler begins with."""
     return Kept(
         newest=ledger.newest(),
+        newest_requirement=ledger.newest_requirement(),
         requirements=ledger.requirements(),
         lanes=ledger.lanes(),
         held=ledger.held(),
@@ -93,7 +93,7 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
     """Read what the pool wants to know; right behind a commit, it is what that has left."""
     return Answers(
         artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
-        heads=ledger.heads(asks.heads) if asks.heads else (),
+        heads=ledger.heads([Wanted(*want.lane, want.after, want.limit) for want in asks.heads]) if asks.heads else (),
         members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
     )

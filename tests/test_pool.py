@@ -39,6 +39,7 @@ from mqworker.messages import (
 )
 from mqworker.metrics import SchedulerMetrics
 from mqworker.pool import LEASE_MARGIN, SILENCE, Moment, Pool
+from mqworker.scheduler import kept_by, look_up
 from mqworker.task import Task
 from mqworker.topology import Topology
 
@@ -104,17 +105,17 @@ class Driven:
                     self.pool.outcomes(message, self.moment)
         self.pool.tick(self.moment)
         self.pool.offer(self.moment)
-        writes, wanted = self.pool.take_writes()
-        results = self.ledger.commit(writes)
+        writes, asks = self.pool.take_writes()
+        results, answers = self.ledger.commit(writes), look_up(self.ledger, asks)
         self.sets.append(writes)
         self.steady += commit_seconds
-        self.pool.committed(results, self.ledger.artifacts_by_id(wanted))
+        self.pool.committed(results, answers)
         self.queues |= {queue.name for queue in self.pool.declare}
         self.queues -= set(self.pool.delete)
         self.pool.declare, self.pool.delete = [], []
         for send in self.pool.take_sends():
             self._take(send)
-        return bool(writes)
+        return bool(writes or asks)
 
     def _take(self, send):
         match send.message:
@@ -1243,7 +1244,7 @@ def restart(driven):
     """Go on with what the ledger has, as the next term, and nothing else."""
     again = Driven(driven.ledger, term=driven.term + 1)
     again.submitted = driven.submitted
-    again.pool.restore(driven.ledger.live(), again.moment)
+    again.pool.restore(kept_by(driven.ledger), again.moment)
     again.turn()
     return again
 
@@ -1320,7 +1321,7 @@ def test_a_new_scheduler_waits_out_delays_and_goes_on_with_aborts_and_counts(dri
     again = Driven(driven.ledger, term=2)
     again.steady = driven.steady  # the same wall clock
     again.submitted = driven.submitted
-    again.pool.restore(driven.ledger.live(), again.moment)
+    again.pool.restore(kept_by(driven.ledger), again.moment)
     moved = Peer(again, slots=2)
     moved.seq = anna.seq
     moved.say(moved.hello(), moved.beat(ref))
