@@ -157,8 +157,7 @@ _meta: Final[Any] = Draft202012Validator(Draft202012Validator.META_SCHEMA, regis
 @lru_cache(maxsize=KEPT)
 def _validator(canonical: bytes) -> Any:
     schema = msgspec.json.decode(canonical)
-    for keyword in _ROOT_ONLY:  # they name what is known already
-        schema.pop(keyword, None)
+    schema.pop("$id", None)  # references begin with #, and an id that is no URL would break even these
     return _Validator(schema, registry=_nothing)
 
 

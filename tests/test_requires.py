@@ -145,10 +145,12 @@ def test_what_is_not_there_passes_unless_it_is_required():
     assert not satisfied({**minimum, "required": ["gpus"]}, HOST)
 
 
-def test_the_formalities_of_a_schema_file_change_nothing():
-    schema = {"$schema": Draft202012Validator.META_SCHEMA["$id"], "$id": "http://[", "title": "x", "$comment": "y"}
+@pytest.mark.parametrize("own", ["http://[", "x", "", requires.DIALECT, "https://example.org/schema.json#"])
+def test_the_formalities_of_a_schema_file_change_nothing(own):
+    schema = {"$schema": requires.DIALECT, "$id": own, "title": "x", "$comment": "y"}
+    schema |= {"$defs": {"x": {"required": ["gpus"]}, "y": {"$anchor": "y", "required": ["cpus"]}}}
 
-    assert asked({**schema, "$defs": {"x": {"required": ["cpus"]}}, "$ref": "#/$defs/x"})[0]
+    assert asked({**schema, "anyOf": [{"$ref": "#/$defs/x"}, {"$ref": "#y"}]}) == (True, {"gpus", "cpus"})
 
 
 _keys = st.sampled_from(["a", "b", "c"])
