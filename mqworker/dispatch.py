@@ -25,6 +25,8 @@ from itertools import count
 from math import ceil, exp, inf
 from typing import Final, NamedTuple
 
+from mqworker.errors import IllegalMove
+
 LOOKAHEAD_SECONDS: Final = 0.1
 MAX_LOOKAHEAD: Final = 200  # tickets a class; a bound against a clock that lies
 RATE_WINDOW: Final = 1.0  # seconds over which a class's rate is remembered
@@ -286,6 +288,8 @@ class Dispatch:
         if one.asked is not None:
             one.asked.late.discard(seq)
             one.asked.gone.add(seq)
+        if not one.behind:  # it would end, if that were sure
+            self._feed(one)
 
     def restore(self, lane: Lane, number: int) -> None:
         """Count what waits in a lane of which nothing is in memory yet."""
@@ -326,9 +330,10 @@ class Dispatch:
                 if not self._is_hungry(one):
                     continue
                 bundle = one.bundle
-                if bundle.team.group.paused or bundle.requirement.paused or not bundle.requirement.classes:
+                idle = bundle.team.group.paused or bundle.requirement.paused or not bundle.requirement.classes
+                if idle and one.behind:  # else it is only to be seen that it is empty
                     bundle.dormant[one] = None
-                elif one.key is not None and one.key.full:
+                elif one.key is not None and one.key.full and one.behind:
                     self._park(one)
                     self._move_bundle(bundle)
                 else:
@@ -343,7 +348,7 @@ class Dispatch:
         one = self._lanes[want.lane]
         asked = one.asked
         if asked is None or asked.want != want:
-            raise ValueError(f"expected an answer to {asked and asked.want}, got one to {want}")
+            raise IllegalMove(f"expected an answer to {asked and asked.want}, got one to {want}: answer each want once")
         one.asked = None
         horizon = inf if len(rows) < want.limit else rows[-1][1]
         unseen = asked.late.difference(seq for _, seq in rows)  # read before they began to wait
