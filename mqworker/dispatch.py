@@ -61,7 +61,7 @@ class Offer(NamedTuple):
     capability_class: str
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Asked:
     """What came between a want and its answer, which may have been read before it or after."""
 
@@ -72,7 +72,7 @@ class _Asked:
     gone: set[int] = field(default_factory=set)  # that wait no more
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Requirement:
     name: Hashable
     classes: "set[_Class]" = field(default_factory=set)
@@ -82,7 +82,7 @@ class _Requirement:
     rivals: "tuple[int, set[_Requirement]] | None" = None  # as of which partition: what shares a class with it
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Group:
     name: str
     weight: float
@@ -92,7 +92,7 @@ class _Group:
     teams: "dict[int, _Team]" = field(default_factory=dict)  # by priority
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Key:
     name: str
     limit: int
@@ -105,7 +105,7 @@ class _Key:
         return self.used >= self.limit
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Tier:
     """One priority."""
 
@@ -113,7 +113,7 @@ class _Tier:
     teams: int = 0
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Team:
     """One group at one priority."""
 
@@ -126,7 +126,7 @@ class _Team:
     bundles: "dict[_Requirement, _Bundle]" = field(default_factory=dict)
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Bundle:
     """The lanes of one group at one priority with one requirement."""
 
@@ -140,7 +140,7 @@ class _Bundle:
     waiting: int = 0
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Lane:
     number: int
     lane: Lane
@@ -155,7 +155,7 @@ class _Lane:
     parked: bool = False
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Held:
     """A request that counts towards its group's share and its key's limit: offered or running."""
 
@@ -167,7 +167,7 @@ class _Held:
     since: float
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Supply:
     """What one worker can take: `slots` that work, less what is known to sit in them."""
 
@@ -183,7 +183,7 @@ class _Supply:
 _Rank = tuple[bool, int, int, int, "_Class"]
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Class:
     number: int
     name: str
@@ -255,11 +255,8 @@ class Dispatch:
     def wait(self, request: str, lane: Lane, seq: int) -> bool:
         """Let a request wait, a new one or one that comes back, and say whether it is kept in memory."""
         known = self._waiting.get(request)
-        if known is not None:
-            one, _ = known
-            if one.lane == lane:  # an answer brought it before its acceptance was told
-                self._count(one, behind=int(one.horizon < inf))  # the answer counted off what was never counted
-                return True
+        if known is not None and known[0].lane == lane:
+            return True  # an answer brought it before its acceptance was told
         self.forget(request)
         self._newest = max(self._newest, seq)
         one = self._lanes.get(lane) or self._make_lane(lane)
