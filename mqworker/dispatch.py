@@ -25,6 +25,8 @@ from itertools import count
 from math import ceil, exp, inf
 from typing import Final, NamedTuple
 
+from mqworker.errors import IllegalMove
+
 LOOKAHEAD_SECONDS: Final = 0.1
 MAX_LOOKAHEAD: Final = 200  # tickets a class; a bound against a clock that lies
 RATE_WINDOW: Final = 1.0  # seconds over which a class's rate is remembered
@@ -59,7 +61,7 @@ class Offer(NamedTuple):
     capability_class: str
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Asked:
     """What came between a want and its answer, which may have been read before it or after."""
 
@@ -70,7 +72,7 @@ class _Asked:
     gone: set[int] = field(default_factory=set)  # that wait no more
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Requirement:
     name: Hashable
     classes: "set[_Class]" = field(default_factory=set)
@@ -80,7 +82,7 @@ class _Requirement:
     rivals: "tuple[int, set[_Requirement]] | None" = None  # as of which partition: what shares a class with it
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Group:
     name: str
     weight: float
@@ -90,7 +92,7 @@ class _Group:
     teams: "dict[int, _Team]" = field(default_factory=dict)  # by priority
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Key:
     name: str
     limit: int
@@ -103,7 +105,7 @@ class _Key:
         return self.used >= self.limit
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Tier:
     """One priority."""
 
@@ -111,7 +113,7 @@ class _Tier:
     teams: int = 0
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Team:
     """One group at one priority."""
 
@@ -124,7 +126,7 @@ class _Team:
     bundles: "dict[_Requirement, _Bundle]" = field(default_factory=dict)
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Bundle:
     """The lanes of one group at one priority with one requirement."""
 
@@ -138,7 +140,7 @@ class _Bundle:
     waiting: int = 0
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Lane:
     number: int
     lane: Lane
@@ -153,7 +155,7 @@ class _Lane:
     parked: bool = False
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Held:
     """A request that counts towards its group's share and its key's limit: offered or running."""
 
@@ -165,7 +167,7 @@ class _Held:
     since: float
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Supply:
     """What one worker can take: `slots` that work, less what is known to sit in them."""
 
@@ -181,7 +183,7 @@ class _Supply:
 _Rank = tuple[bool, int, int, int, "_Class"]
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Class:
     number: int
     name: str
@@ -253,11 +255,8 @@ class Dispatch:
     def wait(self, request: str, lane: Lane, seq: int) -> bool:
         """Let a request wait, a new one or one that comes back, and say whether it is kept in memory."""
         known = self._waiting.get(request)
-        if known is not None:
-            one, _ = known
-            if one.lane == lane:  # an answer brought it before its acceptance was told
-                self._count(one, behind=int(one.horizon < inf))  # the answer counted off what was never counted
-                return True
+        if known is not None and known[0].lane == lane:
+            return True  # an answer brought it before its acceptance was told
         self.forget(request)
         self._newest = max(self._newest, seq)
         one = self._lanes.get(lane) or self._make_lane(lane)
@@ -286,6 +285,8 @@ class Dispatch:
         if one.asked is not None:
             one.asked.late.discard(seq)
             one.asked.gone.add(seq)
+        if not one.behind:  # it would end, if that were sure
+            self._feed(one)
 
     def restore(self, lane: Lane, number: int) -> None:
         """Count what waits in a lane of which nothing is in memory yet."""
@@ -326,9 +327,10 @@ class Dispatch:
                 if not self._is_hungry(one):
                     continue
                 bundle = one.bundle
-                if bundle.team.group.paused or bundle.requirement.paused or not bundle.requirement.classes:
+                idle = bundle.team.group.paused or bundle.requirement.paused or not bundle.requirement.classes
+                if idle and one.behind:  # else it is only to be seen that it is empty
                     bundle.dormant[one] = None
-                elif one.key is not None and one.key.full:
+                elif one.key is not None and one.key.full and one.behind:
                     self._park(one)
                     self._move_bundle(bundle)
                 else:
@@ -343,7 +345,7 @@ class Dispatch:
         one = self._lanes[want.lane]
         asked = one.asked
         if asked is None or asked.want != want:
-            raise ValueError(f"expected an answer to {asked and asked.want}, got one to {want}")
+            raise IllegalMove(f"expected an answer to {asked and asked.want}, got one to {want}: answer each want once")
         one.asked = None
         horizon = inf if len(rows) < want.limit else rows[-1][1]
         unseen = asked.late.difference(seq for _, seq in rows)  # read before they began to wait
