@@ -20,8 +20,8 @@ LOOKAHEAD_SECONDS: nothing for builds of an hour, enough to keep the pipe full f
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
-from itertools import count
+from heapq import heapify, heappop, heappush, nsmallest
+from itertools import chain, count
 from math import ceil, exp, inf
 from typing import Final, NamedTuple
 
@@ -310,6 +310,22 @@ class Dispatch:
     def waiting(self) -> int:
         """Count the requests in the backlog; exact but for what is told out of order."""
         return self._number_waiting
+
+    def waiting_for(self, requirement: Hashable) -> int:
+        """Count the requests in the backlog that have a requirement."""
+        known = self._requirements.get(requirement)
+        return 0 if known is None else known.waiting
+
+    def waits(self, request: str) -> bool:
+        """Say whether a request waits, and is kept in memory."""
+        return request in self._waiting
+
+    def oldest(self, requirement: Hashable, number: int) -> list[str]:
+        """Name the oldest requests that wait with a requirement, of those in memory."""
+        known = self._requirements.get(requirement)
+        bundles = () if known is None else known.bundles
+        heads = (one.heads for bundle in bundles for one in bundle.lanes)
+        return [request for _, request in nsmallest(number, chain.from_iterable(heads))]
 
     def wants(self, newest: int) -> list[Want]:
         """Ask for the heads that run short; each until it is answered, and no more than ROWS_AT_ONCE or so at a time.

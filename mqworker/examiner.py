@@ -22,7 +22,7 @@ from mqworker.requirements import Kind, RequirementClass, schema_text
 from mqworker.requires import problem as requires_problem
 from mqworker.requires import satisfied
 from mqworker.task import Task
-from mqworker.tracking import Observation, Read, observe
+from mqworker.tracking import Ask, Observation, Read, ask_plainly, observe
 
 LAST_PLACEHOLDER: Final = 2**53 - 1  # ids of artifacts that do not exist yet count down from here: JSON's last integer
 NOBODY: Final = "00000000-0000-0000-0000-000000000000"
@@ -101,12 +101,8 @@ class Examiner:
             text = f"this scheduler cannot configure its task any more: {draft.problem}"
             never = Observation(answer=False, metadata=(), data=(), error=text, tracked=True)
             return Question(task=one.kind.task, observe=lambda _: never, plain=lambda _: (False, text))
-        task, data, requires = draft.task, draft.task.data, draft.request.requires
-
-        def ask(metadata: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
-            asked = copy.copy(task)  # what one question leaves in it must not answer the next
-            asked.data = data  # type: ignore[assignment]  # it passes for a dict
-            return bool(asked.can_run_on(metadata)) and (requires is None or satisfied(requires, metadata))  # type: ignore[redundant-expr]  # a task's own code
+        data = draft.task.data
+        ask = self.ask(draft)
 
         def watched(metadata: Mapping[str, Any]) -> Observation:
             observation = observe(ask, metadata, data)
@@ -117,13 +113,20 @@ class Examiner:
                 )
             return observation
 
-        def plain(metadata: Mapping[str, Any]) -> tuple[bool, str | None]:
-            try:
-                return ask(copy.deepcopy(dict(metadata)), copy.deepcopy(data)), None
-            except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is shown
-                return False, f"{type(error).__name__}: {error}"
+        return Question(task=one.kind.task, observe=watched, plain=lambda metadata: ask_plainly(ask, metadata, data))
 
-        return Question(task=one.kind.task, observe=watched, plain=plain)
+    def ask(self, draft: Draft) -> Ask:
+        """Return how to ask whether a request may run, by metadata and data that may be watched."""
+        task, requires = draft.task, draft.request.requires
+
+        def ask(metadata: Mapping[str, Any], data: Mapping[str, Any]) -> bool:
+            asked = copy.copy(task)  # what one question leaves in it must not answer the next
+            if asked is None:
+                return False
+            asked.data = data  # type: ignore[assignment]  # it passes for a dict
+            return bool(asked.can_run_on(metadata)) and (requires is None or satisfied(requires, metadata))
+
+        return ask
 
     def fingerprint(self, task: type[Task]) -> str:
         """Return what changes when a task's code does."""

@@ -611,9 +611,7 @@ _dependents = (
     .where(_dependencies.c.after.in_(_ids))
     .order_by(_dependencies.c.request)
 )
-_used = (
-    _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
-)
+_used = _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
 _blocked = select(func.count(_dependencies.c.request.distinct()))
 _newest = select(func.max(_requests.c.seq))
 _newest_requirement = select(func.max(_requirements.c.id))

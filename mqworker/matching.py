@@ -12,12 +12,12 @@ What a capability class can run never shrinks while it lives, except by drop(): 
 that a new requirement divides keeps its larger part. So a ticket that is out for a class stays right for it.
 """
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from mqworker.tracking import MISSING, WHOLE, Key, Observation, Read, asked_of, token, token_of
+from mqworker.tracking import MISSING, Key, Observation, asked_of, token, token_of
 
 Requirement = Hashable  # the name of a requirement class
 
@@ -342,7 +342,9 @@ class Matching:
     def can_run(self, worker: str, requirement: Requirement) -> bool:
         """Say whether a worker can run a live requirement, by its newest facts."""
         known, asking = self._workers.get(worker), self._requirements.get(requirement)
-        return known is not None and asking is not None and known.home is not None and bool(known.home.mask & asking.bit)
+        return (
+            known is not None and asking is not None and known.home is not None and bool(known.home.mask & asking.bit)
+        )
 
     def class_of(self, worker: str) -> str | None:
         """Return a worker's class; None: it is not in the pool."""

@@ -30,6 +30,7 @@ FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z")]
 RequestIds = Annotated[list[Annotated[str, Meta(max_length=36)]], Meta(max_length=1000)]
 
 OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
+PauseKind = Literal["worker", "task", "group"]
 RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
 
 
@@ -421,7 +422,7 @@ class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
     """Ask that a worker, a task or a group gets no slot any more; what runs goes on."""
 
     v: int = VERSION
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: Name
     reason: Annotated[str, Meta(max_length=1000)] = ""
 
@@ -430,7 +431,7 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
     """Ask for the end of a pause."""
 
     v: int = VERSION
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: Name
 
 
@@ -569,7 +570,7 @@ class RequestCount(Struct, frozen=True, kw_only=True, tag="request_count"):
 class PauseView(Struct, frozen=True, kw_only=True):
     """Show a pause."""
 
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: str
     reason: str
     since: float

@@ -57,6 +57,7 @@ from mqworker.messages import (
     Outcome,
     Outcomes,
     Pause,
+    PauseKind,
     PauseView,
     Probe,
     Reason,
@@ -451,9 +452,9 @@ class Pool:
             self._end_class(old)
             return
         for row in rows:
-            entry = self._entries.get(row.request.id)
-            one = self._reclass(row.seq, row.request, entry)
-            if entry is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
+            there = self._entries.get(row.request.id)
+            one = self._reclass(row.seq, row.request, there)
+            if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
@@ -484,7 +485,7 @@ class Pool:
             self._end_class(one)
 
     def _idle(self, one: RequirementClass) -> bool:
-        return not self._uses[one.id].entries and not self._dispatch.waiting(one.id)
+        return not self._uses[one.id].entries and not self._dispatch.waiting_for(one.id)
 
     def _sweep(self) -> None:
         """Look for requirement classes that nobody has used for long, and for workers that nothing tells apart."""
@@ -961,8 +962,8 @@ class Pool:
                 if entry is not None:
                     self._forget(entry)
                 elif result.before_lane is not None and result.before_lane.waiting:
-                    *lane, seq, _ = result.before_lane
-                    self._dispatch.absent(Lane(*lane), seq)
+                    stood = result.before_lane
+                    self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._blocked -= 1
             elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
@@ -1006,7 +1007,7 @@ class Pool:
 
         self._write(KeepPause(kind=view.kind, name=view.name, reason=view.reason, at=moment.wall), settled)
 
-    def resume(self, kind: str, name: str, then: Callable[[Any], None]) -> None:
+    def resume(self, kind: PauseKind, name: str, then: Callable[[Any], None]) -> None:
         """End a pause."""
         name = name.lower() if kind == "task" else name
 
@@ -1109,7 +1110,7 @@ class Pool:
         """Tell of requests that no worker has been able to run for a while."""
         for one in self._requirements:
             use = self._uses[one.id]
-            number = self._dispatch.waiting(one.id)
+            number = self._dispatch.waiting_for(one.id)
             if not number or one.divided or self._matching.capable_classes(one.id):
                 use.stuck_since, use.told = None, False
             elif use.stuck_since is None:
@@ -1225,7 +1226,7 @@ class Pool:
         held = self._dispatch.held_by(lane)
         if held is not None:
             return held
-        if view.state == State.OFFERED:
+        if view.state == "offered":
             return "is offered to a worker"
         return f"all that can run it are busy; about {self._dispatch.ahead(lane, view.seq)} go first"
 

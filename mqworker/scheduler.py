@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
@@ -93,10 +94,15 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
     """Read what the pool wants to know; right behind a commit, it is what that has left."""
     return Answers(
         artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
-        heads=ledger.heads([Wanted(*want.lane, want.after, want.limit) for want in asks.heads]) if asks.heads else (),
+        heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
     )
+
+
+def _wanted(want: Want) -> Wanted:
+    requirement, priority, group, key = want.lane  # a requirement of one request alone is in memory altogether
+    return Wanted(cast("int", requirement), priority, group, key, want.after, want.limit)
 
 
 class Scheduler:
@@ -123,9 +129,6 @@ class Scheduler:
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
-        self._no_worker_after = no_worker_after
-        self._group_weights = group_weights
-        self._concurrency_limits = concurrency_limits
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
