@@ -805,6 +805,11 @@ class Dispatch:
         """Count the idle slots of a class."""
         return self._classes[name].idle
 
+    def idle_slots(self, worker: str) -> int:
+        """Count the idle slots of a worker, by its own word and by what was granted since."""
+        supply = self._supplies.get(worker)
+        return 0 if supply is None else supply.idle
+
     def lookahead(self, name: str, now: float) -> int:
         """Return how many tickets a class finishes in LOOKAHEAD_SECONDS, by its recent rate."""
         return self._classes[name].lookahead(now)

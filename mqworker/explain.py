@@ -3,20 +3,19 @@
 Pure: it is told what matching, dispatch and the pool know, and puts it into the words of an Explanation.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
-from mqworker import messages
 from mqworker.matching import Funnel
 from mqworker.messages import Offered, Step
 from mqworker.tracking import MISSING, Ask, Edit, Key, advise, token
 
 MAX_TRIED: Final = 4  # workers for which a change of metadata is sought
 MAX_ADVICE: Final = 3  # changes that are told
-MAX_SHOWN: Final = 5  # values that a step names
+MAX_SHOWN: Final = 5  # values that a step names, and names of workers that a class shows
 
 
 @dataclass(kw_only=True)
@@ -69,7 +68,7 @@ def advice(
     ask: Ask,
     data: Mapping[str, Any],
     candidates: Iterable[tuple[str, Mapping[str, Any]]],
-    values: Mapping[str, Collection[str]],
+    values: Mapping[str, Sequence[str]],
 ) -> list[str]:
     """Find the smallest changes of metadata that would make one worker able, each tried out."""
     found: dict[str, tuple[int, int]] = {}
@@ -87,13 +86,12 @@ def _edit(edit: Edit) -> str:
     return f"take {edit.key} away" if edit.token == MISSING else f"set {edit.key} to {edit.token}"
 
 
-def verdict(standing: Standing, *, ahead: int | None, failing: str | None) -> str:
+def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
     """Say in one line why a request that nothing else holds back does not run."""
     if standing.idle:
         return "it can run now"
     if standing.busy:
-        place = "" if not ahead else f"; about {ahead} go first"
-        return f"all that can run it are busy{place}"
+        return busy(ahead)
     if standing.paused:
         return "all that can run it are paused"
     if standing.refused:
@@ -101,6 +99,11 @@ def verdict(standing: Standing, *, ahead: int | None, failing: str | None) -> st
     if standing.offline:
         return "all that could run it are offline"
     return "no worker can run it" if failing is None else f"no worker can run it: {failing}"
+
+
+def busy(ahead: int) -> str:
+    """Say in one line where in line a request is."""
+    return "all that can run it are busy; " + (f"about {ahead} go first" if ahead else "it is next")
 
 
 def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """Who can run what: requirement classes, and capability classes of workers that none of them tells apart.
 
-Pure: it is told of workers and requirements and keeps the partition. It knows no Task, no clock, no queue; a requirement
-brings its own way of asking.
+Pure: it is told of workers and requirements and keeps the partition. It knows no Task, no clock, no queue; a
+requirement brings its own way of asking.
 
-Each requirement class keeps a trie of decisions over what its predicate reads of a worker's metadata; a worker's answer is
-a walk in it, and only who falls off is asked. Sets of workers, and of requirements, are the bits of an int. For each
+Each requirement class keeps a trie of decisions over what its predicate reads of a worker's metadata; a worker's answer
+is a walk in it, and only who falls off is asked. Sets of workers, and of requirements, are the bits of an int. For each
 read the workers are indexed by what it would tell of them, so that the answer of one is that of all who would be led
 down the same way. A worker's changed metadata is looked at only where some trie reads it.
 
-What a capability class can run never shrinks while it lives, except by drop(): workers move between classes, and a class
-that a new requirement divides keeps its larger part. So a ticket that is out for a class stays right for it.
+What a capability class can run never shrinks while it lives, except by drop(): workers move between classes, and a
+class that a new requirement divides keeps its larger part. So a ticket that is out for a class stays right for it.
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -17,7 +17,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from mqworker.tracking import MISSING, Key, Observation, asked_of, token, token_of
+from mqworker.tracking import MISSING, WHOLE, Key, Observation, Read, asked_of, token, token_of, value_of
 
 Requirement = Hashable  # the name of a requirement class
 
@@ -25,6 +25,10 @@ MAX_LEAVES: Final = 1024  # of one trie: one that has more is begun anew, for it
 MAX_IDLE_KEYS: Final = 256  # indexes kept for reads that no live requirement has just now
 MAX_OFFERED: Final = 10  # values that a step of a funnel names
 MAX_EXAMPLES: Final = 3  # workers that it names for each
+
+REFUSED: Final = "an earlier refusal by the worker itself"
+ESCAPED: Final = "can_run_on(), whose answers do not hang on the metadata alone"
+NO_METADATA: Final = "can_run_on(), which looks at no metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,8 @@ class _Column:
 
 @dataclass(slots=True, eq=False)
 class _Moves:
+    """Gather what one fact changes; a class that is made and gone at once is none."""
+
     before: dict[str, str | None] = field(default_factory=dict)
     made: dict[str, _Class] = field(default_factory=dict)
     gone: list[str] = field(default_factory=list)
@@ -263,6 +269,16 @@ class Matching:
         moves = _Moves()
         if requirement in self._requirements:
             return self._finish(moves)
+        made = self._enlist(requirement, question)
+        able = 0
+        for leaf, _, group in self._groups(made, self._asked_bits(made), verify=True):
+            if leaf.answer:
+                able |= group
+        if not made.escaped:  # else it is asked anew below
+            self._apply(made, able, moves)
+        return self._finish(moves)
+
+    def _enlist(self, requirement: Requirement, question: Question) -> _Requirement:
         position = self._free_asking.pop() if self._free_asking else len(self._asking)
         made = _Requirement(requirement, question, position, 1 << position)
         if position == len(self._asking):
@@ -273,20 +289,14 @@ class Matching:
         self._of_task[question.task] = self._of_task.get(question.task, 0) | made.bit
         for worker, _ in question.denied:
             self._refused[worker] = self._refused.get(worker, 0) | made.bit
-        able = 0
-        for leaf, _, group in self._groups(made, self._asked_bits(made), verify=True):
-            if leaf.answer:
-                able |= group
-        if not made.escaped:  # else it is asked anew below
-            self._apply(made, able, moves)
-        return self._finish(moves)
+        return made
 
     def drop(self, requirement: Requirement) -> None:
         """Forget a requirement class that no live request has."""
         known = self._requirements.pop(requirement, None)
         if known is None:
             return
-        for name in known.classes:
+        for name in list(known.classes):
             one = self._classes[name]
             self._remask(one, one.mask & ~known.bit)
         self._asking[known.position] = None
@@ -346,6 +356,14 @@ class Matching:
             known is not None and asking is not None and known.home is not None and bool(known.home.mask & asking.bit)
         )
 
+    def facts(self, worker: str) -> WorkerFacts:
+        """Return what a worker of the pool says of itself.
+
+        Raises:
+            KeyError: it is not in the pool.
+        """
+        return self._workers[worker].facts
+
     def class_of(self, worker: str) -> str | None:
         """Return a worker's class; None: it is not in the pool."""
         known = self._workers.get(worker)
@@ -401,11 +419,47 @@ class Matching:
             KeyError: the requirement is not live.
         """
         known = self._requirements[requirement]
+        return self._funnel(known, self._able(known))
+
+    def able(self, requirement: Requirement) -> list[str]:
+        """Name the workers that can run a live requirement.
+
+        Raises:
+            KeyError: the requirement is not live.
+        """
+        return list(self._names(self._able(self._requirements[requirement])))
+
+    def survey(self, question: Question) -> tuple[Funnel, list[str]]:
+        """Show where workers stop on the way to a requirement that is not live, and who is able; nothing changes."""
+        made = self._enlist(object(), question)
+        able = 0
+        for leaf, _, group in self._groups(made, self._asked_bits(made), verify=True):
+            able |= group if leaf.answer else 0
+        if made.escaped:
+            able = self._ask_all(made)
+        funnel = self._funnel(made, able)
+        self.drop(made.name)
+        return funnel, list(self._names(able))
+
+    def _able(self, requirement: _Requirement) -> int:
+        able = 0
+        for name in requirement.classes:
+            able |= self._classes[name].members
+        return able
+
+    def _ask_all(self, requirement: _Requirement) -> int:
+        able = 0
+        for worker in self._there(self._asked_bits(requirement)):
+            if self._ask_plainly(requirement, worker):
+                able |= worker.bit
+        return able
+
+    def _funnel(self, known: _Requirement, able: int) -> Funnel:
         task = known.question.task
         having, asked = self._everybody & self._having.get(task, 0), self._asked_bits(known)
-        stops: list[tuple[Key | str, int, list[str]]] = [(f"task {task}", self._everybody & ~having, [])]
+        stops: list[tuple[Key | str, int, Collection[str]]] = [(f"task {task}", self._everybody & ~having, ())]
         if having != asked:
-            stops.append((REFUSED, having & ~asked, []))
+            stops.append((REFUSED, having & ~asked, ()))
         places: dict[Key | str, tuple[int, int, dict[str, None]]] = {}  # depth, who stops, what was asked
         failing: dict[str, int] = {}
         if not known.escaped:
@@ -423,25 +477,26 @@ class Matching:
                         wanted[words] = None
                 places[last] = min(depth, len(path)), stopped | group, wanted
         if known.escaped:
-            able = 0
-            for name in known.classes:
-                able |= self._classes[name].members
+            failing = {}
             for name, error in known.errors.items():
                 failing[error] = failing.get(error, 0) | self._workers[name].bit
             unable = asked & ~able
             for stopped in failing.values():
                 unable &= ~stopped
             places = {ESCAPED: (0, unable, {})} if unable else {}
-        for last, (_, stopped, wanted) in sorted(places.items(), key=lambda item: item[1][0]):
-            stops.append((last, stopped, list(wanted)))
-        for error, stopped in failing.items():
-            stops.append((f"can_run_on() raised {error}", stopped, []))
+        stops += [
+            (last, stopped, wanted)
+            for last, (_, stopped, wanted) in sorted(places.items(), key=lambda item: item[1][0])
+        ]
+        stops += [(f"can_run_on() raised {error}", stopped, ()) for error, stopped in failing.items()]
         steps, left = [], len(self._workers)
-        for last, stopped, wanted in stops:
+        for last, stopped, words_asked in stops:
             number = stopped.bit_count()
             left -= number
             offered = self._offered(last, stopped)
-            steps.append(FunnelStep(looked_at=last, asked=wanted, stopped=number, passed=left, offered=offered))
+            steps.append(
+                FunnelStep(looked_at=last, asked=list(words_asked), stopped=number, passed=left, offered=offered)
+            )
         return Funnel(workers=len(self._workers), steps=steps, able=left)
 
     def _offered(self, looked_at: Key | str, stopped: int) -> list[Offered]:
@@ -493,16 +548,7 @@ class Matching:
             requirement.errors.pop(facts.name, None)
             return False
         if not requirement.escaped:
-            node = requirement.root
-            while type(node) is _Node:
-                key = node.key
-                text = tokens.get(key)
-                if text is None:
-                    text = tokens[key] = token_of(facts.metadata, key)
-                node = node.branches.get(text)
-            leaf = self._hit(requirement, facts.metadata, node) if node is not None else None
-            if node is None:
-                leaf, _ = self._insert(requirement, facts.metadata)
+            leaf = self._leaf(requirement, facts.metadata, tokens, verify=True)
             if leaf is not None:
                 return leaf.answer
         return self._ask_plainly(requirement, worker)
@@ -515,11 +561,339 @@ class Matching:
             requirement.errors[worker.facts.name] = error
         return answer
 
-    def _hit(self, requirement: _Requirement, metadata: Mapping[str, Any], leaf: "_Node | _Leaf") -> _Leaf | None:
-        """Use a leaf; its 1st, 2nd, 4th ... use asks anew, and None says that it was wrong."""
-        assert isinstance(leaf, _Leaf)
-        leaf.hits += 1
-        if not leaf.hits & (leaf.hits - 1) and requirement.question.plain(metadata)[0] != leaf.answer:
+    def _leaf(
+        self,
+        requirement: _Requirement,
+        metadata: Mapping[str, Any],
+        tokens: dict[Key, str],
+        *,
+        verify: bool,
+        path: list[Read] | None = None,
+    ) -> _Leaf | None:
+        """Walk to the leaf for some metadata, or make it; `path` gets the reads. None: the requirement just escaped."""
+        node = requirement.root
+        while isinstance(node, _Node):
+            key = node.key
+            text = tokens.get(key)
+            if text is None:
+                text = tokens[key] = token_of(metadata, key)
+            if path is not None:
+                path.append(Read(key, text))
+            node = node.branches.get(text)
+        if node is None:
+            seen = requirement.question.observe(metadata)
+            if path is not None:
+                path[:] = seen.metadata
+            node = self._graft(requirement, seen)
+        elif verify:  # a leaf's 1st, 2nd, 4th, 8th ... use asks anew
+            node.hits += 1
+            if not node.hits & (node.hits - 1) and requirement.question.plain(metadata)[0] != node.answer:
+                node = None
+        if node is None:
             self._escape(requirement)
+        return node
+
+    def _graft(self, requirement: _Requirement, seen: Observation) -> _Leaf | None:
+        """Put an observation into the trie. None: it contradicts what is there."""
+        if requirement.leaves >= MAX_LEAVES:
+            requirement.root, requirement.leaves = None, 0
+        leaf = _Leaf(seen.answer, seen.error)
+        branches, text = {"": requirement.root} if requirement.root is not None else {}, ""
+        root = branches
+        for read in seen.metadata:
+            node = branches.setdefault(text, _Node(read.key))
+            if not isinstance(node, _Node) or node.key != read.key:
+                return None
+            branches, text = node.branches, read.token
+            if read.key not in requirement.keys:
+                self._read_by(requirement, read.key)
+        found = branches.setdefault(text, leaf)
+        if not isinstance(found, _Leaf) or found.answer != leaf.answer:
             return None
-        return leaf
+        requirement.root = root[""]
+        requirement.leaves += found is leaf
+        requirement.failing |= leaf.error is not None
+        return found
+
+    def _groups(self, requirement: _Requirement, bits: int, *, verify: bool) -> Iterator[tuple[_Leaf, list[Read], int]]:
+        """Divide workers by what is read of them: one is asked for all that would be read alike."""
+        while bits and not requirement.escaped:
+            worker = next(self._there(bits & -bits))
+            path: list[Read] = []
+            leaf = self._leaf(requirement, worker.facts.metadata, {}, verify=verify, path=path)
+            if leaf is None:
+                return
+            group = bits
+            for read in path:
+                group &= self._reading(read, worker)
+            group |= worker.bit  # also if what was read is not what is there
+            other = next(self._there(1 << (group.bit_length() - 1)))
+            if verify and other is not worker and not self._leaf(requirement, other.facts.metadata, {}, verify=True):
+                return
+            bits &= ~group
+            yield leaf, path, group
+
+    def _escape(self, requirement: _Requirement) -> None:
+        self._forget_trie(requirement)
+        requirement.escaped = True
+        self._escaped |= requirement.bit
+        self._contradicted.append(requirement)
+
+    def _forget_trie(self, requirement: _Requirement) -> None:
+        requirement.root, requirement.leaves, requirement.failing = None, 0, False
+        for key in requirement.keys:
+            self._readers[key] &= ~requirement.bit
+            if not self._readers[key]:
+                self._idle_keys[key] = None
+        requirement.keys.clear()
+        while len(self._idle_keys) > MAX_IDLE_KEYS:
+            key = next(iter(self._idle_keys))
+            del self._idle_keys[key], self._readers[key]
+            self._documents.pop(key, None)
+            if key[1]:
+                column = self._columns[key[1][0]]
+                del column.derived[key]
+                if not column.derived:
+                    del self._columns[key[1][0]]
+
+    # ---------------------------------------------------------------- the index
+
+    def _read_by(self, requirement: _Requirement, key: Key) -> None:
+        requirement.keys.add(key)
+        if key not in self._readers:
+            self._readers[key] = 0
+            if key[1]:
+                self._derive(key)
+            elif key != WHOLE:  # which few workers would share
+                index = self._documents[key] = {}
+                for worker in self._workers.values():
+                    _put(index, token_of(worker.facts.metadata, key), worker.bit)
+        self._idle_keys.pop(key, None)
+        self._readers[key] |= requirement.bit
+
+    def _derive(self, key: Key) -> None:
+        name = key[1][0]
+        column = self._columns.get(name)
+        if column is None:
+            column = self._columns[name] = _Column()
+            for worker in self._workers.values():
+                if name in worker.facts.metadata:
+                    _put(column.values, token(worker.facts.metadata[name]), worker.bit)
+                    column.present |= worker.bit
+        index = column.derived[key] = {}
+        for text, bits in column.values.items():
+            _put(index, token_of({name: value_of(text)}, key), bits)
+
+    def _reading(self, read: Read, worker: _Worker) -> int:
+        """Return the workers of which a read would tell the same as of this one."""
+        key, text = read
+        if key == WHOLE:
+            return worker.bit
+        if not key[1]:
+            return self._documents[key].get(text, 0)
+        column = self._columns[key[1][0]]
+        bits = column.derived[key].get(text, 0)
+        return bits | (self._everybody & ~column.present) if text == MISSING else bits
+
+    def _admit(self, facts: WorkerFacts) -> _Worker:
+        position = self._free.pop() if self._free else len(self._at)
+        worker = _Worker(facts, position, 1 << position)
+        if position == len(self._at):
+            self._at.append(worker)
+        else:
+            self._at[position] = worker
+        self._workers[facts.name] = worker
+        self._everybody |= worker.bit
+        for task in facts.tasks:
+            _put(self._having, task, worker.bit)
+        for name in facts.metadata:
+            if name in self._columns:
+                self._reindex(name, worker.bit, {}, facts.metadata)
+        for key, index in self._documents.items():
+            _put(index, token_of(facts.metadata, key), worker.bit)
+        return worker
+
+    def _dismiss(self, worker: _Worker) -> None:
+        facts = worker.facts
+        for task in facts.tasks:
+            _take(self._having, task, worker.bit)
+        for name in facts.metadata:
+            if name in self._columns:
+                self._reindex(name, worker.bit, facts.metadata, {})
+        for key, index in self._documents.items():
+            _take(index, token_of(facts.metadata, key), worker.bit)
+        for requirement in self._asked(self._escaped):
+            requirement.errors.pop(facts.name, None)
+        self._everybody &= ~worker.bit
+        self._at[worker.position] = None
+        self._free.append(worker.position)
+
+    def _update(self, worker: _Worker, facts: WorkerFacts) -> int:
+        """Take in what changed about a worker; return the requirements that may decide otherwise now."""
+        old, worker.facts = worker.facts, facts
+        affected = self._escaped
+        if old.tasks != facts.tasks:
+            for task in old.tasks.keys() - facts.tasks.keys():
+                _take(self._having, task, worker.bit)
+                affected |= self._of_task.get(task, 0)
+            for task in facts.tasks.keys() - old.tasks.keys():
+                _put(self._having, task, worker.bit)
+                affected |= self._of_task.get(task, 0)
+        if old.metadata_version != facts.metadata_version:
+            affected |= self._refused.get(facts.name, 0)
+        changed = list(_changed(old.metadata, facts.metadata))
+        for name in changed:
+            if name in self._columns:
+                affected |= self._reindex(name, worker.bit, old.metadata, facts.metadata)
+        for key, index in self._documents.items():
+            was, now = token_of(old.metadata, key), token_of(facts.metadata, key)
+            if was != now:
+                _take(index, was, worker.bit)
+                _put(index, now, worker.bit)
+                affected |= self._readers[key]
+        whole = self._readers.get(WHOLE, 0)
+        if whole and (changed or list(old.metadata) != list(facts.metadata)):
+            affected |= whole
+        return affected
+
+    def _reindex(self, name: str, bit: int, old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
+        """Move a worker in the index of one metadata key; return the requirements that read something else now."""
+        column, affected = self._columns[name], 0
+        there, here = name in old, name in new
+        if there:
+            _take(column.values, token(old[name]), bit)
+        if here:
+            _put(column.values, token(new[name]), bit)
+            column.present |= bit
+        else:
+            column.present &= ~bit
+        for key, index in column.derived.items():
+            was, now = token_of(old, key), token_of(new, key)
+            if was != now:
+                affected |= self._readers[key]
+            elif there and here:
+                continue
+            if there:
+                _take(index, was, bit)
+            if here:
+                _put(index, now, bit)
+        return affected
+
+    # ---------------------------------------------------------------- classes
+
+    def _settle(self, worker: _Worker, mask: int, moves: _Moves) -> None:
+        home = worker.home
+        if home is not None and home.mask == mask:
+            return
+        target = self._find(mask)
+        if target is None and home is not None and home.members == worker.bit and not home.mask & ~mask:
+            for requirement in self._asked(mask & ~home.mask):
+                self._gain(home, requirement, moves)
+            return
+        if target is None:
+            target = self._make(mask, moves)
+        moves.before.setdefault(worker.facts.name, home.name if home is not None else None)
+        worker.home = target
+        target.members |= worker.bit
+        if home is not None:
+            self._take_from(home, worker.bit, moves)
+
+    def _apply(self, requirement: _Requirement, able: int, moves: _Moves) -> None:
+        """Have the classes decide a requirement: who is able belongs to classes that can run it, and nobody else."""
+        for one in self._concerned(requirement, able):
+            there = one.members & able
+            unable = one.members ^ there
+            if one.mask & requirement.bit:  # it may not shrink: who is unable leaves
+                if unable:
+                    self._shift(unable, one, self._target(one.mask & ~requirement.bit, moves), moves)
+            elif not unable:
+                self._gain(one, requirement, moves)
+            elif there.bit_count() <= unable.bit_count():
+                self._shift(there, one, self._target(one.mask | requirement.bit, moves), moves)
+            else:
+                self._shift(unable, one, self._make(one.mask, moves), moves)
+                self._gain(one, requirement, moves)
+
+    def _concerned(self, requirement: _Requirement, able: int) -> list[_Class]:
+        if able.bit_count() < len(self._classes):
+            found = {name: self._classes[name] for name in requirement.classes}
+            found |= {worker.home.name: worker.home for worker in self._there(able) if worker.home is not None}
+            return list(found.values())
+        return [one for one in self._classes.values() if one.mask & requirement.bit or one.members & able]
+
+    def _find(self, mask: int) -> _Class | None:
+        if len(self._classes) >= self._max_shared_classes:
+            return None
+        twins = self._by_mask.get(mask)
+        return next(iter(twins.values())) if twins else None
+
+    def _target(self, mask: int, moves: _Moves) -> _Class:
+        return self._find(mask) or self._make(mask, moves)
+
+    def _make(self, mask: int, moves: _Moves) -> _Class:
+        made = _Class(self._name_class(), 0)
+        self._classes[made.name] = moves.made[made.name] = made
+        self._by_mask.setdefault(0, {})[made.name] = made
+        self._remask(made, mask)
+        return made
+
+    def _gain(self, one: _Class, requirement: _Requirement, moves: _Moves) -> None:
+        self._remask(one, one.mask | requirement.bit)
+        moves.gained.append((one, requirement))
+
+    def _remask(self, one: _Class, mask: int) -> None:
+        for requirement in self._asked(one.mask ^ mask):
+            if mask & requirement.bit:
+                requirement.classes[one.name] = None
+            else:
+                del requirement.classes[one.name]
+        self._unlist(one)
+        one.mask = mask
+        twins = self._by_mask.setdefault(mask, {})
+        twins[one.name] = one
+        if len(twins) > 1:
+            self._twins.add(mask)
+
+    def _unlist(self, one: _Class) -> None:
+        twins = self._by_mask[one.mask]
+        del twins[one.name]
+        if len(twins) < 2:  # noqa: PLR2004  # one has no twin
+            self._twins.discard(one.mask)
+        if not twins:
+            del self._by_mask[one.mask]
+
+    def _shift(self, bits: int, source: _Class, target: _Class, moves: _Moves) -> None:
+        for worker in self._there(bits):
+            moves.before.setdefault(worker.facts.name, source.name)
+            worker.home = target
+        target.members |= bits
+        self._take_from(source, bits, moves)
+
+    def _take_from(self, one: _Class, bits: int, moves: _Moves) -> None:
+        one.members &= ~bits
+        if one.members:
+            return
+        for requirement in self._asked(one.mask):
+            del requirement.classes[one.name]
+        self._unlist(one)
+        del self._classes[one.name]
+        if moves.made.pop(one.name, None) is None:
+            moves.gone.append(one.name)
+
+    def _finish(self, moves: _Moves) -> Change:
+        while self._contradicted:
+            requirement = self._contradicted.pop()
+            self._apply(requirement, self._ask_all(requirement), moves)
+        change = Change(made=list(moves.made), gone=moves.gone)
+        for name, before in moves.before.items():
+            worker = self._workers[name]
+            if worker.home is not None and worker.home.name != before:
+                change.assigned[name] = worker.home.name
+        for one in moves.made.values():
+            change.gained.extend(Gain(one.name, requirement.name) for requirement in self._asked(one.mask))
+        change.gained.extend(
+            Gain(one.name, requirement.name)
+            for one, requirement in moves.gained
+            if one.name in self._classes and one.name not in moves.made
+        )
+        return change

@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from mqworker import explain
 from mqworker.dispatch import Dispatch, Lane, Want
 from mqworker.examiner import Draft, Examiner, wrong_input
 from mqworker.ledger import (
@@ -42,14 +43,17 @@ from mqworker.ledger import (
 )
 from mqworker.ledger import Pause as KeepPause
 from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
-from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
+from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
     Abort,
     Alive,
     Artifact,
     Assign,
     Bye,
+    Capability,
+    CapabilityList,
     Claim,
+    Explanation,
     Granted,
     Heartbeat,
     Hello,
@@ -1228,7 +1232,122 @@ class Pool:
             return held
         if view.state == "offered":
             return "is offered to a worker"
-        return f"all that can run it are busy; about {self._dispatch.ahead(lane, view.seq)} go first"
+        return explain.busy(self._dispatch.ahead(lane, view.seq))
+
+    def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
+        """Say who can run a request, submitted or not, and why it waits."""
+        entry = None if view is None else self._entries.get(view.request.id)
+        task = draft.task
+        one = self._requirements.find(draft.kind, task.data if task is not None else {})
+        requirement: Requirement | None = one.id if one is not None else None
+        if entry is not None:
+            requirement = entry.requirement
+        if requirement is not None:
+            funnel, able = self._matching.funnel(requirement), self._matching.able(requirement)
+        else:
+            one = None
+            funnel, able = self._matching.survey(self._passing_question(draft))
+        standing = self._standing(draft, able, self._refused.get(view.request.id, frozenset()) if view else frozenset())
+        offline = sorted(name for name, worker in self._workers.items() if worker.state != "online")
+        lane = Lane(requirement, draft.request.priority, draft.request.group, draft.request.concurrency_key)
+        seq = self._last_seq + 1 if view is None else view.seq
+        ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
+        failing = self._matching.errors(requirement) if requirement is not None else None
+        why = None
+        if view is not None:
+            decorated = self.decorate(view)
+            why = decorated.waits if view.state in ("pending", "offered") else f"it is {view.state}"
+        return Explanation(
+            request=None if view is None else view.request.id,
+            state=None if view is None else view.state,
+            task=draft.kind.task,
+            verdict=why or explain.verdict(standing, ahead=ahead, failing=failing),
+            workers=funnel.workers + len(offline),
+            steps=explain.steps(funnel, offline=offline),
+            able=funnel.able,
+            idle=len(standing.idle),
+            busy=len(standing.busy),
+            paused=len(standing.paused),
+            refused=len(standing.refused),
+            offline=len(standing.offline),
+            ahead=ahead if funnel.able else None,
+            advice=[] if funnel.able or task is None else self._advice(draft, funnel),
+            requirement=None if one is None else one.id,
+            escaped=requirement in self._matching.escaped(),
+            failing=failing,
+            classes=sorted(self._matching.capable_classes(requirement)) if requirement is not None else [],
+        )
+
+    def _passing_question(self, draft: Draft) -> Question:
+        """Return the question of a request that is not here: nothing is learned of it."""
+        passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
+        return self._examiner.question(passing, draft, lambda _reads: True)
+
+    def _standing(self, draft: Draft, able: Sequence[str], denied: frozenset[tuple[str, int]]) -> explain.Standing:
+        standing = explain.Standing()
+        for name in able:
+            if ("worker", name) in self._pauses:
+                standing.paused.append(name)
+            else:
+                (standing.idle if self._dispatch.idle_slots(name) else standing.busy).append(name)
+        question = self._passing_question(draft)
+        for name, worker in sorted(self._workers.items()):
+            hello = worker.hello
+            if hello is None:
+                continue
+            if worker.state == "online":
+                if (name, hello.metadata_version) in denied and self._could(question, hello):
+                    standing.refused.append(name)
+            elif worker.state == "offline" and self._could(question, hello):
+                standing.offline.append(name)
+        return standing
+
+    @staticmethod
+    def _could(question: Question, hello: Hello) -> bool:
+        return question.task in hello.tasks and question.plain(hello.metadata)[0]
+
+    def _advice(self, draft: Draft, funnel: Funnel) -> list[str]:
+        """Look for the smallest change of a worker that got furthest."""
+        furthest = [name for step in reversed(funnel.steps) for offered in step.offered for name in offered.examples]
+        offered = {
+            explain.name_of(step.looked_at): [one.token for one in step.offered]
+            for step in funnel.steps
+            if not isinstance(step.looked_at, str)
+        }
+        candidates = (
+            (name, facts.metadata)
+            for name in dict.fromkeys(furthest)
+            if draft.kind.task in (facts := self._matching.facts(name)).tasks
+        )
+        task = draft.task
+        return explain.advice(self._examiner.ask(draft), {} if task is None else task.data, candidates, offered)
+
+    def capabilities(self, moment: Moment) -> CapabilityList:
+        """Show the capability classes."""
+        figures = self._dispatch.figures(moment.steady)
+        classes = []
+        for name in sorted(figures):
+            members = sorted(self._matching.members(name))
+            facts = [self._matching.facts(worker) for worker in members]
+            _, idle, lookahead, out = figures[name]
+            classes.append(
+                Capability(
+                    name=name,
+                    queue=self._topology.class_queue(name).name,
+                    workers=len(members),
+                    examples=members[: explain.MAX_SHOWN],
+                    shared=explain.shared([one.metadata for one in facts]),
+                    tasks=sorted(set.intersection(*(set(one.tasks) for one in facts))) if facts else [],
+                    requirements=len(self._matching.runs(name)),
+                    idle=idle,
+                    lookahead=lookahead,
+                    out=out,
+                    backlog=self._dispatch.backlog(name),
+                )
+            )
+        return CapabilityList(
+            classes=classes, requirements=len(self._requirements), escaped=len(self._matching.escaped())
+        )
 
     def workers(self) -> list[WorkerView]:
         """Show every worker that has been heard of."""
@@ -1254,7 +1373,7 @@ class Pool:
 
     def classes(self) -> int:
         """Count the capability classes."""
-        return len(self._matching.classes())
+        return self._matching.number_of_classes()
 
     def show(self, moment: Moment) -> None:
         """Set the gauges."""

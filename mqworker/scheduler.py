@@ -19,7 +19,7 @@ from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
-from mqworker.examiner import Draft
+from mqworker.examiner import NOBODY, Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
@@ -27,6 +27,8 @@ from mqworker.messages import (
     Answer,
     ArtifactList,
     CountRequests,
+    Explain,
+    GetCapabilities,
     GetPool,
     GetRequests,
     ImportArtifact,
@@ -45,6 +47,7 @@ from mqworker.messages import (
     RefreshWorkers,
     Report,
     Reprioritise,
+    Request,
     RequestCount,
     RequestList,
     Resume,
@@ -465,6 +468,10 @@ class Scheduler:
                 return PauseList(pauses=self._pool.pauses())
             case ListPauses():
                 return PauseList(pauses=self._pool.pauses())
+            case Explain():
+                return await self._explain(query)
+            case GetCapabilities():
+                return self._pool.capabilities(self._now())
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
@@ -500,6 +507,24 @@ class Scheduler:
         await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
+
+    async def _explain(self, query: Explain) -> Answer:
+        view = None
+        if query.id is not None:
+            known = await self._requests([query.id])
+            if not known.requests:
+                text = f"expected the id of a request, got {query.id}, which nobody knows"
+                return Problem(kind="not_found", text=text)
+            view = known.requests[0]
+        request = (
+            view.request
+            if view is not None
+            else Request(id=NOBODY, task=query.task or "", data=query.data, requires=query.requires)
+        )
+        draft = self._pool.examine(request)
+        if draft.problem is not None:
+            return Problem(kind="rejected", text=draft.problem)
+        return self._pool.explanation(draft, view)
 
     async def _retry(self, query: RetryRequest) -> Answer:
         known = await self._requests([query.id])

@@ -1,10 +1,10 @@
 """What a predicate reads of two JSON documents: its answer, and the reads that are enough to know the answer again.
 
-Pure; it knows neither workers nor tasks. `observe()` asks twice: with stand-ins that note what is read of them, and with
-plain copies. The answer is always that of the plain call; the noted run only says what the answer hangs on. Two
+Pure; it knows neither workers nor tasks. `observe()` asks twice: with stand-ins that note what is read of them, and
+with plain copies. The answer is always that of the plain call; the noted run only says what the answer hangs on. Two
 documents that give the same tokens for all reads of an observation get the same answer.
 
-A stand-in says that its class is dict (int, float, str, list) but is none, so that no C code can read it unseen: what
+A stand-in says that its class is dict (int, float, str, list) but is none, so that no C code reads it unseen: what
 needs the real thing either asks it for its value, which is a read, or raises. A noted run counts only if it took the
 same way as the plain one: same answer, and the same exceptions at the same places, swallowed ones included. Else it is
 done again with plain values in a mapping that notes its keys; and if that goes another way too, as json.dumps(metadata)
@@ -102,9 +102,12 @@ def token(value: Any) -> str:
     return write(value) if write else _encode(value)
 
 
-@lru_cache(maxsize=4096)
-def _operand(text: str) -> Any:
+def value_of(text: str) -> Any:
+    """Return the value that has this JSON text for its token."""
     return json.loads(text)
+
+
+_operand = lru_cache(maxsize=4096)(value_of)  # of comparisons: never a list or an object, so that it can be shared
 
 
 def _found(document: Mapping[str, Any], path: Iterable[str]) -> Any:
@@ -648,4 +651,4 @@ def advise(
 
 def _edited(metadata: Mapping[str, Any], edits: Mapping[str, str]) -> dict[str, Any]:
     changed = {name: value for name, value in metadata.items() if edits.get(name) != MISSING}
-    return changed | {name: json.loads(text) for name, text in edits.items() if text != MISSING}
+    return changed | {name: value_of(text) for name, text in edits.items() if text != MISSING}
