@@ -98,9 +98,8 @@ class Examiner:
         `learn` is told of reads that its members need not agree on; it says whether the answer counts nevertheless.
         """
         if draft.task is None:
-            text = f"this scheduler cannot configure its task any more: {draft.problem}"
-            never = Observation(answer=False, metadata=(), data=(), error=text, tracked=True)
-            return Question(task=one.kind.task, observe=lambda _: never, plain=lambda _: (False, text))
+            never = Observation(answer=False, metadata=(), data=())
+            return Question(task=one.kind.task, observe=lambda _: never, plain=lambda _: (False, None))
         data = draft.task.data
         ask = self.ask(draft)
 

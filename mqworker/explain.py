@@ -98,7 +98,12 @@ def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
         return "all that could run it have declined it"
     if standing.offline:
         return "all that could run it are offline"
-    return "no worker can run it" if failing is None else f"no worker can run it: {failing}"
+    return nobody(failing)
+
+
+def nobody(failing: str | None) -> str:
+    """Say in one line that no worker can run a request."""
+    return "no worker can run it" + ("" if failing is None else f": can_run_on() raised {failing}")
 
 
 def busy(ahead: int) -> str:

@@ -417,6 +417,7 @@ class Pool:
     def _begin(self, one: RequirementClass, draft: Draft) -> None:
         """Make a requirement class live."""
         self._uses[one.id] = _Use(idle_since=self._steady)
+        one.problem = draft.problem
         if one.divided:
             self._divided[one.id] = one
         if ("task", one.kind.task) in self._pauses:
@@ -1133,7 +1134,7 @@ class Pool:
                             since=moment.wall - (moment.steady - use.stuck_since),
                             number=number,
                             requests=self._dispatch.oldest(one.id, STUCK_SHOWN),
-                            reason=self._matching.errors(one.id) or "no worker can run it: see `mqworker explain`",
+                            reason=one.problem or explain.nobody(self._matching.errors(one.id)),
                         ),
                         mandatory=False,
                         persistent=False,
@@ -1223,9 +1224,10 @@ class Pool:
             if (kind, name) in self._pauses:
                 return f"the {kind} {name} is paused"
         requirement = one.id if entry is None else entry.requirement
+        if one.problem is not None:
+            return f"this scheduler cannot configure its task any more: {one.problem}"
         if not self._matching.capable_classes(requirement):
-            failing = self._matching.errors(requirement)
-            return "no worker can run it" if failing is None else f"no worker can run it: {failing}"
+            return explain.nobody(self._matching.errors(requirement))
         lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
         held = self._dispatch.held_by(lane)
         if held is not None:

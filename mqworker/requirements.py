@@ -38,6 +38,7 @@ class RequirementClass:
     open: bool = True  # it has had one member only, so that more may be learned of it
     divided: bool = False  # its members are to be placed anew
     escaped: bool = False  # what its task reads does not say what it answers
+    problem: str | None = None  # why its task cannot be asked at all
     known: set[Key] = field(default_factory=set)
 
     def unknown(self, reads: Iterable[Read]) -> tuple[Read, ...]:
