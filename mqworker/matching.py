@@ -205,8 +205,8 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 class Matching:
     """Keep workers in capability classes by equal decisions over the live requirement classes.
 
-    Past `max_shared_classes` a worker that needs another class gets one of its own, which nothing divides any more; only
-    merge() brings such classes together.
+    Past `max_shared_classes` a worker that needs another class gets one of its own, which nothing divides any more;
+    only merge() brings such classes together.
     """
 
     def __init__(self, *, name_class: Callable[[], str], max_shared_classes: int = 2000) -> None:
@@ -472,9 +472,9 @@ class Matching:
                 last: Key | str = asked_of(path[-1].key)[0] if path else NO_METADATA
                 depth, stopped, wanted = places.get(last, (len(path), 0, {}))
                 for read in path:
-                    key, words = asked_of(read.key)
-                    if key == last and words is not None:
-                        wanted[words] = None
+                    key, compared = asked_of(read.key)
+                    if key == last and compared is not None:
+                        wanted[compared] = None
                 places[last] = min(depth, len(path)), stopped | group, wanted
         if known.escaped:
             failing = {}
@@ -490,13 +490,11 @@ class Matching:
         ]
         stops += [(f"can_run_on() raised {error}", stopped, ()) for error, stopped in failing.items()]
         steps, left = [], len(self._workers)
-        for last, stopped, words_asked in stops:
+        for last, stopped, words in stops:
             number = stopped.bit_count()
             left -= number
             offered = self._offered(last, stopped)
-            steps.append(
-                FunnelStep(looked_at=last, asked=list(words_asked), stopped=number, passed=left, offered=offered)
-            )
+            steps.append(FunnelStep(looked_at=last, asked=list(words), stopped=number, passed=left, offered=offered))
         return Funnel(workers=len(self._workers), steps=steps, able=left)
 
     def _offered(self, looked_at: Key | str, stopped: int) -> list[Offered]:

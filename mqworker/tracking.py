@@ -14,6 +14,7 @@ and dict.get(metadata, key) do, everything counts as read. What stays unseen is 
 
 import json
 import operator
+import re
 import sys
 from abc import ABCMeta
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -205,6 +206,10 @@ class _Origin:
         self.notes.add("whole" if isinstance(self.own, dict) else "value", self.path)
         return self.own
 
+    def reduce(self, _protocol: int = 0, /) -> tuple[type, tuple[Any]]:
+        """Have copy and pickle make the real thing."""
+        return type_of(self.own), (self.settle(),)
+
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.settle(), name)(*args, **kwargs)
 
@@ -308,6 +313,8 @@ def _attribute(self: Any, name: str) -> Any:
     origin = _origin(self)
     if name == "__class__":
         return type_of(origin.own)
+    if name == "__reduce_ex__":
+        return origin.reduce
     found = getattr(origin.own, name)  # an AttributeError is that of the real thing
     return partial(origin.call, name) if callable(found) else getattr(origin.settle(), name)
 
@@ -448,6 +455,9 @@ _PROXIES: Final = frozenset({_Object, *_STAND_INS.values()})
 # ---------------------------------------------------------------- runs
 
 
+_ADDRESS: Final = re.compile(r"0x[0-9a-f]+|\d{9,}")  # which differs from run to run
+
+
 @dataclass(frozen=True)
 class _Run:
     answer: bool
@@ -490,7 +500,7 @@ def _run(
 
     def inside(frame: FrameType, event: str, arg: Any) -> Any:
         if event == "exception" and not issubclass(arg[0], StopIteration | GeneratorExit):  # these only end a loop
-            raised.append((frame.f_code, frame.f_lasti, arg[0], text(arg[1])))
+            raised.append((frame.f_code, frame.f_lasti, arg[0], _ADDRESS.sub("", text(arg[1]))))
         return inside
 
     def entered(frame: FrameType, _event: str, _arg: Any) -> Any:
@@ -621,6 +631,8 @@ def advise(
 
     `offered` has tokens by metadata key: what other workers have there. None: not found within so many runs.
     """
+    if ask_plainly(ask, metadata, data)[0]:
+        return []
     beam: list[dict[str, str]] = [{}]
     known: set[frozenset[tuple[str, str]]] = set()
     for _ in range(MAX_CHANGES):
