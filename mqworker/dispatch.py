@@ -844,15 +844,15 @@ class Dispatch:
         """Let the first of the starved classes that run a bundle look again, but for one before it that is `woken`."""
         classes = bundle.requirement.classes
         while bundle.entry is not None and bundle.team.entry is not None and self._starved:
+            before = next((one for one in woken if one in classes and one.rank < self._starved[0]), None)
+            if before is not None:
+                before.wakes.append(bundle)
+                return
             if len(classes) * 4 < len(self._starved):
                 rank = min((one.starved for one in classes if one.starved is not None), default=None)
             else:
                 rank = next((rank for rank in self._starved if rank[-1] in classes), None)
             if rank is None:
-                return
-            before = next((one for one in woken if one in classes and one.rank < rank), None)
-            if before is not None:
-                before.wakes.append(bundle)
                 return
             one = rank[-1]
             self._unstarve(one)
@@ -873,18 +873,28 @@ class Dispatch:
 
     def _best(self, one: _Class) -> _Lane | None:
         """Find the lane that is best for a class; without heads, if what is best is not known yet."""
+        reach = 1
         while True:
             best, held = self._look(one)
-            if held is None:
+            if held is None or held.entry is None:
                 return best
-            while held.heap:  # what its key holds back leaves the line until the key lets go
-                place, _, lane = held.heap[0]
-                if lane.place == place:
-                    if lane.key is None or not lane.key.full:
-                        break
-                    self._park(lane)
-                heappop(held.heap)
-            self._move_bundle(held)
+            line = held.team.line
+            reach = max(2 * reach, bisect_left(line, held.entry) + 1)  # doubled: each look begins at the front
+            for _, _, bundle in line[:reach]:
+                self._park_oldest(bundle)
+
+    def _park_oldest(self, bundle: _Bundle) -> None:
+        """Take out of line what is held back by its key, and with it the last hold of a bundle on its place."""
+        before = bundle.heap[0]
+        while bundle.heap:
+            place, _, lane = bundle.heap[0]
+            if lane.place == place:
+                if lane.key is None or not lane.key.full:
+                    break
+                self._park(lane)
+            heappop(bundle.heap)
+        if not bundle.heap or bundle.heap[0] is not before:
+            self._move_bundle(bundle)
 
     def _look(self, one: _Class) -> tuple[_Lane | None, _Bundle | None]:
         """Find the best lane, or a bundle whose oldest is held back by its key."""
