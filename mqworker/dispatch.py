@@ -823,7 +823,7 @@ class Dispatch:
 
         It looks only at what changed. A class with credit that found nothing is starved: it is woken by a bundle with
         something new, one class at a time, so that of many idle ones the best placed gets it. A class whose best
-        choice may be among what is not in memory is blocked: it passes until the answer comes.
+        choice may be among what is not in memory is blocked: it passes, and is asked again at the next call.
         """
         ready: list[_Rank] = []
         for one in self._dirty:
@@ -835,21 +835,15 @@ class Dispatch:
                 else:
                     heappush(ready, one.rank)
         self._dirty.clear()
+        blocked, self._blocked = self._blocked, {}
+        for one in blocked:
+            if one.credit(now) > 0:
+                heappush(ready, one.rank)
+        woken: list[_Class] = []
+        fresh, self._fresh = self._fresh, {}
+        for bundle in fresh:
+            self._wake(bundle, ready, woken, now)
         chosen: list[Offer] = []
-        while True:
-            blocked, self._blocked = self._blocked, {}
-            for one in blocked:
-                if one.credit(now) > 0:
-                    heappush(ready, one.rank)
-            fresh, self._fresh = self._fresh, {}
-            for bundle in fresh:
-                self._wake(bundle, ready, now)
-            before = len(chosen)
-            self._drain(ready, chosen, now)
-            if not self._blocked or len(chosen) == before:
-                return chosen  # else shares have changed, and what is best for the blocked may be known
-
-    def _drain(self, ready: list[_Rank], chosen: list[Offer], now: float) -> None:
         while ready:
             one = heappop(ready)[-1]
             best = self._best(one)
@@ -864,12 +858,17 @@ class Dispatch:
                 self._starve(one)
             wakes, one.wakes = one.wakes, []
             for bundle in wakes:
-                self._wake(bundle, ready, now)
+                self._wake(bundle, ready, [], now)
+        return chosen
 
-    def _wake(self, bundle: _Bundle, ready: list[_Rank], now: float) -> None:
-        """Let the first of the starved classes that run a bundle look again."""
+    def _wake(self, bundle: _Bundle, ready: list[_Rank], woken: list[_Class], now: float) -> None:
+        """Let the first of the starved classes that run a bundle look again, but for one before it that is `woken`."""
         classes = bundle.requirement.classes
         while bundle.entry is not None and bundle.team.entry is not None and self._starved:
+            before = next((one for one in woken if one in classes and one.rank < self._starved[0]), None)
+            if before is not None:
+                before.wakes.append(bundle)
+                return
             if len(classes) * 4 < len(self._starved):
                 rank = min((one.starved for one in classes if one.starved is not None), default=None)
             else:
@@ -881,6 +880,7 @@ class Dispatch:
             if one.credit(now) > 0:  # else its lookahead has run out meanwhile
                 one.wakes.append(bundle)
                 heappush(ready, one.rank)
+                woken.append(one)
                 return
 
     def _starve(self, one: _Class) -> None:
@@ -894,18 +894,28 @@ class Dispatch:
 
     def _best(self, one: _Class) -> _Lane | None:
         """Find the lane that is best for a class; without heads, if what is best is not known yet."""
+        reach = 1
         while True:
             best, held = self._look(one)
-            if held is None:
+            if held is None or held.entry is None:
                 return best
-            while held.heap:  # what its key holds back leaves the line until the key lets go
-                place, _, lane = held.heap[0]
-                if lane.place == place:
-                    if lane.key is None or not lane.key.full:
-                        break
-                    self._park(lane)
-                heappop(held.heap)
-            self._move_bundle(held)
+            line = held.team.line
+            reach = max(2 * reach, bisect_left(line, held.entry) + 1)  # doubled: each look begins at the front
+            for _, _, bundle in line[:reach]:
+                self._park_oldest(bundle)
+
+    def _park_oldest(self, bundle: _Bundle) -> None:
+        """Take out of line what is held back by its key, and with it the last hold of a bundle on its place."""
+        before = bundle.heap[0]
+        while bundle.heap:
+            place, _, lane = bundle.heap[0]
+            if lane.place == place:
+                if lane.key is None or not lane.key.full:
+                    break
+                self._park(lane)
+            heappop(bundle.heap)
+        if not bundle.heap or bundle.heap[0] is not before:
+            self._move_bundle(bundle)
 
     def _look(self, one: _Class) -> tuple[_Lane | None, _Bundle | None]:
         """Find the best lane, or a bundle whose oldest is held back by its key."""
@@ -913,10 +923,10 @@ class Dispatch:
             best: _Lane | None = None
             best_place, best_share = 0, 0.0
             for share, seq, _, team in tier.line:
-                if best is not None and (share > best_share or seq > best_place):
+                if best is not None and (share > best_share or seq >= best_place):
                     break
                 entry = self._oldest(one, team)
-                if entry is None or (best is not None and entry[0] > best_place):
+                if entry is None or (best is not None and entry[0] >= best_place):
                     continue
                 lane = entry[2].heap[0][2]
                 if lane.key is not None and lane.key.full:
