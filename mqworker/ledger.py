@@ -21,7 +21,6 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 from sqlalchemy import (
     BindParameter,
-    ColumnElement,
     Connection,
     Engine,
     Executable,
@@ -40,6 +39,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.pool import StaticPool
@@ -61,6 +61,7 @@ from mqworker.messages import (
     RecordedRelation,
     Request,
     RequestView,
+    Selection,
 )
 
 BUSY_TIMEOUT: Final = 5.0  # seconds; nobody else writes, but a backup may hold the file for a moment
@@ -515,7 +516,7 @@ _abort_now = _of_seq.values(
 )
 _abort_later = _of_seq.where(_requests.c.abort.is_(None)).values(abort=bindparam("abort"))
 _move = _of_seq.values(priority=bindparam("to_priority"))
-_rekey = _of_seq.where(_requests.c.state.not_in(sorted(FINAL))).values(requirement=bindparam("to_requirement"))
+_rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
 
 _new_dependency = insert(_dependencies)
 _anybody_waits = select(_dependencies.c.request).limit(1)
@@ -577,6 +578,7 @@ def _from(index: str, *columns: str) -> Select[*tuple[Any, ...]]:
 
 _live_of_ids = select(*(_requests.c[name] for name in _LIVE)).where(_requests.c.id.in_(_ids))
 _held = _from("requests_held", *_LIVE).where(schema.IS_HELD).order_by(column("seq"))
+_REQUEST: Final = tuple(_requests.c.keys())
 _LANE: Final = ("requirement", "priority", "grp", "ckey")
 _lanes = (
     _from("requests_lanes", *_LANE)
@@ -718,9 +720,8 @@ class Ledger:
     def commit(self, writes: Sequence[Write]) -> list[Result]:
         """Do all writes in one transaction, and return one result each.
 
-        Writes that concern one request happen in their order. Those that do not are independent of each other, so
-        they are done kind by kind, many rows with one statement. Only an Offer of what the same set frees may come
-        too early: it is not done.
+        They do what they would do one by one. But writes that concern different requests are independent of each
+        other, as a rule, so they are done kind by kind, many rows with one statement.
 
         Raises:
             IllegalMove: an End names a state that a run cannot end in; nothing is written.
@@ -730,7 +731,7 @@ class Ledger:
             return []
         results: dict[int, Result] = {}
         with self._transaction() as connection:
-            for (_, kind), numbers in sorted(_plan(writes, _settling(connection, writes)).items()):
+            for (_, kind), numbers in sorted(_plan(writes, _entangled(connection, writes)).items()):
                 done = _DO[kind](connection, [writes[number] for number in numbers])
                 results.update(zip(numbers, done, strict=True))
         return [results[number] for number in range(len(writes))]
@@ -750,7 +751,7 @@ class Ledger:
     def heads(self, wants: Sequence[Wanted]) -> list[list[Live]]:
         """Return for each want the requests that it asks for, the oldest first."""
         with self._snapshot() as connection:
-            return [[_live(row) for row in connection.execute(_heads, want._asdict())] for want in wants]
+            return [[_live(row) for row in connection.execute(_heads, want._asdict()).all()] for want in wants]
 
     def members(self, requirement: int, limit: int) -> list[Live]:
         """Return the pending requests of a requirement class, whatever they wait for, the best first."""
@@ -846,21 +847,21 @@ class Ledger:
 
     def count(self, query: CountRequests) -> int:
         """Return how many requests match."""
-        statement = select(func.count()).select_from(_requests).where(*_matching(query))
-        if query.states:
-            statement = statement.where(_requests.c.state.in_(sorted(set(query.states))))
         with self._snapshot() as connection:
-            return connection.execute(statement).scalar_one()
+            return sum(
+                connection.execute(one.with_only_columns(func.count(), maintain_column_froms=True)).scalar_one()
+                for one in _selections(query)
+            )
 
     def list(self, query: ListRequests) -> list[RequestView]:
         """Return the newest requests that match, without attempts."""
-        statement = select(_requests).where(*_matching(query)).order_by(_requests.c.seq.desc()).limit(query.limit)
-        if query.before is not None:
-            statement = statement.where(_requests.c.seq < query.before)
-        # State by state, since an index has each one's newest in order, but not those of several.
-        each = [statement.where(_requests.c.state == state) for state in sorted(set(query.states))] or [statement]
+        older = true() if query.before is None else column("seq") < query.before
         with self._snapshot() as connection:
-            found = [row for one in each for row in connection.execute(one)]
+            found = [
+                row
+                for one in _selections(query)
+                for row in connection.execute(one.where(older).order_by(column("seq").desc()).limit(query.limit))
+            ]
             rows = heapq.nlargest(query.limit, found, key=lambda row: row.seq)
             after = _still_waited_for(connection, rows)
         return [_request_view(row, after[row.seq], [], []) for row in rows]
@@ -894,13 +895,24 @@ class Ledger:
 _BLOCKED: Final = "what waits for others"
 
 
-def _settling(connection: Connection, writes: Sequence[Write]) -> frozenset[str]:
-    """Return those requests that may end here and that others come after."""
+class _Entangled(NamedTuple):
+    """Which requests of a set of writes others wait for, and which may wait for others (by seq)."""
+
+    awaited: Collection[str]
+    blocked: Collection[int]
+
+
+def _entangled(connection: Connection, writes: Sequence[Write]) -> _Entangled:
     ending = {write.request for write in writes if isinstance(write, End | AbortAsked)}
     if not ending:
-        return frozenset()
-    here = {id_ for write in writes if isinstance(write, Accept) for id_ in _needs(write.request)}
-    return frozenset(ending & here | _awaited(connection, ending))
+        return _Entangled((), ())
+    new = {write.seq: _needs(write.request) for write in writes if isinstance(write, Accept)}
+    awaited = _awaited(connection, ending).union(*(ending & needs.keys() for needs in new.values()))
+    if not awaited:
+        return _Entangled((), ())
+    offered = [write.seq for write in writes if isinstance(write, Offer)]
+    blocked = {row.request for row in _rows(connection, _unmet_of, offered)}
+    return _Entangled(awaited, blocked.union(seq for seq, needs in new.items() if needs))
 
 
 def _awaited(connection: Connection, ids: Collection[str]) -> set[str]:
@@ -910,7 +922,7 @@ def _awaited(connection: Connection, ids: Collection[str]) -> set[str]:
     return {row.after for row in _rows(connection, _waited_for, ids)}
 
 
-def _plan(writes: Sequence[Write], settling: Collection[str]) -> dict[tuple[int, int], list[int]]:
+def _plan(writes: Sequence[Write], entangled: _Entangled) -> dict[tuple[int, int], list[int]]:
     """Return which writes are done together: those of one kind in one turn; turn by turn, and kind by kind in it."""
     groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     last: dict[str, tuple[int, int]] = {}  # the turn and kind of the latest write about something
@@ -927,7 +939,7 @@ def _plan(writes: Sequence[Write], settling: Collection[str]) -> dict[tuple[int,
         if about in last:
             before, other = last[about]
             turn = max(turn, before + (other >= kind))
-        shared = _shared(write, settling)
+        shared = _shared(write, entangled)
         for one in shared:
             if one in last:
                 before, other = last[one]
@@ -956,13 +968,22 @@ def _about(write: Write) -> str:
             return write.request
 
 
-def _shared(write: Write, settling: Collection[str]) -> Collection[str]:
+def _shared(write: Write, entangled: _Entangled) -> Collection[str]:
     """Return what a write reads or changes besides what it is about."""
-    if isinstance(write, Accept):
-        return _needs(write.request)
-    if settling and (isinstance(write, AbortAsked | Move) or (isinstance(write, End) and write.request in settling)):
-        return (_BLOCKED,)
-    return ()
+    needs: Collection[str] = ()
+    match write:
+        case Accept():
+            needs = _needs(write.request)
+            blocked = bool(needs and entangled.awaited)
+        case AbortAsked() | Move():
+            blocked = bool(entangled.awaited)
+        case End():
+            blocked = write.request in entangled.awaited
+        case Offer():
+            blocked = write.seq in entangled.blocked
+        case _:
+            blocked = False
+    return (*needs, _BLOCKED) if blocked else needs
 
 
 def _needs(request: Request) -> dict[str, _Condition]:
@@ -1616,18 +1637,24 @@ def _not_met(cause: _Standing) -> Reason:
 
 
 def _take(request: Request, cause: _Standing, made: _Made, bound: dict[str, int]) -> Reason | None:
-    """Add to `bound` what a request takes from one that has succeeded; return why it cannot."""
-    takes = [take for take in request.take if take.request == cause.id]
-    for take in takes:
+    """Add to `bound` what a request takes from one that has succeeded; return why it cannot, and add nothing."""
+    more = {}
+    for take in request.take:
+        if take.request != cause.id:
+            continue
         found = [id_ for category, id_ in made.get((cause.id, cause.attempt), ()) if category == take.category]
         if len(found) != 1:
             return Reason(
                 text=f"expected one artifact of category {take.category} made by {cause.id}, got {len(found)}",
                 stage="take",
             )
-        bound[take.into] = found[0]
-    fault = _fill(msgspec.json.decode(_json(request.data)), bound) if takes else None
-    return None if fault is None else Reason(text=fault, stage="take")
+        more[take.into] = found[0]
+    if more:
+        in_the_way = _fill(msgspec.json.decode(msgspec.json.encode(request.data)), bound | more)
+        if in_the_way is not None:
+            return Reason(text=in_the_way, stage="take")
+    bound.update(more)
+    return None
 
 
 def _fill(data: dict[str, Any], bound: Mapping[str, int]) -> str | None:
@@ -1639,7 +1666,7 @@ def _fill(data: dict[str, Any], bound: Mapping[str, int]) -> str | None:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 return (
-                    f"expected objects in the task data on the way to {pointer}, got {msgspec.json.encode(place)!r} "
+                    f"expected objects in the task data on the way to {pointer}, got {_json(place)} "
                     f"at {parent!r}; take artifact {id_} into another place"
                 )
         place[name] = id_
@@ -1773,7 +1800,7 @@ def _live(row: Row[Any]) -> Live:
 
 def _filled(live: Live, bound: Mapping[str, int]) -> Live:
     """Put artifacts that a request takes into its data, which nobody else must hold, and among its inputs."""
-    _fill(live.request.data, bound)
+    _fill(live.request.data, bound)  # nothing is in the way: that was tried before it was bound
     return replace(live, inputs=(*dict.fromkeys((*live.inputs, *bound.values())),))
 
 
@@ -1783,17 +1810,23 @@ def _request(row: Row[Any]) -> Request:
     return request if row.priority == request.priority else msgspec.structs.replace(request, priority=row.priority)
 
 
-def _matching(query: ListRequests | CountRequests) -> list[ColumnElement[bool]]:
-    """Return the conditions of a selection, but for its states."""
-    conditions = {
-        "task": query.task,
-        "worker": query.worker,
-        "grp": query.group,
-    }
-    matching = [_requests.c[name] == value for name, value in conditions.items() if value is not None]
+def _selections(query: Selection) -> list[Select[*tuple[Any, ...]]]:
+    """Select the requests that match, in parts that have none in common.
+
+    The index by state holds all that one can select by, but for the worker, and has only each state's requests in
+    order of age. So it is asked state by state, unless there is an index for just what is wanted.
+    """
+    wanted = {"task": query.task, "grp": query.group, "worker": query.worker}
+    conditions = [column(name) == value for name, value in wanted.items() if value is not None]
     if query.submitted_before is not None:
-        matching.append(_requests.c.submitted < query.submitted_before)
-    return matching
+        conditions.append(column("submitted") < query.submitted_before)
+    states = sorted(set(query.states))
+    if query.worker is None and (states or query.submitted_before is not None or len(conditions) > 1):
+        statement = _from("requests_by_state", *_REQUEST).where(*conditions)
+        return [statement.where(column("state") == state) for state in states or State]
+    if states:
+        conditions.append(column("state").in_(states))
+    return [select(*(column(name) for name in _REQUEST)).select_from(text("requests")).where(*conditions)]
 
 
 def _still_waited_for(connection: Connection, rows: Iterable[Row[Any]]) -> defaultdict[int, list[str]]:
@@ -1809,7 +1842,7 @@ def _request_view(
     row: Row[Any], after: list[str], attempts: list[AttemptView], artifacts: list[RecordedArtifact]
 ) -> RequestView:
     request = _request(row)
-    if row.bound is not None:
+    if row.bound is not None:  # see _filled
         _fill(request.data, _read_bound(row.bound))
     return RequestView(
         seq=row.seq,

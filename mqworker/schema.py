@@ -20,7 +20,7 @@ from sqlalchemy import (
     text,
 )
 
-from mqworker.lifecycle import State
+from mqworker.lifecycle import FINAL, State
 
 SCHEMA_VERSION: Final = 2
 EVER: Final = frozenset({"meta", "requests", "attempts", "artifacts", "imports"})  # tables of every version
@@ -61,6 +61,7 @@ requests = Table(
 )
 
 # Written out, since SQLite proves that a query fits a partial index only from the text, never from bound values.
+IS_LIVE: Final = text(f"state IN ({', '.join(repr(str(state)) for state in State if state not in FINAL)})")
 IS_PENDING: Final = text(f"state = '{State.PENDING}'")
 IS_WAITING: Final = text(f"state = '{State.PENDING}' AND unmet = 0 AND not_before IS NULL")
 IS_HELD: Final = text(
