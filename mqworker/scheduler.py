@@ -63,8 +63,13 @@ COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 _T = TypeVar("_T")
 
 
+def now() -> Moment:
+    """Say what time it is on this host."""
+    return Moment(steady=boottime_ns() / 1e9, wall=time.time())
+
+
 class Scheduler:
-    """Carry messages between the broker, the pool and the ledger."""
+    """Carry messages between the broker, the pool and the ledger; `link` and `clock` are its doors in a simulation."""
 
     def __init__(
         self,
@@ -76,7 +81,10 @@ class Scheduler:
         metrics: SchedulerMetrics,
         retry_delay: float,
         offer_timeout: float,
+        link: Callable[..., Link] = Link,
+        clock: Callable[[], Moment] = now,
     ) -> None:
+        self._now = clock
         self._topology = topology
         self._ledger = ledger
         self._store_id = store.id
@@ -99,14 +107,14 @@ class Scheduler:
         self._ticked = self._shown = 0.0
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
-        self._reading = Link(
+        self._reading = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} reading",
             plan=self._reading_plan,
             on_up=self._link_changed,
             on_down=self._reading_down,
         )
-        self._writing = Link(
+        self._writing = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} writing",
             plan=self._writing_plan,
@@ -216,10 +224,6 @@ class Scheduler:
         self._awake.set()
 
     # ------------------------------------------------------------ the loop
-
-    @staticmethod
-    def _now() -> Moment:
-        return Moment(steady=boottime_ns() / 1e9, wall=time.time())
 
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)

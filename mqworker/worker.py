@@ -99,7 +99,7 @@ class _Child:
 
 
 class Worker:
-    """Carry messages between the broker, the agent and the slots."""
+    """Carry messages between the broker, the agent and the slots; `link` and `clock` are its doors in a simulation."""
 
     def __init__(
         self,
@@ -114,7 +114,10 @@ class Worker:
         metadata_interval: float,
         drain_grace: float,
         metrics: WorkerMetrics,
+        link: Callable[..., Link] = Link,
+        clock: Callable[[], int] = processes.boottime_ns,
     ) -> None:
+        self._clock = clock
         self._topology = topology
         self._agent = agent
         self._state = state
@@ -138,14 +141,14 @@ class Worker:
         self._leaving = False
         self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._spooling: list[Outcome] = []
-        self._reading = Link(
+        self._reading = link(
             amqp_url,
             name=f"mqworker worker {agent.name} reading",
             plan=self._reading_plan,
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
         )
-        self._writing = Link(
+        self._writing = link(
             amqp_url,
             name=f"mqworker worker {agent.name} writing",
             plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
@@ -296,7 +299,7 @@ class Worker:
                 "an unreadable verdict was dropped; what it answers comes again", extra={"reason": str(error)}
             )
             return
-        self._agent.verdict(verdict, processes.boottime_ns())
+        self._agent.verdict(verdict, self._clock())
         self._act()
 
     def _take_ticket(self, delivery: Delivery) -> None:
@@ -340,16 +343,16 @@ class Worker:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self._agent.tick(processes.boottime_ns())
+            self._agent.tick(self._clock())
             self._act()
             for state, number in self._agent.slot_states().items():
                 self._metrics.slots.labels(state=state).set(number)
             self._metrics.unsettled.set(self._agent.unsettled())
-            if not self._analyzing and time.monotonic() - self._analyzed_at >= self._metadata_interval:
+            if not self._analyzing and asyncio.get_running_loop().time() - self._analyzed_at >= self._metadata_interval:
                 self._start(self._analyze())
 
     def _act(self) -> None:
-        for act in self._agent.take_acts(processes.boottime_ns()):
+        for act in self._agent.take_acts(self._clock()):
             self._do(act)
         self._idle.set()
 
@@ -547,7 +550,7 @@ class Worker:
             logger.warning("the host could not be looked at; the last view stays", extra={"reason": str(error)})
         finally:
             self._analyzing = False
-            self._analyzed_at = time.monotonic()
+            self._analyzed_at = asyncio.get_running_loop().time()
         self._act()
 
     async def _analysis(self) -> Analysis:
