@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mqworker.messages import Outcomes, Receipt, Report, Submit, Ticket, Verdict, decode
 
 from tests.sim import programs
+from tests.sim.loop import START
 
 FINAL = frozenset({"success", "failure", "error", "aborted", "rejected"})
 LEGAL = {
@@ -16,6 +17,7 @@ LEGAL = {
     "offered": {"pending", "running", "aborted"},
     "running": {"pending", "success", "failure", "error", "aborted"},
 }
+REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
 STALE_MARGIN = 5.0
 ROWS = "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, body FROM requests"
@@ -92,6 +94,9 @@ class Check:
         self.terms = 0
         self._answers = {}
         self._file = None
+        self._news = 0  # rises with everything that may change who is eligible
+        self._eligible = {}  # host's name to (news, rows)
+        self._brief = {}
 
     # ------------------------------------------------------------ telling
 
@@ -101,9 +106,16 @@ class Check:
             self.world.note("CHECK", f"{promise}: {text}")
             self.loop.stopped = True
 
-    def _touch(self, *names):
-        for name in names:
-            self.touched[name] = self.loop.now
+    def _tell(self, process, how, parts):
+        """Note a message, unless it says the same as the one before."""
+        text = f"{how}: {_brief(parts)}"
+        if self._brief.get(text.partition(":")[0] + process.name) != text:
+            self._brief[text.partition(":")[0] + process.name] = text
+            self.world.note(process.name, text)
+
+    def _touch(self, name):
+        self.touched[name] = self.loop.now
+        self._news += 1
 
     def can_run(self, request, metadata, tasks, key):
         """Ask the program of a request about a worker; `key` stands for the worker's facts."""
@@ -232,6 +244,7 @@ class Check:
 
     def runs_now(self, host, child, order):
         """Take the start of a run in a slot."""
+        self._touch(host.name)
         id_, token = order.request.id, order.directory
         others = self.alive.setdefault(id_, {})
         if others:
@@ -293,7 +306,7 @@ class Check:
                         for version in self.claims.get(part.token, ()):
                             self.refused.setdefault(part.request, set()).add((worker, version))
                 if world.trace is not None:
-                    world.note(process.name, f"tells {message.key}: {_brief(verdict.parts)}")
+                    self._tell(process, f"tells {message.key}", verdict.parts)
             case "report":
                 report = decode(message.body, Report)
                 for part in report.parts:
@@ -305,7 +318,7 @@ class Check:
                             self.loop.now, part.metadata_version, part.metadata, part.tasks
                         )
                 if world.trace is not None:
-                    world.note(process.name, f"reports {report.seq}: {_brief(report.parts)}")
+                    self._tell(process, "reports", report.parts)
             case "outcomes":
                 if world.trace is not None:
                     outcomes = decode(message.body, Outcomes)
@@ -462,43 +475,51 @@ class Check:
         quiet = self.world.quiet_from
         if now < quiet + IDLE_SECONDS:
             return
-        waiting = [row for row in self.rows.values() if row.state == "pending"]
-        if waiting:
-            for host in self.world.hosts.values():
-                self._look_at(host, waiting, quiet)
+        for host in self.world.hosts.values():
+            self._look_at(host, quiet)
         for row in self.rows.values():
             if row.state == "offered":
                 since = max(self.touched[row.id], quiet)
                 if now - since > self.world.scenario.offer_timeout + STALE_MARGIN:
-                    self.fail("credit", f"{row.id} has been offered since {self.offered_at.get(row.id)}, and is not taken")
+                    self.fail("credit", f"{row.id} is offered since {self.offered_at.get(row.id)}, and nobody takes it")
 
-    def _look_at(self, host, waiting, quiet):
+    def _look_at(self, host, quiet):
         process = host.process
         if process is None or process.dead or host.draining or host.seen is None:
             return
-        epochs = {link.epoch for link in process.links}
+        known = self._eligible.get(host.name)
+        if known is None or known[0] != self._news:
+            known = self._eligible[host.name] = (self._news, self._eligible_on(host))
+        for row, since in known[1]:
+            since = max(since, quiet)
+            if self.loop.now - since > IDLE_SECONDS and (row.not_before is None or self._is_due(row)):
+                self.fail("P5", f"{row.id} waits beside an idle slot of {host.name} since {since - START:.3f}")
+
+    def _eligible_on(self, host):
+        """List the requests that a host with an idle slot could run, and since when that is so."""
+        epochs = {link.epoch for link in host.process.links}
         in_hand = sum(epoch in epochs for epoch, _ in self.tickets.get(host.name, ()))
-        if host.idle() <= in_hand:
-            return
         known = self.facts.get(host.name)
-        if not known or known[-1].metadata != host.metadata or host.seen[0] != host.metadata:
-            return
+        if host.idle() <= in_hand or not known or known[-1].metadata != host.metadata or host.seen[0] != host.metadata:
+            return []
         facts = known[-1]
-        for row in waiting:
-            request = self.requests[row.id]
-            since = max(self.touched.get(host.name, 0.0), self.touched[row.id], quiet, facts.at)
-            if self.loop.now - since <= IDLE_SECONDS or (row.not_before is not None and not self._is_due(row)):
-                continue
-            if row.not_before is not None and self.loop.now - self.due.get(row.id, 0.0) < 1.5:
-                continue
-            refused = (host.name, facts.version) in self.refused.get(row.id, ())
-            if refused or not self.pure(request):
-                continue
-            if self.can_run(request, facts.metadata, facts.tasks, (host.name, facts.version)):
-                self.fail(
-                    "P5",
-                    f"{row.id} waits beside an idle slot of {host.name} since {since:.3f}",
-                )
+        touched = max(self.touched[host.name], facts.at)
+        return [
+            (row, max(touched, self.touched[row.id]))
+            for row in self.rows.values()
+            if row.state == "pending"
+            and self.pure(self.requests[row.id])
+            and (host.name, facts.version) not in self.refused.get(row.id, ())
+            and self.can_run(self.requests[row.id], facts.metadata, facts.tasks, (host.name, facts.version))
+        ]
+
+    def settled_down(self):
+        """Say whether nothing is left to be done."""
+        return (
+            all(row.state in FINAL or self._may_wait(row) for row in self.rows.values())
+            and not self.world.client.waiting
+            and not any(host.spool for host in self.world.hosts.values())
+        )
 
     def last(self):
         """Look at what is left when everything has had time to heal."""
@@ -545,9 +566,10 @@ def _brief(parts):
     return "; ".join(
         f"{type(part).__name__}("
         + ", ".join(
-            f"{name}={getattr(part, name)!r}"
+            f"{name}={[one.token for one in getattr(part, name)] if name in REFS else getattr(part, name)!r}"
             for name in part.__struct_fields__
-            if name not in ("host", "store", "version", "metadata", "inputs") and getattr(part, name) not in (None, [], {})
+            if name not in ("host", "store", "version", "metadata", "inputs", "seq", "since")
+            and getattr(part, name) not in (None, [], {})
         )
         + ")"
         for part in parts

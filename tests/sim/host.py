@@ -59,7 +59,7 @@ class Conduct:
 def conduct_of(seed, request, attempt, slow):
     draw = random.Random(f"{seed} {request} {attempt}")
     return Conduct(
-        seconds=draw.choice([0.005, 0.05, 0.5, 2.0, 5.0, slow]) * draw.uniform(0.5, 1.5),
+        seconds=draw.choice([0.005, 0.05, 0.5, 0.5, 2.0, 2.0, 5.0, slow]) * draw.uniform(0.5, 1.5),
         end=draw.choices(
             ["success", "failure", "error", "again", "killed", "broken"], weights=[70, 8, 5, 5, 6, 4]
         )[0],

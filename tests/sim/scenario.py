@@ -25,7 +25,7 @@ FAULTS = (
     "wall",
 )
 SETTLE = 45.0  # seconds behind the end of a fault until everybody knows of it
-CALM = 150.0  # seconds without a fault at the end: leases and delays included
+CALM = 60.0  # seconds with requests, but without a fault, at the end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def draw(seed):
         for number in range(chance.choice([1, 2, 3, 5, 6, 6, 8]))
     ]
     faults = chance.random() < 0.8
-    busy = chance.uniform(60, 150)  # seconds in which faults happen
+    busy = chance.uniform(60, 180)  # seconds in which faults happen
     scenario = Scenario(
         seed=seed,
         sources=[programs.write(chance) for _ in tasks],
@@ -100,8 +100,8 @@ def draw(seed):
         scenario.hidden = {chance.choice(tasks): [who]}
     happen = _Drawing(chance, scenario)
     happen.joins()
-    happen.requests(tasks, until=scenario.until - 100)
-    happen.changes(until=scenario.until - 100)
+    happen.requests(tasks, until=scenario.until)
+    happen.changes(until=scenario.until)
     if faults:
         happen.faults(until=busy)
     scenario.happenings.sort(key=lambda one: one.at)

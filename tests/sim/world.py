@@ -27,6 +27,7 @@ from tests.sim.scenario import SETTLE
 WALL = 1_700_000_000.0
 LOOK = 0.05  # seconds between two looks for what stays as it is
 LONGEST_LEASE = 60.0
+LONGEST = 3000.0  # virtual seconds behind the last fault in which all must come to an end
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # files that no disk slows down
 TOPOLOGY = Topology()
 
@@ -78,7 +79,7 @@ class World:
         return self.wall() + self._scheduler_wall
 
     def note(self, who, text):
-        if self.trace is not None:
+        if self.trace is not None and not self.loop.burying:
             self.trace.append(f"{self.loop.now - START:9.3f}  {who:12} {text}")
 
     def blameless(self, worker):
@@ -103,6 +104,9 @@ class World:
             for happening in self.scenario.happenings:
                 self.loop.call_at(START + happening.at, self._happen, happening, context=NOBODY)
             self.loop.run(START + self.scenario.until)
+            until = self.quiet_from + LONGEST
+            while self.check.violation is None and self.loop.now < until and not self.check.settled_down():
+                self.loop.run(self.loop.now + 10.0)
             if self.check.violation is None:
                 self.check.last()
         finally:
