@@ -19,6 +19,7 @@ checks it.
       the ground   processes (Linux processes and clocks)
     1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
                      topology (exchanges, queues, names): pure; told the time, given the facts
+      its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)
 
