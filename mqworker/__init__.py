@@ -14,12 +14,15 @@ checks it.
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
+      their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       the ground   processes (Linux processes and clocks), schema (the ledger's tables)
-    1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
-                     requires (what a request asks of a worker), topology (exchanges, queues, names): pure;
-                     told the time, given the facts
+    1 judgement    explain (why a request waits)
+                   lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
+                     requirements (which requests nothing tells apart), requires (what a request asks of a worker),
+                     dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time and the facts
+      its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)
 

@@ -15,6 +15,7 @@ class that a new requirement divides keeps its larger part. So a ticket that is 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Final, NamedTuple
 
 from mqworker.tracking import MISSING, WHOLE, Key, Observation, Read, asked_of, token, token_of, value_of
@@ -109,6 +110,7 @@ class _Leaf:
 @dataclass(slots=True)
 class _Node:
     key: Key
+    number: int  # of the key: quicker to look up
     branches: dict[str, "_Node | _Leaf"] = field(default_factory=dict)
 
 
@@ -227,6 +229,8 @@ class Matching:
         self._refused: dict[str, int] = {}  # worker to the requirements that some version of its metadata refused
         self._escaped = 0
         self._contradicted: list[_Requirement] = []  # escaped, and not asked anew yet
+        self._key_numbers: dict[Key, int] = {}
+        self._next_key = count()
         self._readers: dict[Key, int] = {}  # what is read to the requirements that read it
         self._idle_keys: dict[Key, None] = {}  # read by none just now, the longest so first
         self._columns: dict[str, _Column] = {}
@@ -236,21 +240,19 @@ class Matching:
 
     def join(self, facts: WorkerFacts) -> Change:
         """Place a worker, new or with changed metadata, in the class of its decisions."""
-        moves = _Moves()
-        worker = self._workers.get(facts.name)
+        worker, listed = self._workers.get(facts.name), 0
+        for task in facts.tasks:
+            listed |= self._of_task.get(task, 0)
         if worker is None:
-            worker, mask = self._admit(facts), 0
-            affected = 0
-            for task in facts.tasks:
-                affected |= self._of_task.get(task, 0)
+            worker, mask, affected = self._admit(facts), 0, listed
         else:
             affected = self._update(worker, facts)
             mask = (worker.home.mask if worker.home else 0) & ~affected
-        tokens: dict[Key, str] = {}
-        for position in _positions(affected):
-            requirement = self._asking[position]
-            if requirement is not None and self._accepts(requirement, worker, tokens):
-                mask |= requirement.bit
+            for requirement in self._asked(affected & ~listed & self._escaped):
+                requirement.errors.pop(facts.name, None)
+        if worker.home is None or affected:
+            mask |= self._ask_all(affected & listed, worker)
+        moves = _Moves()
         self._settle(worker, mask, moves)
         return self._finish(moves)
 
@@ -296,9 +298,9 @@ class Matching:
         known = self._requirements.pop(requirement, None)
         if known is None:
             return
-        for name in list(known.classes):
+        for name in known.classes:
             one = self._classes[name]
-            self._remask(one, one.mask & ~known.bit)
+            self._relist(one, one.mask ^ known.bit)
         self._asking[known.position] = None
         self._free_asking.append(known.position)
         self._of_task[known.question.task] &= ~known.bit
@@ -537,19 +539,30 @@ class Matching:
                 bits &= ~worker.bit
         return bits
 
-    def _accepts(self, requirement: _Requirement, worker: _Worker, tokens: dict[Key, str]) -> bool:
-        facts, question = worker.facts, requirement.question
-        if question.denied and (facts.name, facts.metadata_version) in question.denied:
-            requirement.errors.pop(facts.name, None)
-            return False
-        if question.task not in facts.tasks:
-            requirement.errors.pop(facts.name, None)
-            return False
-        if not requirement.escaped:
-            leaf = self._leaf(requirement, facts.metadata, tokens, verify=True)
-            if leaf is not None:
-                return leaf.answer
-        return self._ask_plainly(requirement, worker)
+    def _ask_all(self, asked: int, worker: _Worker) -> int:
+        """Return which of some requirements a worker meets; it lists the tasks of all of them."""
+        facts, metadata, able = worker.facts, worker.facts.metadata, 0
+        for requirement in self._asked(asked & self._refused.get(facts.name, 0)):
+            if (facts.name, facts.metadata_version) in requirement.question.denied:
+                asked ^= requirement.bit
+                requirement.errors.pop(facts.name, None)
+        tokens: dict[int, str] = {}
+        for requirement in self._asked(asked):
+            node = requirement.root
+            while type(node) is _Node:  # as _leaf() does, without its calls: this is the way of each join
+                text = tokens.get(node.number)
+                if text is None:
+                    text = tokens[node.number] = token_of(metadata, node.key)
+                node = node.branches.get(text)
+            if type(node) is _Leaf and node.hits & (node.hits + 1):
+                node.hits += 1
+                answer = node.answer
+            else:
+                leaf = None if requirement.escaped else self._leaf(requirement, metadata, tokens, verify=True)
+                answer = self._ask_plainly(requirement, worker) if leaf is None else leaf.answer
+            if answer:
+                able |= requirement.bit
+        return able
 
     def _ask_plainly(self, requirement: _Requirement, worker: _Worker) -> bool:
         answer, error = requirement.question.plain(worker.facts.metadata)
@@ -563,7 +576,7 @@ class Matching:
         self,
         requirement: _Requirement,
         metadata: Mapping[str, Any],
-        tokens: dict[Key, str],
+        tokens: dict[int, str],
         *,
         verify: bool,
         path: list[Read] | None = None,
@@ -571,12 +584,11 @@ class Matching:
         """Walk to the leaf for some metadata, or make it; `path` gets the reads. None: the requirement just escaped."""
         node = requirement.root
         while isinstance(node, _Node):
-            key = node.key
-            text = tokens.get(key)
+            text = tokens.get(node.number)
             if text is None:
-                text = tokens[key] = token_of(metadata, key)
+                text = tokens[node.number] = token_of(metadata, node.key)
             if path is not None:
-                path.append(Read(key, text))
+                path.append(Read(node.key, text))
             node = node.branches.get(text)
         if node is None:
             seen = requirement.question.observe(metadata)
@@ -599,12 +611,12 @@ class Matching:
         branches, text = {"": requirement.root} if requirement.root is not None else {}, ""
         root = branches
         for read in seen.metadata:
-            node = branches.setdefault(text, _Node(read.key))
+            if read.key not in requirement.keys:
+                self._read_by(requirement, read.key)
+            node = branches.setdefault(text, _Node(read.key, self._key_numbers[read.key]))
             if not isinstance(node, _Node) or node.key != read.key:
                 return None
             branches, text = node.branches, read.token
-            if read.key not in requirement.keys:
-                self._read_by(requirement, read.key)
         found = branches.setdefault(text, leaf)
         if not isinstance(found, _Leaf) or found.answer != leaf.answer:
             return None
@@ -646,7 +658,7 @@ class Matching:
         requirement.keys.clear()
         while len(self._idle_keys) > MAX_IDLE_KEYS:
             key = next(iter(self._idle_keys))
-            del self._idle_keys[key], self._readers[key]
+            del self._idle_keys[key], self._readers[key], self._key_numbers[key]
             self._documents.pop(key, None)
             if key[1]:
                 column = self._columns[key[1][0]]
@@ -660,6 +672,7 @@ class Matching:
         requirement.keys.add(key)
         if key not in self._readers:
             self._readers[key] = 0
+            self._key_numbers[key] = next(self._next_key)
             if key[1]:
                 self._derive(key)
             elif key != WHOLE:  # which few workers would share
@@ -829,28 +842,28 @@ class Matching:
         return self._find(mask) or self._make(mask, moves)
 
     def _make(self, mask: int, moves: _Moves) -> _Class:
-        made = _Class(self._name_class(), 0)
+        made = _Class(self._name_class(), mask)
         self._classes[made.name] = moves.made[made.name] = made
-        self._by_mask.setdefault(0, {})[made.name] = made
-        self._remask(made, mask)
+        self._list(made)
+        for requirement in self._asked(mask):
+            requirement.classes[made.name] = None
         return made
 
     def _gain(self, one: _Class, requirement: _Requirement, moves: _Moves) -> None:
-        self._remask(one, one.mask | requirement.bit)
+        self._relist(one, one.mask | requirement.bit)
+        requirement.classes[one.name] = None
         moves.gained.append((one, requirement))
 
-    def _remask(self, one: _Class, mask: int) -> None:
-        for requirement in self._asked(one.mask ^ mask):
-            if mask & requirement.bit:
-                requirement.classes[one.name] = None
-            else:
-                del requirement.classes[one.name]
+    def _relist(self, one: _Class, mask: int) -> None:
         self._unlist(one)
         one.mask = mask
-        twins = self._by_mask.setdefault(mask, {})
+        self._list(one)
+
+    def _list(self, one: _Class) -> None:
+        twins = self._by_mask.setdefault(one.mask, {})
+        if twins:
+            self._twins.add(one.mask)
         twins[one.name] = one
-        if len(twins) > 1:
-            self._twins.add(mask)
 
     def _unlist(self, one: _Class) -> None:
         twins = self._by_mask[one.mask]

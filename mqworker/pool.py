@@ -1229,9 +1229,8 @@ class Pool:
         if not self._matching.capable_classes(requirement):
             return explain.nobody(self._matching.errors(requirement))
         lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
-        held = self._dispatch.held_by(lane)
-        if held is not None:
-            return held
+        if self._dispatch.held_by(lane) is not None:  # pauses were looked for above
+            return f"as many run with the concurrency key {request.concurrency_key} as may"
         if view.state == "offered":
             return "is offered to a worker"
         return explain.busy(self._dispatch.ahead(lane, view.seq))

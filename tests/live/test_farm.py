@@ -177,7 +177,7 @@ def test_a_schema_over_metadata_chooses_the_worker_and_a_bad_one_is_refused(pool
 def test_a_task_that_a_worker_may_not_run_goes_elsewhere(pool, final):
     with ExitStack() as stack:
         pool.scheduler()
-        pool.worker("anna", MQWORKER_WORKER_DENY_TASKS='["noop"]')
+        pool.worker("anna", MQWORKER_WORKER_DENY_TASKS="noop")
         pool.worker("bert")
         client = stack.enter_context(pool.client())
         pool.await_workers(client, "anna", "bert")
@@ -217,8 +217,8 @@ def test_requests_that_came_before_any_worker_are_told_apart_once_one_comes(pool
             tag: [client.submit("journal", {"journal": runs.data["journal"], "tag": tag}) for _ in range(3)]
             for tag in ("north", "south", "nowhere")
         }
-        pool.worker("anna", MQWORKER_WORKER_TAGS='["north"]')
-        pool.worker("bert", MQWORKER_WORKER_TAGS='["south"]')
+        pool.worker("anna", MQWORKER_WORKER_TAGS="north")
+        pool.worker("bert", MQWORKER_WORKER_TAGS="south")
         assert {view.worker for view in final(client, *ids["north"])} == {"anna"}
         assert {view.worker for view in final(client, *ids["south"])} == {"bert"}
         assert {client.status(one).waits for one in ids["nowhere"]} == {"no worker can run it"}
