@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -58,7 +59,8 @@ class PrivateNode:
         self._settings = dict(settings or {})
         self._advanced = advanced
         self._plugins = tuple(plugins)
-        self._amqp, self._management, self._prometheus, self._distribution, self._epmd_port = _free_ports(5)
+        self._ports = _free_ports(5)
+        self._amqp, self._management, self._prometheus, self._distribution, self._epmd_port = self._ports
         self._home = self.directory / "home"
         self._password = ""
         self._node: subprocess.Popen[bytes] | None = None
@@ -97,13 +99,13 @@ class PrivateNode:
         find_programs()
         self._write_files()
         try:
-            with self.log.open("ab") as log:
+            with self.log.open("ab") as log, _reserved(self._ports):
                 begin = log.tell()
                 self._epmd = self._spawn(
                     ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"], subprocess.DEVNULL
                 )
                 self._node = self._spawn([str(SCRIPTS / "rabbitmq-server")], log.fileno())
-            self._await_amqp(begin)
+                self._await_amqp(begin)
         except BaseException:
             self.kill()
             raise
@@ -288,6 +290,21 @@ def _free_ports(number: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+@contextmanager
+def _reserved(ports: Sequence[int]) -> Iterator[None]:
+    # A node takes seconds to listen, and meanwhile the kernel may give its ports to anybody's outgoing connections, but
+    # not while they are bound. Listening is nevertheless possible to who sets SO_REUSEADDR, as Erlang and epmd do.
+    with ExitStack() as stack:
+        for port in ports:
+            held = stack.enter_context(socket.socket())
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                held.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise HostUnfit(f"expected port {port} of the node to be free, but: {error.strerror}") from error
+        yield
 
 
 def _keep_secret(path: Path) -> str:

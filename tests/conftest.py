@@ -1,17 +1,23 @@
 """Real parts for tests. What is missing skips its tests loudly, or fails them where MQWORKER_TEST_REQUIRE=all."""
 
 import asyncio
+import fcntl
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
@@ -44,60 +50,170 @@ def missing_fixture() -> Callable[[str, str], NoReturn]:
     return missing
 
 
+# ---------------------------------------------------------------- brokers, each one for a whole run
+
+
 @dataclass(frozen=True)
 class Broker:
-    """A broker that tests share."""
+    """A broker that tests share, in all processes of a run."""
 
     url: str
     management_url: str | None
-    node: PrivateNode | None
+    ours: bool
 
 
-@pytest.fixture(scope="session")
-def broker(tmp_path_factory) -> Iterator[Broker]:
-    """The broker of MQWORKER_TEST_AMQP_URL, else one in a container, else a node of our own."""
-    url = os.environ.get("MQWORKER_TEST_AMQP_URL")
-    if url:
-        yield Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), None)
-        return
-    with ExitStack() as stack:
+class Lacking(Exception):
+    """Say what no broker can be had without, and why, as `missing` takes it."""
+
+
+class Brokers:
+    """Start each broker when the first test asks for it; a context manager, which ends them.
+
+    With pytest-xdist they belong to the process that runs no test itself. So one broker serves all that do, and none of
+    them has it among its own descendants, where a test might meet or kill it.
+    """
+
+    def __init__(self, new_directory: Callable[[], Path]) -> None:
+        self._new_directory = new_directory
+        self._started: dict[str, Broker | Exception] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def get(self, name: str) -> Broker:
+        """Return the broker of the fixture of that name.
+
+        Raises:
+            Lacking: none can be had here.
+        """
+        if name not in self._started:
+            try:
+                self._started[name] = self._any() if name == "broker" else self._own()
+            except Exception as error:  # noqa: BLE001  # for each test that asks, in whatever process
+                self._started[name] = error
+        found = self._started[name]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _any(self) -> Broker:
+        url = os.environ.get("MQWORKER_TEST_AMQP_URL")
+        if url:
+            return Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), ours=False)
         docker = "no Docker engine answers"
         if _docker_answers():
             try:
-                container = _container(stack)
+                return _container(self._stack)
             except Exception as error:  # noqa: BLE001  # no image and no network, say: a node of our own will do
                 docker = f"Docker could not run {IMAGE}: {error}"
-            else:
-                yield container
-                return
-        yield _own(stack, tmp_path_factory, f"or MQWORKER_TEST_AMQP_URL, or Docker, but {docker}")
+        return self._node(f"or MQWORKER_TEST_AMQP_URL, or Docker, but {docker}")
+
+    def _own(self) -> Broker:
+        broker = self.get("broker")
+        return broker if broker.ours else self._node("no other broker may be changed")
+
+    def _node(self, otherwise: str) -> Broker:
+        try:
+            find_programs()
+        except HostUnfit as error:
+            raise Lacking("rabbitmq-server", f"{error} ({otherwise})") from error
+        directory = self._new_directory()
+        self._stack.callback(shutil.rmtree, directory)
+        node = self._stack.enter_context(PrivateNode(directory))
+        return Broker(node.url, node.management_url, ours=True)
+
+
+def _answer(listener: Listener, brokers: Brokers) -> None:
+    """Give brokers to who asks for them, until somebody asks for none."""
+    name: str | None = ""
+    with listener, brokers:  # in this thread: the kernel ends a node with the thread that started it
+        while name is not None:
+            with suppress(AuthenticationError, EOFError, OSError), listener.accept() as caller:  # else it is gone
+                name = caller.recv()
+                try:
+                    caller.send(brokers.get(name) if name is not None else None)
+                except Exception as error:  # noqa: BLE001  # it is raised where it was asked for
+                    caller.send(error)
+
+
+def _ask(port: int, secret: str, name: str | None) -> Broker | None:
+    with Client(("127.0.0.1", port), authkey=bytes.fromhex(secret)) as answers:
+        answers.send(name)
+        found = answers.recv()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+ANSWERING = pytest.StashKey[tuple[threading.Thread, dict[str, int | str]]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """Tell a process of pytest-xdist, before it starts, where to ask for brokers."""
+    config = node.config
+    if ANSWERING not in config.stash:
+        secret = secrets.token_bytes(16)
+        listener = Listener(("127.0.0.1", 0), backlog=16, authkey=secret)
+        brokers = Brokers(partial(config._tmp_path_factory.mktemp, "broker"))
+        thread = threading.Thread(target=_answer, args=(listener, brokers), name="brokers", daemon=True)
+        thread.start()
+        config.stash[ANSWERING] = thread, {"port": listener.address[1], "secret": secret.hex()}
+    node.workerinput["brokers"] = config.stash[ANSWERING][1]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the brokers of a run whose tests run in other processes."""
+    if ANSWERING in config.stash:
+        thread, where = config.stash[ANSWERING]
+        _ask(**where, name=None)
+        thread.join()
 
 
 @pytest.fixture(scope="session")
-def own_broker(broker, tmp_path_factory) -> Iterator[Broker]:
-    """A node of our own, which a test may disturb but neither kill nor fill; the same as `broker` where that is one."""
-    with ExitStack() as stack:
-        yield broker if broker.node is not None else _own(stack, tmp_path_factory, "no other broker may be disturbed")
+def brokers(request, tmp_path_factory) -> Iterator[Callable[[str], Broker]]:
+    """Give the broker of the fixture of a name, or skip its test."""
+    where = getattr(request.config, "workerinput", {}).get("brokers")
+    with Brokers(partial(tmp_path_factory.mktemp, "broker")) as own:
+        get = partial(_ask, **where) if where else own.get
+
+        def give(name: str) -> Broker:
+            try:
+                return get(name=name)
+            except Lacking as lacking:
+                missing(*lacking.args)
+
+        yield give
+
+
+@pytest.fixture(scope="session")
+def broker(brokers) -> Broker:
+    """The broker of MQWORKER_TEST_AMQP_URL, else one in a container, else a node of our own."""
+    return brokers("broker")
+
+
+@pytest.fixture(scope="session")
+def own_broker(brokers) -> Broker:
+    """A broker of our own, which a test may change in what is the test's alone; it must not disturb other tests."""
+    return brokers("own_broker")
 
 
 @pytest.fixture
 def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
     """Start nodes that a test may kill and restart; takes what PrivateNode takes, but for the directory."""
-    try:
-        find_programs()
-    except HostUnfit as error:
-        missing("rabbitmq-server", str(error))
-    with ExitStack() as stack:
-
-        def start(**arguments) -> PrivateNode:
-            directory = tmp_path / f"node-{uuid.uuid4().hex[:8]}"
-            node = PrivateNode(directory, **arguments)
-            stack.callback(shutil.rmtree, directory, ignore_errors=True)  # it may not have come to be
-            stack.callback(node.kill)
-            node.start()
-            return node
-
+    with _private_nodes(tmp_path) as start:
         yield start
+
+
+@pytest.fixture(scope="module")
+def node_to_hurt(tmp_path_factory) -> Iterator[PrivateNode]:
+    """A node without plugins that each test may freeze or fill, and leaves well."""
+    with _private_nodes(tmp_path_factory.mktemp("nodes")) as start:
+        yield start(plugins=())
 
 
 @pytest.fixture
@@ -115,20 +231,48 @@ def amqp_url(broker, prefix) -> Iterator[str]:
 
 @pytest.fixture
 def own_amqp_url(own_broker, prefix) -> Iterator[str]:
-    """The URL of a vhost of the test's own, on a node of our own."""
+    """The URL of a vhost of the test's own, on a broker of our own."""
     with _vhost(own_broker, prefix) as url:
         yield url
 
 
-def _own(stack: ExitStack, tmp_path_factory, otherwise: str) -> Broker:
+@pytest.fixture
+def manage(own_broker) -> Callable[..., object]:
+    """Ask the management API of the broker of our own: a method, a path below /api, and what is to be sent."""
+    return partial(_manage, own_broker.management_url)
+
+
+@pytest.fixture
+def as_own_user(own_amqp_url, manage, prefix) -> Iterator[Callable[..., str]]:
+    """Make a user, who is called like the vhost of the test's own, with given rights there; return the user's URL."""
+
+    def make(**rights: str) -> str:
+        manage("PUT", f"users/{prefix}", {"password": "secret", "tags": ""})
+        manage("PUT", f"permissions/{prefix}/{prefix}", rights)
+        parts = urlsplit(own_amqp_url)
+        return urlunsplit(parts._replace(netloc=f"{prefix}:secret@{parts.hostname}:{parts.port}"))
+
+    yield make
+    manage("DELETE", f"users/{prefix}")
+
+
+@contextmanager
+def _private_nodes(directory: Path) -> Iterator[Callable[..., PrivateNode]]:
     try:
         find_programs()
     except HostUnfit as error:
-        missing("rabbitmq-server", f"{error} ({otherwise})")
-    directory = tmp_path_factory.mktemp("broker")
-    stack.callback(shutil.rmtree, directory)
-    node = stack.enter_context(PrivateNode(directory))
-    return Broker(node.url, node.management_url, node)
+        missing("rabbitmq-server", str(error))
+    with ExitStack() as stack:
+
+        def start(**arguments) -> PrivateNode:
+            own = directory / f"node-{uuid.uuid4().hex[:8]}"
+            node = PrivateNode(own, **arguments)
+            stack.callback(shutil.rmtree, own, ignore_errors=True)  # it may not have come to be
+            stack.callback(node.kill)
+            node.start()
+            return node
+
+        yield start
 
 
 @contextmanager
@@ -179,11 +323,11 @@ def _container(stack: ExitStack) -> Broker:
     return Broker(
         f"amqp://mqworker:mqworker@{host}:{container.get_exposed_port(5672)}/%2F",
         f"http://mqworker:mqworker@{host}:{container.get_exposed_port(15672)}",
-        None,
+        ours=True,
     )
 
 
-def _manage(management_url: str, method: str, path: str, body: object = None) -> None:
+def _manage(management_url: str, method: str, path: str, body: object = None) -> Any:
     parts = urlsplit(management_url)
     bare = urlunsplit(parts._replace(netloc=f"{parts.hostname}:{parts.port}"))
     passwords = HTTPPasswordMgrWithDefaultRealm()
@@ -194,17 +338,20 @@ def _manage(management_url: str, method: str, path: str, body: object = None) ->
         headers={"content-type": "application/json"},
         data=None if body is None else json.dumps(body).encode(),
     )
-    build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30).close()
+    with build_opener(HTTPBasicAuthHandler(passwords)).open(request, timeout=30) as answer:
+        return json.loads(answer.read() or b"null")
 
 
 @pytest.fixture(scope="session")
-def chroot() -> dict[str, str]:
+def chroot(tmp_path_factory) -> dict[str, str]:
     """The suite and architecture of a build chroot; made once, and kept where sbuild keeps them."""
     what = "a build chroot"
     if lacking := debianhost.missing_packages(["sbuild", "mmdebstrap", "uidmap"]):
         missing(what, f"not installed: {', '.join(lacking)}")
     try:
-        debianhost.ensure_subordinate_ids(print)
+        with (tmp_path_factory.getbasetemp().parent / "subordinate-ids.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # else two processes of one run would take the same ids
+            debianhost.ensure_subordinate_ids(print)
         suite, architecture = debianhost.default_suite(), debianhost.native_architecture()
         path = debianhost.ensure_chroot(suite, architecture, print)
         assert debianhost.ensure_chroot(suite, architecture, pytest.fail) == path

@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 import pytest
 
@@ -374,15 +373,11 @@ def test_the_doctor_tries_the_rights_on_the_broker(cli, amqp_url, prefix):
 
 
 @pytest.mark.live
-def test_the_doctor_sees_that_a_user_may_not_answer_clients(cli, own_amqp_url, own_broker, prefix):
+def test_the_doctor_sees_that_a_user_may_not_answer_clients(cli, as_own_user, prefix):
     """With the rights of a worker a scheduler would lose its connection at the first answer."""
-    at = urlsplit(own_amqp_url)
-    url = urlunsplit(at._replace(netloc=f"{prefix}:secret@{at.hostname}:{at.port}"))
     rights = rf"^{prefix}\..*"
-    own_broker.node.ctl("add_user", prefix, "secret")
-    own_broker.node.ctl("set_permissions", "--vhost", prefix, prefix, rights, rights, rights)
+    url = as_own_user(configure=rights, write=rights, read=rights)
     done = cli("--amqp-url", url, "--prefix", prefix, "doctor")
-    own_broker.node.ctl("delete_user", prefix)
 
     said = " ".join(done.stdout.split())  # however wide the screen is
     assert re.search(r"note rights may [^;]*but not answer clients", said), done

@@ -21,10 +21,11 @@ DEADLINE = 20  # seconds in which a thing that must happen has happened
 
 
 @pytest.fixture(autouse=True)
-def leave_nothing():
+def others():
+    """The pids of descendants that are not the test's, like the broker of other tests; what the test leaves goes."""
     processes.become_subreaper()
     before = [process.pid for process in processes.descendants(os.getpid())]
-    yield
+    yield before
     processes.kill_descendants(spare=before)
 
 
@@ -110,7 +111,9 @@ def test_a_child_dies_with_its_parent():
 
 def test_a_child_whose_parent_is_already_gone_does_not_outlive_that():
     reader, writer = os.pipe()
-    if (parent := os.fork()) == 0:
+    with warnings.catch_warnings(action="ignore"):  # of a fork while other tests' threads may run
+        parent = os.fork()
+    if parent == 0:
         parent_pid = os.getpid()
         if os.fork() == 0:
             while os.getppid() == parent_pid:
@@ -145,7 +148,7 @@ def test_a_zombie_is_gone(start):
     assert child.pid not in [process.pid for process in processes.descendants(os.getpid())]
 
 
-def test_a_process_whose_first_thread_has_ended_still_lives(start):
+def test_a_process_whose_first_thread_has_ended_still_lives(start, others):
     code = """
         import ctypes, threading, time
         threading.Thread(target=time.sleep, args=(1000,)).start()
@@ -157,7 +160,7 @@ def test_a_process_whose_first_thread_has_ended_still_lives(start):
 
     assert processes.identify(child.pid) is not None
 
-    processes.kill_descendants(spare=[])
+    processes.kill_descendants(spare=others)
 
     assert processes.identify(child.pid) is None
 
@@ -181,32 +184,32 @@ def test_descendants_are_listed_parents_first(start):
 # ---------------------------------------------------------------- ending processes
 
 
-def test_descendants_are_killed_whatever_session_they_are_in_and_whatever_they_ignore(start):
+def test_descendants_are_killed_whatever_session_they_are_in_and_whatever_they_ignore(start, others):
     child = start("sh", "-c", "trap '' TERM; setsid sh -c \"trap '' TERM; sleep 1000 & echo ready; wait\" & wait")
     family = [child.pid, *grandchildren(child)]
 
     with processes.collecting(child.pid):
-        killed = processes.kill_descendants()
+        killed = processes.kill_descendants(spare=others)
 
     assert killed == len(family) == 3
     assert [processes.identify(pid) for pid in family] == [None] * 3
     assert child.wait() == -signal.SIGKILL
 
 
-def test_descendants_in_a_pid_namespace_are_killed(start):
+def test_descendants_in_a_pid_namespace_are_killed(start, others):
     namespace = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("this kernel gives us no user namespaces")
     child = start(*namespace, "sh", "-c", "setsid sleep 1000 & echo ready; wait")
     family = grandchildren(child)
 
-    processes.kill_descendants()
+    processes.kill_descendants(spare=others)
 
     assert len(family) == 2
     assert [processes.identify(pid) for pid in family] == [None] * 2
 
 
-def test_a_chain_that_forks_and_exits_all_the_time_is_ended(start):
+def test_a_chain_that_forks_and_exits_all_the_time_is_ended(start, others):
     code = """
         import os, time
         end = time.monotonic() + 20
@@ -220,12 +223,12 @@ def test_a_chain_that_forks_and_exits_all_the_time_is_ended(start):
         """
     start(sys.executable, "-c", textwrap.dedent(code)).wait()
 
-    processes.kill_descendants()
+    processes.kill_descendants(spare=others)
 
-    assert processes.descendants(os.getpid()) == []
+    assert [process.pid for process in processes.descendants(os.getpid())] == others
 
 
-def test_an_orphan_that_ended_meanwhile_calls_for_another_look(start, monkeypatch):
+def test_an_orphan_that_ended_meanwhile_calls_for_another_look(start, monkeypatch, others):
     child = start("sh", "-c", "exec 3<&0; (read x <&3) & echo $!", stdin=subprocess.PIPE)
     child.wait()
     child.stdin.close()
@@ -240,21 +243,21 @@ def test_an_orphan_that_ended_meanwhile_calls_for_another_look(start, monkeypatc
 
     monkeypatch.setattr(processes, "_freeze", freeze_but_see_nothing_at_first)
 
-    assert processes.kill_descendants() == 1
+    assert processes.kill_descendants(spare=others) == 1
     assert processes.identify(survivor.pid) is None
 
 
-def test_nothing_to_kill_is_nothing_killed():
-    assert processes.kill_descendants() == 0
+def test_nothing_to_kill_is_nothing_killed(others):
+    assert processes.kill_descendants(spare=others) == 0
 
 
-def test_spared_processes_keep_their_children_and_their_exit_status(start):
+def test_spared_processes_keep_their_children_and_their_exit_status(start, others):
     spared = start("sh", "-c", "sleep 1000 & echo ready; wait; exit 7")
     ended = start("sh", "-c", "echo ready; exit 5")
     other = start("sh", "-c", "echo ready; exec sleep 1000")
     ends(ended.pid)
 
-    killed = processes.kill_descendants(spare=[spared.pid, ended.pid])
+    killed = processes.kill_descendants(spare=[spared.pid, ended.pid, *others])
 
     assert killed == 1
     assert processes.identify(other.pid) is None
@@ -262,21 +265,21 @@ def test_spared_processes_keep_their_children_and_their_exit_status(start):
     assert ended.wait() == 5
 
 
-def test_killed_orphans_leave_no_zombies(start):
+def test_killed_orphans_leave_no_zombies(start, others):
     child = start("sh", "-c", "sleep 1000 & echo $!; exec >&-; exit")
     orphan = int(child.ready)
     child.wait()
 
-    assert processes.kill_descendants() == 1
+    assert processes.kill_descendants(spare=others) == 1
     assert not Path(f"/proc/{orphan}").exists()
 
 
-def test_descendants_that_outlive_the_timeout_are_named(start, monkeypatch):
+def test_descendants_that_outlive_the_timeout_are_named(start, monkeypatch, others):
     start("sh", "-c", "echo ready; exec sleep 1000")
     monkeypatch.setattr(processes, "_signal", lambda *_: True)  # like a process in an uninterruptible sleep
 
     with pytest.raises(HostUnfit, match="sleep 1000"):
-        processes.kill_descendants(timeout=0.01)
+        processes.kill_descendants(spare=others, timeout=0.01)
 
 
 def test_the_descendants_of_another_process_are_killed_and_it_lives_on(start):

@@ -825,16 +825,17 @@ def test_an_abort_kills_every_descendant_whatever_its_session_and_whatever_it_ig
         sleep 1000 & sleep 1000
         """
     results = []
+    others = processes.descendants(os.getpid())
     runner = threading.Thread(target=lambda: results.append(command.run_cmd(["sh", "-c", script], directory)))
     runner.start()
     deep = pid_in(directory)
-    before = [process.pid for process in processes.descendants(os.getpid())]
+    family = [process for process in processes.descendants(os.getpid()) if process not in others]
     command.abort()
     runner.join(DEADLINE)
 
     assert results == [None]
-    assert deep in before
-    assert [pid for pid in before if processes.identify(pid)] == []
+    assert deep in [process.pid for process in family]
+    assert [process for process in family if processes.identify(process.pid) == process] == []
 
 
 def test_after_an_abort_no_command_starts(command, directory):

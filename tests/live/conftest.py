@@ -55,7 +55,7 @@ class LivePool:
         Store.open(self.store_url, create=True)  # workers may start before their scheduler
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("MQWORKER_")},
-            "PYTHONPATH": str(TASKS),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TASKS), os.environ.get("PYTHONPATH")))),
             "MQWORKER_TASK_MODULES": "live_tasks",
             "MQWORKER_AMQP_URL": amqp_url,
             "MQWORKER_PREFIX": prefix,

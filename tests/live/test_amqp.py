@@ -22,6 +22,8 @@ pytestmark = pytest.mark.live
 
 SOON = 30  # seconds: a deadline for a broker under load, not an expectation
 
+hurting = pytest.mark.xdist_group("node_to_hurt")  # so that one node is enough
+
 
 class Watch:
     """A link with everything it tells, to be awaited."""
@@ -84,12 +86,6 @@ class Names:
 def names(prefix):
     # it expires, so that a foreign broker keeps nothing; an exclusive one would be gone with its connection
     return Names(prefix, arguments={"x-expires": 60_000})
-
-
-@pytest.fixture
-def ctl(own_broker, prefix):
-    """Run rabbitmqctl in the test's own vhost."""
-    return lambda command, *arguments: own_broker.node.ctl(command, "--vhost", prefix, *arguments)
 
 
 def other(url, **parts):
@@ -487,7 +483,7 @@ def test_a_declaration_that_the_broker_refuses_fails_and_the_link_comes_back(amq
 # ---------------------------------------------------------------- losing the broker
 
 
-def test_a_connection_closed_by_the_broker_is_rebuilt_and_old_tags_are_ignored(own_amqp_url, names, ctl):
+def test_a_connection_closed_by_the_broker_is_rebuilt_and_old_tags_are_ignored(as_own_user, names, prefix, manage):
     async def scenario():
         got = asyncio.Queue()
         epochs = []
@@ -504,13 +500,13 @@ def test_a_connection_closed_by_the_broker_is_rebuilt_and_old_tags_are_ignored(o
                 ),
             )
 
-        async with running(own_amqp_url, plan) as watch:
+        async with running(as_own_user(configure=".*", write=".*", read=".*"), plan) as watch:
             first = watch.link.epoch
             await soon(names.publish(watch.link, b"1"))
             old = await soon(got.get())
 
-            await asyncio.to_thread(ctl, "close_all_connections", "a test")
-            assert "a test" in await soon(watch.downs.get())
+            await asyncio.to_thread(manage, "DELETE", f"connections/username/{prefix}")
+            assert "CONNECTION_FORCED" in await soon(watch.downs.get())
             second = await soon(watch.ups.get())
             assert second == watch.link.epoch != first
             assert epochs == [first, second]
@@ -529,11 +525,11 @@ def test_a_connection_closed_by_the_broker_is_rebuilt_and_old_tags_are_ignored(o
     asyncio.run(scenario())
 
 
-def test_a_consumer_cancelled_by_the_broker_is_started_again(own_amqp_url, names, ctl):
+def test_a_consumer_cancelled_by_the_broker_is_started_again(own_amqp_url, names, prefix, manage):
     async def scenario():
         got = asyncio.Queue()
         async with running(own_amqp_url, names.plan(Consumer(queue=names.queue, on_delivery=got.put_nowait))) as watch:
-            await asyncio.to_thread(ctl, "delete_queue", names.queue)
+            await asyncio.to_thread(manage, "DELETE", f"queues/{prefix}/{names.queue}")
             assert f"cancelled our consumer of queue '{names.queue}'" in await soon(watch.downs.get())
             await soon(watch.ups.get())
             await soon(names.publish(watch.link, b"1"))
@@ -578,14 +574,15 @@ def test_a_broker_that_is_killed_and_started_again_has_every_confirmed_message(p
     asyncio.run(scenario())
 
 
-def test_an_alarm_of_the_broker_is_told_and_ends_the_connection_when_it_lasts(own_amqp_url, names, own_broker):
+@hurting
+def test_an_alarm_of_the_broker_is_told_and_ends_the_connection_when_it_lasts(node_to_hurt, names):
     async def scenario():
         async with (
-            running(own_amqp_url, names.plan()) as patient,
-            running(own_amqp_url, names.plan(), blocked_seconds=0.5) as hasty,
+            running(node_to_hurt.url, names.plan()) as patient,
+            running(node_to_hurt.url, names.plan(), blocked_seconds=0.5) as hasty,
         ):
             try:
-                await asyncio.to_thread(own_broker.node.ctl, "set_vm_memory_high_watermark", "0.00001")
+                await asyncio.to_thread(node_to_hurt.ctl, "set_vm_memory_high_watermark", "0.00001")
                 waiting, lost = names.publish(patient.link), names.publish(hasty.link)
                 assert await soon(patient.blocks.get()) is True
                 assert await soon(hasty.blocks.get()) is True
@@ -597,7 +594,7 @@ def test_an_alarm_of_the_broker_is_told_and_ends_the_connection_when_it_lasts(ow
                 assert await soon(hasty.blocks.get()) is False
                 assert not waiting.done()
             finally:
-                await asyncio.to_thread(own_broker.node.ctl, "set_vm_memory_high_watermark", "0.4")
+                await asyncio.to_thread(node_to_hurt.ctl, "set_vm_memory_high_watermark", "0.4")
             assert await soon(patient.blocks.get()) is False
             await soon(waiting)
             assert not patient.link.blocked
@@ -607,18 +604,19 @@ def test_an_alarm_of_the_broker_is_told_and_ends_the_connection_when_it_lasts(ow
     asyncio.run(scenario())
 
 
-def test_close_gives_up_on_a_frozen_broker(own_amqp_url, names, own_broker, monkeypatch):
+@hurting
+def test_close_gives_up_on_a_frozen_broker(node_to_hurt, names, monkeypatch):
     monkeypatch.setattr(amqp, "CONFIRM_SECONDS", 0.5)
 
     async def scenario():
-        async with running(own_amqp_url, names.plan()) as watch:
-            os.kill(own_broker.node.pid, signal.SIGSTOP)
+        async with running(node_to_hurt.url, names.plan()) as watch:
+            os.kill(node_to_hurt.pid, signal.SIGSTOP)
             try:
                 future = names.publish(watch.link)
                 await soon(watch.link.close())
                 assert isinstance(future.exception(), NotPublished)
             finally:
-                os.kill(own_broker.node.pid, signal.SIGCONT)
+                os.kill(node_to_hurt.pid, signal.SIGCONT)
 
     asyncio.run(scenario())
 
@@ -674,18 +672,13 @@ def test_who_is_refused_is_told_at_once_where_and_as_whom(amqp_url, change, told
     asyncio.run(scenario())
 
 
-def test_a_user_without_rights_is_told_which_queue_is_refused(own_amqp_url, names, own_broker, ctl):
+def test_a_user_without_rights_is_told_which_queue_is_refused(as_own_user, names):
     async def scenario():
-        async with running(with_user(own_amqp_url, "weak", "secret"), names.plan(), wait=False) as watch:
+        async with running(as_own_user(configure="^$", write=".*", read=".*"), names.plan(), wait=False) as watch:
             with pytest.raises(BrokerRefused, match=f"ACCESS_REFUSED.*{names.exchange}"):
                 await soon(watch.link.wait_up())
 
-    own_broker.node.ctl("add_user", "weak", "secret")
-    try:
-        ctl("set_permissions", "weak", "^$", ".*", ".*")
-        asyncio.run(scenario())
-    finally:
-        own_broker.node.ctl("delete_user", "weak")
+    asyncio.run(scenario())
 
 
 def test_nobody_at_the_address_is_told_at_the_timeout():

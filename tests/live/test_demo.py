@@ -10,7 +10,8 @@ import pytest
 
 from mqworker.privatenode import PrivateNode
 
-pytestmark = pytest.mark.live
+# One at a time: each looks whether anything of any demo is left on this machine.
+pytestmark = [pytest.mark.live, pytest.mark.xdist_group("demo")]
 
 
 def demo(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen:

@@ -139,6 +139,20 @@ def test_a_node_that_cannot_start_says_why_and_leaves_nothing(tmp_path):
     wait_until(lambda: not processes_of(node.directory))
 
 
+def test_the_ports_of_a_node_are_nobody_elses_until_it_listens():
+    [port] = privatenode._free_ports(1)
+    with privatenode._reserved([port]), socket.socket() as stranger, socket.socket() as listener:
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", port))
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the node does
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+        with pytest.raises(HostUnfit, match=f"port {port} of the node to be free"), privatenode._reserved([port]):
+            pass
+
+
 def test_a_machine_without_rabbitmq_is_told_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(privatenode, "SCRIPTS", tmp_path)
     with pytest.raises(HostUnfit, match="apt-get install --no-install-recommends rabbitmq-server"):
