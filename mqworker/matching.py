@@ -438,7 +438,7 @@ class Matching:
         for leaf, _, group in self._groups(made, self._asked_bits(made), verify=True):
             able |= group if leaf.answer else 0
         if made.escaped:
-            able = self._ask_all(made)
+            able = self._ask_everybody(made)
         funnel = self._funnel(made, able)
         self.drop(made.name)
         return funnel, list(self._names(able))
@@ -449,7 +449,7 @@ class Matching:
             able |= self._classes[name].members
         return able
 
-    def _ask_all(self, requirement: _Requirement) -> int:
+    def _ask_everybody(self, requirement: _Requirement) -> int:
         able = 0
         for worker in self._there(self._asked_bits(requirement)):
             if self._ask_plainly(requirement, worker):
@@ -894,7 +894,7 @@ class Matching:
     def _finish(self, moves: _Moves) -> Change:
         while self._contradicted:
             requirement = self._contradicted.pop()
-            self._apply(requirement, self._ask_all(requirement), moves)
+            self._apply(requirement, self._ask_everybody(requirement), moves)
         change = Change(made=list(moves.made), gone=moves.gone)
         for name, before in moves.before.items():
             worker = self._workers[name]
