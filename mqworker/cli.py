@@ -46,8 +46,9 @@ from mqworker.shell import (
 from mqworker.task import load_tasks
 
 EXIT_CODES: Final = (
-    "Exit codes: 0 it went well; 1 the work did not succeed, or something unexpected; 2 what was asked for cannot be "
-    "done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; 130 Ctrl-C.\n\n"
+    "Exit codes: 0 it went well; 1 the work did not succeed, or nobody can do it, or something unexpected; 2 what was "
+    "asked for cannot be done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; "
+    "130 Ctrl-C.\n\n"
     "Settings: a flag, else MQWORKER_* in the environment, else the first of --config, MQWORKER_CONFIG, "
     "./mqworker.toml, ~/.config/mqworker.toml and /etc/mqworker/mqworker.toml, else a default."
 )

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Annotated, Any, Final
@@ -172,7 +173,9 @@ def _sets(ids: Iterable[str]) -> Iterator[tuple[str, ...]]:
 def _ask(what: str) -> None:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise SubmitterError(f"expected --yes to {what}: nobody is at the terminal to be asked")
-    if not typer.confirm(f"{what}?", err=True):
+    with redirect_stdout(sys.stderr):  # Python prints a part of the question where it thinks the terminal is
+        agreed = typer.confirm(f"{what}?", err=True)
+    if not agreed:
         tell("nothing was done")
         raise typer.Exit(DID_NOT_SUCCEED)
 
@@ -338,7 +341,7 @@ def _aborted(states: Counter[State]) -> str:
     ended = sum(states[state] for state in FINAL if state is not State.ABORTED)
     parts = [
         *([f"{many(states[State.ABORTED], 'request')} aborted"] if states[State.ABORTED] or not ending else []),
-        *([f"{ending:,} running ones end a little later"] if ending else []),
+        *([f"{many(ending, 'running one')} will end a little later"] if ending else []),
         *([f"{ended:,} had ended before"] if ended else []),
     ]
     return ", ".join(parts)

@@ -211,8 +211,8 @@ def request_table(views: Iterable[RequestView], now: float) -> Table:
     return table
 
 
-def pending_table(views: Sequence[RequestView], now: float) -> Table:
-    """Draw one line or two a request that waits: why it does; priority and group where not all have the same."""
+def pending_table(views: Sequence[RequestView], now: float, *, whole: bool = True) -> Table:
+    """Draw requests that wait, and why: in whole, or cut to a line each; priority and group where they matter."""
     priorities = {view.request.priority for view in views}
     groups = {view.request.group for view in views}
     columns = [
@@ -231,7 +231,7 @@ def pending_table(views: Sequence[RequestView], now: float) -> Table:
             "age": duration(now - view.submitted),
             "priority": str(view.request.priority),
             "group": cell(view.request.group, 16),
-            "why it waits": Text(one_line(view.waits or view.state)),
+            "why it waits": (Text if whole else cut_cell)(one_line(view.waits or view.state)),
         }
         table.add_row(*(cells[column] for column in columns))
     return table

@@ -54,9 +54,12 @@ PoolEvent = RequestEvent | WorkerEvent | StuckEvent
 VALUE_LENGTH: Final = 120  # characters of somebody's metadata in a line
 OFFERED_SHOWN: Final = 4  # values a step
 EXAMPLES_SHOWN: Final = 3
+CLASSES_SHOWN: Final = 8
+PAUSES_SHOWN: Final = 3
 SHARED_SHOWN: Final = 12  # keys a class
 MISSING: Final = "missing"  # what Offered.value says of a key that is not there
-EVENTS_SHOWN: Final = 6
+EVENTS_SHOWN: Final = 4
+FRAME_LINES: Final = EVENTS_SHOWN + 1 + 7 + 6  # of the live screen: events, the state of the pool, heads of tables
 FINAL_WORDS: Final = ("success", "failure", "error", "aborted", "rejected")
 OPEN_WORDS: Final = ("pending", "offered", "running")
 
@@ -194,6 +197,10 @@ def _able(told: Explanation) -> str:
 
 
 def _notes(told: Explanation) -> Iterator[str]:
+    if told.classes:
+        more = f" and {len(told.classes) - CLASSES_SHOWN:,} more" if len(told.classes) > CLASSES_SHOWN else ""
+        shown = ", ".join(told.classes[:CLASSES_SHOWN])
+        yield f"{'Their classes are' if len(told.classes) > 1 else 'Their class is'} {shown}{more}."
     if told.ahead:
         yield f"About {many(told.ahead, 'request')} go first."
     if told.failing:
@@ -256,9 +263,10 @@ def capability_page(one: Capability, keys: Sequence[str]) -> Group:
 
 
 def _now(one: Capability) -> str:
+    can = many(one.requirements, "requirement class", "requirement classes")
     return (
         f"{many(one.idle, 'idle slot')}, {many(one.out, 'ticket')} out, lookahead {one.lookahead:,}; "
-        f"{many(one.backlog, 'request')} of {many(one.requirements, 'requirement class', 'requirement classes')} wait"
+        f"backlog of {many(one.backlog, 'request')}; can run {can}"
     )
 
 
@@ -322,12 +330,14 @@ class Watching:
         self._sight: Sight | None = None
         self._trouble: str | None = None
         self._events: deque[PoolEvent] = deque(maxlen=EVENTS_SHOWN)
-        self._live = Live(get_renderable=self._page, console=self._console, refresh_per_second=4)
+        self._live = Live(
+            get_renderable=self._page, console=self._console, refresh_per_second=4, vertical_overflow="crop"
+        )
 
     @property
     def rows(self) -> int:
-        """How many requests of a kind fit on the screen; there are two kinds."""
-        return max((self._console.height - 14) // 2, 3)
+        """How many requests fit on the screen."""
+        return max(self._console.height - FRAME_LINES, 6)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -358,30 +368,28 @@ class Watching:
         if self._trouble:
             text = f"as it was {duration(now - sight.at)} ago: {one_line(self._trouble)}"
             parts.insert(0, Text(text, style="red", no_wrap=True, overflow="ellipsis"))
+        runs, waits = _share(len(sight.running), len(sight.waiting), self.rows)
         if sight.running:
-            parts.append(
-                _part("running", sight.pool.requests.get("running", 0), self._fit(sight.running), request_table, now)
-            )
+            number = sight.pool.requests.get("running", 0)
+            parts.append(_part(number, "running", request_table(sight.running[:runs], now)))
         if sight.waiting:
             number = sum(sight.pool.requests.get(state, 0) for state in ("pending", "offered"))
-            parts.append(_part("waiting, the oldest first", number, self._fit(sight.waiting), pending_table, now))
+            table = pending_table(sight.waiting[:waits], now, whole=False)
+            parts.append(_part(number, "waiting, the oldest first", table))
         if self._events:
             parts.append(Group(Text(), *(_one_row(event_line(event)) for event in self._events)))
         return Group(*parts)
 
-    def _fit(self, views: Sequence[RequestView]) -> Sequence[RequestView]:
-        return views[: self.rows]
+
+def _part(number: int, title: str, table: Table) -> Group:
+    shown = f"{number:,} {title}" + (f" ({table.row_count:,} shown)" if table.row_count < number else "")
+    return Group(Text(), Text(shown, style="bold"), table)
 
 
-def _part(
-    title: str,
-    number: int,
-    views: Sequence[RequestView],
-    draw: Callable[[Sequence[RequestView], float], Table],
-    now: float,
-) -> Group:
-    shown = f"{number:,} {title}" + (f" ({len(views)} shown)" if len(views) < number else "")
-    return Group(Text(), Text(shown, style="bold"), draw(views, now))
+def _share(runs: int, waits: int, rows: int) -> tuple[int, int]:
+    """Return how many of each are shown in so many rows: half each, and what one does not need the other has."""
+    shown = min(runs, max(rows // 2, rows - waits))
+    return shown, min(waits, rows - shown)
 
 
 def _one_row(text: Text) -> Text:
@@ -404,8 +412,14 @@ def _state(sight: Sight, now: float) -> Table:
         ("At", clock(sight.at)),
         ("Requests", open_ + (f"; {final}" if final else "")),
         ("Workers", f"{', '.join(workers)}; {slots}; {classes}"),
-        ("Paused", "\n".join(_pause(pause, now) for pause in sight.pauses)),
+        ("Paused", "\n".join(_pauses(sight.pauses, now))),
     )
+
+
+def _pauses(pauses: Sequence[PauseView], now: float) -> Iterator[str]:
+    yield from (_pause(pause, now) for pause in pauses[:PAUSES_SHOWN])
+    if len(pauses) > PAUSES_SHOWN:
+        yield f"and {len(pauses) - PAUSES_SHOWN:,} more (`mqworker pauses`)"
 
 
 def _pause(pause: PauseView, now: float) -> str:

@@ -111,6 +111,7 @@ def explanation(**changes) -> Explanation:
         "offline": 0,
         "refused": 0,
         "ahead": 41,
+        "classes": [f"c{n}" for n in range(10)],
         "advice": ['on anna: set sbuild:chroots to ["bookworm-amd64", "trixie-amd64"]'],
     }
     return Explanation(**{**given, **changes})
@@ -132,6 +133,7 @@ def test_the_funnel_shows_who_is_left_and_who_was_stopped_by_what():
         "                88 others",
         "    12          can run it: 10 busy, 2 paused",
         "",
+        "Their classes are c0, c1, c2, c3, c4, c5, c6, c7 and 2 more.",
         "About 41 requests go first.",
         "",
         "What would help",
@@ -247,8 +249,8 @@ def test_a_class_is_shown_with_who_is_in_it_and_what_waits_for_it():
         "Workers     3: anna, bert, ...",
         "Queue       mqworker.work.c1",
         "Tasks       noop, sbuild",
-        "Now         2 idle slots, 1 ticket out, lookahead 0; 1,500 requests of 7",
-        "            requirement classes wait",
+        "Now         2 idle slots, 1 ticket out, lookahead 0; backlog of 1,500 requests;",
+        "            can run 7 requirement classes",
         'Differs in  chroots = ["bookworm"]',
         'Shares      system:arch = "amd64"',
     ]
@@ -314,9 +316,9 @@ def sight(**changes) -> screen_pool.Sight:
 def test_the_live_screen_shows_counts_runs_what_waits_and_why_pauses_and_events(watching):
     progress = RunProgress(request=ID, attempt=1, token="t", since=NOW - 5, stage="Build", fraction=0.25)  # noqa: S106  # no secret
     running = view(state="running", granted=NOW - 5, worker="w1", progress=progress)
-    waiting = [view(waits="no worker can run it") for _ in range(50)]
+    waiting = [view(waits="no worker can run it" + " at all" * 20) for _ in range(50)]
     pause = PauseView(kind="worker", name="w2", reason="disk full", since=NOW - 60)
-    watching.saw(sight(running=[running], waiting=waiting, pauses=[pause]))
+    watching.saw(sight(running=[running], waiting=waiting, pauses=[pause] * 9))
     watching.heard([event(time=NOW, state="success") for _ in range(50)])
     text = drawn(watching._page())
 
@@ -324,11 +326,19 @@ def test_the_live_screen_shows_counts_runs_what_waits_and_why_pauses_and_events(
     assert "9 online (1 paused), 3 offline; 8 of 12 slots busy; 2 classes" in " ".join(text.split())
     assert re.search(r"Paused +worker w2 for 1m00s: disk full", text)
     assert re.search(r"0123abcd +noop +running +9.0s +5.0s +w1 +Build 25%", text)
+    assert "and 6 more (`mqworker pauses`)" in text
     assert "1,200 waiting, the oldest first (5 shown)" in text
     assert text.count("no worker can run it") == 5
     assert "0123abcd noop success" in text
     assert len(text.splitlines()) <= 24
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("runs", "waits", "shown"), [(50, 50, (5, 5)), (50, 2, (8, 2)), (3, 50, (3, 7)), (1, 1, (1, 1)), (0, 50, (0, 10))]
+)
+def test_what_runs_and_what_waits_share_the_screen(runs, waits, shown):
+    assert screen_pool._share(runs, waits, 10) == shown
 
 
 def test_the_live_screen_says_when_nobody_answers_and_keeps_the_last_look(watching):

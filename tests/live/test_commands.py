@@ -71,13 +71,13 @@ def run(environment, capsys) -> Callable[..., Done]:  # noqa: ARG001  # the sett
 class OnTerminal:
     """Run a command on a terminal of its own; a context manager."""
 
-    def __init__(self, environment: dict[str, str], *arguments: str) -> None:
+    def __init__(self, environment: dict[str, str], *arguments: str, stdout: int | None = None) -> None:
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "mqworker", *arguments],
             env=environment | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
             stdin=theirs,
-            stdout=theirs,
+            stdout=stdout or theirs,
             stderr=theirs,
             start_new_session=True,
         )
@@ -122,8 +122,8 @@ class OnTerminal:
 
 @pytest.fixture
 def on_terminal(environment) -> Iterator[Callable[..., OnTerminal]]:
-    def start(*arguments: str) -> OnTerminal:
-        return OnTerminal(environment, *arguments)
+    def start(*arguments: str, **options) -> OnTerminal:
+        return OnTerminal(environment, *arguments, **options)
 
     return start
 
@@ -215,6 +215,17 @@ def test_a_filter_asks_and_does_what_is_said(on_terminal, scheduler):
     assert scheduler.views[late].state == "pending"
 
 
+def test_the_question_is_no_part_of_the_output(on_terminal, scheduler):
+    scheduler.add(state="failure")
+    with on_terminal("retry", "--task", "noop", stdout=subprocess.PIPE) as terminal:
+        terminal.until(r"retry 1 request \(1 failure\)\? \[y/N\]: ")
+        terminal.type("y\n")
+        output = terminal.process.stdout.read().decode()
+        terminal.process.stdout.close()
+        assert terminal.end() == 0
+    assert re.fullmatch(r"[0-9a-f-]{36}\n", output)
+
+
 # ---------------------------------------------------------------- abort, reprioritise, retry
 
 
@@ -228,7 +239,7 @@ def test_requests_are_aborted_by_what_they_have_in_common(run, scheduler):
 
     done = run("abort", "--group", "theirs", "--older-than", "1h", "--yes", "--reason", "enough")
 
-    assert done == (0, "1 request aborted, 1 running ones end a little later\n", "")
+    assert done == (0, "1 request aborted, 1 running one will end a little later\n", "")
     assert states(scheduler) == ["aborted", "running", "success", "pending", "pending"]
     assert scheduler.views[running].abort == "enough"
     assert [query.ids for query in scheduler.queries if isinstance(query, AbortRequests)] == [[running, old]]
