@@ -15,10 +15,10 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from mqworker import Task, __version__, cli_artifact
+from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
-from mqworker.lifecycle import FINAL, State
+from mqworker.lifecycle import FINAL
 from mqworker.messages import After, RequestView, encode_line
 from mqworker.rehearsal import Given, kept_directory, rehearse
 from mqworker.screen import (
@@ -26,15 +26,14 @@ from mqworker.screen import (
     artifact_table,
     because,
     check_table,
-    pool_line,
     printable_lines,
     request_page,
-    request_table,
     task_table,
-    worker_table,
 )
 from mqworker.shell import (
+    DID_NOT_SUCCEED,
     INTERRUPTED,
+    REQUESTS,
     AsJson,
     Shell,
     print_json,
@@ -50,13 +49,15 @@ from mqworker.shell import (
 from mqworker.task import load_tasks
 
 EXIT_CODES: Final = (
-    "Exit codes: 0 it went well; 1 the work did not succeed, or something unexpected; 2 what was asked for cannot be "
-    "done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; 130 Ctrl-C.\n\n"
+    "Exit codes: 0 it went well; 1 the work did not succeed, or nobody can do it, or something unexpected; 2 what was "
+    "asked for cannot be done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; "
+    "130 Ctrl-C.\n\n"
     "Settings: a flag, else MQWORKER_* in the environment, else the first of --config, MQWORKER_CONFIG, "
     "./mqworker.toml, ~/.config/mqworker.toml and /etc/mqworker/mqworker.toml, else a default."
 )
-DID_NOT_SUCCEED: Final = 1
 MACHINE_NOT_RIGHT: Final = 3
+RESIDENTS: Final = "Residents"
+HERE: Final = "Here and now"
 BUILD_LOG: Final = "debian:package-build-log"
 DEBUG_LOGS: Final = "mqworker:debug-logs"
 
@@ -67,10 +68,11 @@ application = typer.Typer(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-application.add_typer(cli_artifact.application, name="artifact")
+application.add_typer(cli_requests.application)  # without a name: its commands are ours
+application.add_typer(cli_pool.application)
+application.add_typer(cli_artifact.application, name="artifact", rich_help_panel=REQUESTS)
 
 RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id, or a unique beginning of it.")]
-RequestIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Requests' ids, or unique beginnings of them.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name; `mqworker tasks` lists them.")]
 Data = Annotated[str | None, typer.Option("--data", "-d", metavar="JSON", help="Task data, one JSON object.")]
 DataFile = Annotated[
@@ -113,7 +115,7 @@ def general(
 # ---------------------------------------------------------------- requests
 
 
-@application.command()
+@application.command(rich_help_panel=REQUESTS)
 def submit(
     context: typer.Context,
     *,
@@ -215,7 +217,7 @@ def _end(view: RequestView, *, as_json: bool, alone: bool) -> None:
         raise typer.Exit(DID_NOT_SUCCEED)
 
 
-@application.command("show")
+@application.command("show", rich_help_panel=REQUESTS)
 def show_(context: typer.Context, *, request: RequestId, as_json: AsJson = False) -> None:
     """Show all that is known of a request."""
     shell: Shell = context.obj
@@ -224,24 +226,7 @@ def show_(context: typer.Context, *, request: RequestId, as_json: AsJson = False
     print_json(view) if as_json else show(request_page(view, time.time()))
 
 
-@application.command("list")
-def list_(
-    context: typer.Context,
-    *,
-    state: Annotated[list[State] | None, typer.Option(help="Only those in this state; may be repeated.")] = None,
-    task: Annotated[str | None, typer.Option(help="Only those of this task.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Only those on this worker.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10000, help="At most so many.")] = 50,
-    as_json: AsJson = False,
-) -> None:
-    """List requests, newest first."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        views = client.list(states=[one.value for one in state or ()], task=task, worker=worker, limit=limit)
-    print_json(views) if as_json else show(request_table(views, time.time()))
-
-
-@application.command()
+@application.command(rich_help_panel=REQUESTS)
 def logs(
     context: typer.Context,
     *,
@@ -298,53 +283,10 @@ def _follow_logs(client: Client, request: str, *, as_json: bool) -> None:
         _watch(stream, request, logs=True)
 
 
-@application.command()
-def abort(
-    context: typer.Context,
-    *,
-    ids: RequestIds,
-    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept.")] = "aborted from the command line",
-    as_json: AsJson = False,
-) -> None:
-    """Stop requests, wherever they are; a running one ends a little later."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        views = client.abort(ids, reason)
-    print_json(views) if as_json else show(request_table(views, time.time()))
+# ---------------------------------------------------------------- tasks
 
 
-@application.command()
-def retry(context: typer.Context, *, request: RequestId, as_json: AsJson = False) -> None:
-    """Do an ended request anew, as a new request, and print its id."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        new_id = client.retry(request)
-    print_json({"id": new_id}) if as_json else typer.echo(new_id)
-
-
-# ---------------------------------------------------------------- the pool
-
-
-@application.command()
-def workers(
-    context: typer.Context,
-    *,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Ask them to look at their hosts again.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List the workers that the scheduler knows."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        found = client.refresh_workers() if refresh else client.workers()
-        pool = client.pool()
-    if as_json:
-        print_json(found)
-        return
-    show(worker_table(found, time.time()))
-    typer.echo(f"\n{pool_line(pool)}")
-
-
-@application.command()
+@application.command(rich_help_panel=HERE)
 def tasks(
     *,
     name: Annotated[str | None, typer.Argument(metavar="TASK", help="One task: print its schema.")] = None,
@@ -377,7 +319,7 @@ def _what(task: type[Task]) -> str:
 # ---------------------------------------------------------------- residents
 
 
-@application.command()
+@application.command(rich_help_panel=RESIDENTS)
 def scheduler(
     context: typer.Context,
     *,
@@ -415,7 +357,7 @@ def scheduler(
     )
 
 
-@application.command()
+@application.command(rich_help_panel=RESIDENTS)
 def worker(
     context: typer.Context,
     *,
@@ -473,7 +415,7 @@ def worker(
     )
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def demo(
     context: typer.Context,
     *,
@@ -504,7 +446,7 @@ def demo(
 # ---------------------------------------------------------------- here and now
 
 
-@application.command("run")
+@application.command("run", rich_help_panel=HERE)
 def run_(
     *,
     task: TaskName,
@@ -546,7 +488,7 @@ def _input(text: str, task: str) -> tuple[int, Given]:
     return int(number), cli_artifact.read_debian(path)
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
     """Look at broker, rights, scheduler, store, ledger, directories, tasks and tools: each line ok, or what to do."""
     silence_logging()
@@ -573,7 +515,7 @@ def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
         raise typer.Exit(MACHINE_NOT_RIGHT)
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def version(*, as_json: AsJson = False) -> None:
     """Print the version."""
     python = platform.python_version()

@@ -1,4 +1,4 @@
-"""The client: submit, wait, look, abort, follow and fetch, from a script or a shell.
+"""The client: submit, wait, look, command, follow and fetch, from a script or a shell.
 
 A synchronous face: an asyncio loop in a background thread holds the broker connection, and every call waits on an
 event there, so that Ctrl-C works at any time. Knows the broker by amqp, the bytes by store, and no ledger: whatever it
@@ -8,6 +8,7 @@ knows of requests, a scheduler has told it.
 import asyncio
 import re
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Literal, Self, TypeVar, cast
 
 import msgspec
 
@@ -43,15 +44,25 @@ from mqworker.messages import (
     Answer,
     Artifact,
     ArtifactList,
+    Capability,
+    CapabilityList,
+    CountRequests,
+    Explain,
+    Explanation,
     FileEntry,
+    GetCapabilities,
     GetPool,
     GetRequests,
     ImportArtifact,
     ListArtifacts,
+    ListPauses,
     ListRequests,
     ListWorkers,
     LogProgress,
     LogText,
+    Pause,
+    PauseList,
+    PauseView,
     Pool,
     Problem,
     Query,
@@ -60,14 +71,19 @@ from mqworker.messages import (
     RecordedArtifact,
     RefreshWorkers,
     Relation,
+    Reprioritise,
     Request,
+    RequestCount,
     RequestEvent,
     RequestList,
     RequestState,
     RequestView,
+    Resume,
     RetryRequest,
+    StuckEvent,
     Submit,
     Take,
+    WorkerEvent,
     WorkerList,
     WorkerView,
     decode,
@@ -78,14 +94,21 @@ from mqworker.store import Store
 from mqworker.topology import Topology
 
 Followed = LogText | LogProgress | RequestEvent
+PoolEvent = RequestEvent | WorkerEvent | StuckEvent
+Heard = Followed | PoolEvent
+Pausable = Literal["worker", "task", "group"]
 Views = list[RequestView]  # in a class that has a method `list`, list[...] is no type
 Workers = list[WorkerView]
+Pauses = list[PauseView]
+Events = list[PoolEvent]
+Ids = list[str]
 Artifacts = list[RecordedArtifact]
 Paths = list[Path]
 Receipts = list[Receipted]
 Items = list[Followed]
 _T = TypeVar("_T")
 _Naming = TypeVar("_Naming", After, Take)
+_Query = TypeVar("_Query", bound=Query)
 
 FIRST_CONNECT_SECONDS: Final = 5.0  # who calls a command should not wait half a minute for a wrong port
 RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy costs the scheduler a look
@@ -94,7 +117,8 @@ PAUSE_SECONDS: Final = 0.2  # after the broker refused a message that it was sen
 BATCH_BYTES: Final = 1024 * 1024  # an eighth of what a message may have
 REQUEST_BYTES: Final = 4 * 1024 * 1024  # a ticket, an answer and a message carry it with words around it
 BATCHES_AT_ONCE: Final = 4
-VIEWS_IN_AN_ANSWER: Final = 100
+VIEWS_IN_AN_ANSWER: Final = 100  # as long as nobody knows how large they are
+MOST_VIEWS_IN_AN_ANSWER: Final = 1000
 FOLLOW_PREFETCH: Final = 500  # what a slow reader has in memory; the rest waits at the broker
 
 _FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -134,6 +158,9 @@ class Client:
         self._line: _Line | None = None
         self._answers: dict[str, asyncio.Future[bytes]] = {}
         self._follows: set[_Follow] = set()
+        self._requests_at_once = _Fit()
+        self._workers_at_once = _Fit()
+        self._classes_at_once = _Fit()
 
     # ------------------------------------------------------------ open and close
 
@@ -278,12 +305,73 @@ class Client:
         states: Sequence[RequestState] = (),
         task: str | None = None,
         worker: str | None = None,
+        group: str | None = None,
+        submitted_before: float | None = None,
         limit: int = 50,
         before: int | None = None,
+        oldest: bool = False,
     ) -> Views:
-        """Return the newest requests that match, without their attempts; `before` is the seq to go on below."""
-        query = ListRequests(states=[*states], task=task, worker=worker, limit=limit, before=before)
+        """Return the newest requests that match (or the oldest, oldest first), without their attempts.
+
+        `before` is the seq to go on below; `submitted_before` is in seconds since the epoch.
+        """
+        query = ListRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=submitted_before,
+            limit=limit,
+            before=before,
+            oldest=oldest,
+        )
         return self._ask(query, RequestList).requests
+
+    def select(
+        self,
+        *,
+        states: Sequence[RequestState] = (),
+        task: str | None = None,
+        worker: str | None = None,
+        group: str | None = None,
+        older_than: float | None = None,
+        submitted_before: float | None = None,
+        limit: int | None = None,
+        before: int | None = None,
+    ) -> Iterator[RequestView]:
+        """Go through all requests that match, newest first, without their attempts; any number of them.
+
+        `older_than` is in seconds, from this call on; what is submitted while the reader reads is not among them.
+        """
+        query = ListRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=_earlier(submitted_before, older_than),
+            before=before,
+        )
+        return self._pages(query, limit)
+
+    def count(
+        self,
+        *,
+        states: Sequence[RequestState] = (),
+        task: str | None = None,
+        worker: str | None = None,
+        group: str | None = None,
+        older_than: float | None = None,
+        submitted_before: float | None = None,
+    ) -> int:
+        """Count the requests that match; as for `select`."""
+        query = CountRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=_earlier(submitted_before, older_than),
+        )
+        return self._ask(query, RequestCount).number
 
     def abort(self, ids: Iterable[str], reason: str) -> Views:
         """Stop requests, wherever they are, and return them; a running one ends a little later.
@@ -291,31 +379,51 @@ class Client:
         Raises:
             NotFound: some are not there; the others are being stopped.
         """
-        views: Views = []
-        missing: list[str] = []
-        asked = [*ids]
-        for start in range(0, len(asked), VIEWS_IN_AN_ANSWER):
-            part = asked[start : start + VIEWS_IN_AN_ANSWER]
-            answer = self._ask(AbortRequests(ids=part, reason=reason), RequestList)
-            views += answer.requests
-            missing += answer.missing
-        if missing:
-            others = f"; the other {len(views)} are being stopped" if views else ""
-            raise NotFound(f"{_no_request(missing)}{others}")
-        return views
+        return self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped")
 
-    def retry(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
+    def reprioritise(self, ids: Iterable[str], priority: int) -> Views:
+        """Give requests another priority, and return them; to those that have ended it means nothing.
+
+        Raises:
+            NotFound: some are not there; the others have it.
+            Rejected: there is no such priority.
+        """
+        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it")
+
+    def retry(self, id: str, *, new_id: str | None = None) -> str:  # noqa: A002  # the word for it everywhere else
         """Ask for an ended request to be done anew and return the id of the new request.
+
+        With a `new_id` of the caller's own, the same call again is the same new request.
 
         Raises:
             NotFound: there is no such request.
-            Rejected: it has not ended.
+            Conflict: it has not ended.
+            Rejected: the scheduler would not accept it any more.
         """
-        new_id = str(uuid.uuid4())
+        new_id = new_id or str(uuid.uuid4())
         answer = self._ask(RetryRequest(id=id, new_id=new_id), RequestList)
         if answer.missing:
             raise NotFound(_no_request(answer.missing))
         return new_id
+
+    def explain(self, id: str) -> Explanation:  # noqa: A002  # the word for it everywhere else
+        """Say who can run a request and who cannot, and why it waits; a unique beginning of the id is enough.
+
+        Raises:
+            NotFound: the ledger has no such request.
+        """
+        return self._ask(Explain(id=self._full_id(id)), Explanation)
+
+    def explain_task(
+        self, task: str, data: Mapping[str, Any] | None = None, requires: Mapping[str, Any] | None = None
+    ) -> Explanation:
+        """Say who could run a request that is not submitted.
+
+        Raises:
+            Rejected: it would not be accepted.
+        """
+        schema = None if requires is None else dict(requires)
+        return self._ask(Explain(task=task, data=dict(data or {}), requires=schema), Explanation)
 
     def follow_logs(self, id: str | None = None) -> Generator[Followed, None, None]:  # noqa: A002  # as above
         """Follow what a request prints, its progress and its changes of state, until it is final; None: all, for ever.
@@ -337,8 +445,16 @@ class Client:
     # ------------------------------------------------------------ the pool
 
     def workers(self) -> Workers:
-        """Return the workers that the scheduler knows."""
-        return self._ask(ListWorkers(), WorkerList).workers
+        """Return the workers that the scheduler knows, in the order of their names."""
+        workers: Workers = []
+        fit = self._workers_at_once
+        while True:
+            limit = fit.number
+            page = self._ask(ListWorkers(limit=limit, after=workers[-1].name if workers else None), WorkerList)
+            workers += page.workers
+            if len(page.workers) != limit:
+                return workers
+            fit.learn(limit, page)
 
     def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
         """Ask workers to look at their hosts again (no names: all), and return what is known now."""
@@ -347,6 +463,49 @@ class Client:
     def pool(self) -> Pool:
         """Return how the scheduler is."""
         return self._ask(GetPool(), Pool)
+
+    def capabilities(self) -> CapabilityList:
+        """Return the capability classes: workers that no known request tells apart."""
+        classes: list[Capability] = []
+        fit = self._classes_at_once
+        while True:
+            limit = fit.number
+            query = GetCapabilities(limit=limit, after=classes[-1].name if classes else None)
+            page = self._ask(query, CapabilityList)
+            classes += page.classes
+            if len(page.classes) != limit:
+                return msgspec.structs.replace(page, classes=classes)
+            fit.learn(limit, page)
+
+    def pause(self, kind: Pausable, name: str, reason: str = "") -> Pauses:
+        """Give a worker, a task or a group no slot any more, and return what is paused; what runs goes on.
+
+        A name that nobody knows is paused too: it may come.
+
+        Raises:
+            Rejected: it cannot be a name.
+        """
+        return self._ask(Pause(kind=kind, name=name, reason=reason), PauseList).pauses
+
+    def resume(self, kind: Pausable, name: str) -> Pauses:
+        """End a pause, if there is one, and return what is still paused.
+
+        Raises:
+            Rejected: it cannot be a name.
+        """
+        return self._ask(Resume(kind=kind, name=name), PauseList).pauses
+
+    def pauses(self) -> Pauses:
+        """Return what is paused."""
+        return self._ask(ListPauses(), PauseList).pauses
+
+    def follow_events(self, *, quiet: float | None = None) -> Generator[Events, None, None]:
+        """Follow what happens in the pool, for ever: in sets, as it comes.
+
+        An empty set comes after `quiet` seconds without any, and with a new connection: of what happened before it
+        nobody has heard. Listens from this call on.
+        """
+        return self._happenings(self._call(self._open_follow(((self._topology.events, "#"),))), quiet)
 
     # ------------------------------------------------------------ artifacts
 
@@ -486,7 +645,46 @@ class Client:
         return msgspec.structs.replace(one, request=self._full_id(one.request))
 
     def _ask(self, query: Query, kind: type[_T]) -> _T:
-        return self._call(self._answer(query, kind, self._deadline()))
+        return self._call(self._answer(_checked(query), kind, self._deadline()))
+
+    def _command(self, ids: Iterable[str], query: Callable[[Ids], Query], done: str) -> Views:
+        """Ask for something to be done to any number of requests, and return them."""
+        views: Views = []
+        missing: Ids = []
+        left = [*ids]
+        fit = self._requests_at_once
+        while left:
+            part = left[: fit.number]
+            left = left[fit.number :]
+            answer = self._ask(query(part), RequestList)
+            fit.learn(len(answer.requests), answer)
+            views += answer.requests
+            missing += answer.missing
+        if missing:
+            others = f"; the other {len(views)} {done}" if views else ""
+            raise NotFound(f"{_no_request(missing)}{others}")
+        return views
+
+    def _pages(self, query: ListRequests, limit: int | None) -> Iterator[RequestView]:
+        fit = self._requests_at_once
+        while limit is None or limit > 0:
+            number = fit.number if limit is None else min(fit.number, limit)
+            page = self._ask(msgspec.structs.replace(query, limit=number), RequestList)
+            yield from page.requests
+            if len(page.requests) < number:
+                return
+            fit.learn(number, page)
+            limit = None if limit is None else limit - number
+            query = msgspec.structs.replace(query, before=page.requests[-1].seq)
+
+    def _happenings(self, follow: "_Follow", quiet: float | None) -> Generator[Events, None, None]:
+        try:
+            while True:
+                items = self._call(follow.take(quiet))
+                yield [item for item in items if isinstance(item, PoolEvent)]
+        finally:
+            if self._thread is not None and self._broken is None:
+                self._call(self._close_follow(follow))
 
     def _deadline(self) -> Callable[[], float]:
         """Return a clock of the seconds that are left for a call; it starts in the loop, at its first reading."""
@@ -671,18 +869,31 @@ class Client:
         """Return what came next; never nothing."""
         while True:
             items = await follow.take(LOOK_AGAIN_SECONDS)
-            found = [item for item in items if item is not None and request in {None, item.request}]
+            found = [item for item in items if isinstance(item, Followed) and request in {None, item.request}]
             missed = not items or None in items  # nothing for a while, or a new connection
             if missed and request is not None and not any(_is_end(item) for item in found):
                 first, follow.looked = not follow.looked, True
                 look = self._views if first else self._look_patiently
                 [view] = await look([request], self._deadline() if first else _countdown(None))
                 if view.state in FINAL:
-                    found += [item for item in follow.take_now() if item is not None and item.request == request]
+                    more = follow.take_now()
+                    found += [item for item in more if isinstance(item, Followed) and item.request == request]
                     if not any(_is_end(item) for item in found):
                         found.append(_end_of(view))
             if found:
                 return found
+
+
+class _Fit:
+    """Learn how many views fit into an answer: of small ones many, so that few answers do; of large ones few."""
+
+    def __init__(self) -> None:
+        self.number = VIEWS_IN_AN_ANSWER
+
+    def learn(self, number: int, answer: msgspec.Struct) -> None:
+        """Take so many views in one answer as an example."""
+        if number:
+            self.number = max(1, min(MOST_VIEWS_IN_AN_ANSWER, number * BATCH_BYTES // len(encode(answer))))
 
 
 class _Line:
@@ -747,7 +958,7 @@ class _Follow:
     async def close(self) -> None:
         await self._line.__aexit__(None, None, None)
 
-    async def take(self, seconds: float) -> list[Followed | None]:
+    async def take(self, seconds: float | None) -> list[Heard | None]:
         """Return all that has arrived, waiting for the first of it; nothing if it does not come."""
         try:
             first = await asyncio.wait_for(self._arrived.get(), seconds)
@@ -755,17 +966,17 @@ class _Follow:
             return []
         return [self._read(first), *self.take_now()]
 
-    def take_now(self) -> list[Followed | None]:
-        items: list[Followed | None] = []
+    def take_now(self) -> list[Heard | None]:
+        items: list[Heard | None] = []
         while not self._arrived.empty():
             items.append(self._read(self._arrived.get_nowait()))
         return items
 
-    def _read(self, delivery: Delivery | None) -> Followed | None:
+    def _read(self, delivery: Delivery | None) -> Heard | None:
         if delivery is None:
             return None
         self._line.link.ack(delivery)
-        item: Followed = decode(delivery.body, cast("Any", Followed))
+        item: Heard = decode(delivery.body, cast("Any", Heard))
         return item
 
 
@@ -783,6 +994,26 @@ def _countdown(seconds: float | None) -> Callable[[], float]:
         return end - now
 
     return left
+
+
+def _earlier(submitted_before: float | None, older_than: float | None) -> float | None:
+    """Return the time before which requests must have been submitted."""
+    if older_than is None:
+        return submitted_before
+    then = time.time() - older_than
+    return then if submitted_before is None else min(then, submitted_before)
+
+
+def _checked(query: _Query) -> _Query:
+    """Return a query as the scheduler will read it.
+
+    Raises:
+        Rejected: it cannot read it: a name, a number or a text is not what it may be.
+    """
+    try:
+        return decode(encode(query), type(query))
+    except (Unreadable, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise Rejected(f"the query {tag_of(query)} cannot be: {error}") from error
 
 
 def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:

@@ -349,11 +349,12 @@ class Selection(Struct, frozen=True, kw_only=True):
 
 
 class ListRequests(Selection, frozen=True, kw_only=True, tag="list_requests"):
-    """Ask for the newest requests that match, without attempts."""
+    """Ask for the newest requests that match, or the oldest, without attempts."""
 
     v: int = VERSION
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
     before: Positive | None = None  # seq: go on below it
+    oldest: bool = False  # the oldest that match, and first of all the very oldest
 
 
 class CountRequests(Selection, frozen=True, kw_only=True, tag="count_requests"):
@@ -387,9 +388,11 @@ class RetryRequest(Struct, frozen=True, kw_only=True, tag="retry_request"):
 
 
 class ListWorkers(Struct, frozen=True, kw_only=True, tag="list_workers"):
-    """Ask who is in the pool."""
+    """Ask who is in the pool, in the order of their names."""
 
     v: int = VERSION
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
+    after: str | None = None  # go on behind this name
 
 
 class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
@@ -452,9 +455,11 @@ class Explain(Struct, frozen=True, kw_only=True, tag="explain"):
 
 
 class GetCapabilities(Struct, frozen=True, kw_only=True, tag="get_capabilities"):
-    """Ask for the capability classes."""
+    """Ask for the capability classes, in the order of their names."""
 
     v: int = VERSION
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
+    after: str | None = None  # go on behind this name
 
 
 class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
@@ -658,8 +663,13 @@ class Pool(Struct, frozen=True, kw_only=True, tag="pool"):
     version: str
     store: str
     requests: dict[str, int]  # state to number
-    workers: int
+    workers: int  # online
     classes: int
+    paused: int = 0  # of those online
+    offline: int = 0
+    refused: int = 0
+    slots: int = 0  # of those online; paused ones give none
+    busy: int = 0  # slots that run something
 
 
 class Problem(Struct, frozen=True, kw_only=True, tag="problem"):

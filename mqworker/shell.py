@@ -25,6 +25,13 @@ INTERRUPTED: Final = 130  # as a shell says it of SIGINT
 BROKEN_PIPE: Final = 141  # ... and of SIGPIPE
 USAGE: Final = 2
 UNEXPECTED: Final = 1
+DID_NOT_SUCCEED: Final = 1
+
+# What `--help` puts together.
+REQUESTS: Final = "Requests"
+POOL: Final = "The pool"
+
+SECONDS: Final[Mapping[str, float]] = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -179,6 +186,17 @@ def read_take(text: str) -> Take:
             f" /input/source_artifact_id=0b9de263:debian:source-package, got {text!r}"
         )
     return Take(into=match[1], request=match[2].lower(), category=match[3])
+
+
+def read_duration(text: str) -> float:
+    """Read a duration like 90s, 15m, 2h, 3d or 1h30m, in seconds.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if not re.fullmatch(r"(\d+(\.\d+)?[smhdw])+", text):
+        raise typer.BadParameter(f"expected a duration like 90s, 15m, 2h or 3d, got {text!r}")
+    return sum(float(number) * SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw])", text))
 
 
 def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:
