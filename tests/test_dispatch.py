@@ -14,10 +14,12 @@ WORKERS = ("w1", "w2", "w3")
 WEIGHTS = {"heavy": 2.0}
 LIMITS = {"two": 2}
 LANES = [
-    Lane(requirement, priority, group, key)
-    for requirement, priority, group, key in itertools.product(
-        REQUIREMENTS, (0, 1), ("light", "heavy"), (None, "one", "two")
-    )
+    Lane("x", 0, "light", None),
+    Lane("x", 0, "heavy", None),
+    Lane("y", 0, "light", "one"),
+    Lane("y", 0, "heavy", "two"),
+    Lane("z", 1, "light", "one"),
+    Lane("z", 0, "heavy", "two"),
 ]
 MANY = LEAST_HEADS + 3
 
@@ -101,8 +103,15 @@ class DispatchIsFair(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ what happens
 
-    @initialize(offered=st.booleans())
-    def a_pool_at_work(self, offered):
+    @initialize(restored=st.sets(st.sampled_from(LANES)), offered=st.booleans())
+    def a_pool_at_work(self, restored, offered):
+        for lane in sorted(restored, key=LANES.index):
+            for _ in range(MANY):
+                self.the_ledger_accepts(lane)
+            self.dispatch.restore(lane, MANY)
+        for request in self.untold:
+            self.waiting[request] = self.known[request]
+        self.untold.clear()
         for name, capable in (("a", {"x", "y"}), ("b", {"y", "z"})):
             self.dispatch.add_class(name)
             self.capable[name] = capable
@@ -111,8 +120,6 @@ class DispatchIsFair(RuleBasedStateMachine):
         for worker, own in zip(WORKERS, ("a", "b", "b"), strict=True):
             self.dispatch.supply(worker, capability_class=own, slots=1, busy=())
             self.supplies[worker] = (own, 1, set())
-        for lane in LANES[::5]:
-            self.requests_come(lane, 1)
         if offered:
             self.requests_are_offered()
 
@@ -122,12 +129,9 @@ class DispatchIsFair(RuleBasedStateMachine):
             seq = self.number()
             self.enter(f"r{seq}", lane, seq)
 
-    @rule(lane=st.sampled_from(LANES[:5]))
-    def a_flood_comes(self, lane):
-        self.requests_come(lane, MANY)
-
-    @rule(lane=st.sampled_from(LANES[:5]))
-    def the_ledger_accepts_what_dispatch_does_not_know_yet(self, lane):
+    @rule(lane=st.sampled_from(LANES))
+    def the_ledger_accepts(self, lane):
+        """It is read from before dispatch is told."""
         seq = self.number()
         self.ledger[f"r{seq}"] = self.known[f"r{seq}"] = (lane, seq)
         self.untold.append(f"r{seq}")
@@ -196,10 +200,14 @@ class DispatchIsFair(RuleBasedStateMachine):
             self.dispatch.absent(before, seq)
         self.enter(request, lane, seq)
 
-    @rule(number=st.integers(1, 5))
-    def the_ledger_reads(self, number):
-        """In any order: the answers are told later still."""
-        for place, (want, rows) in enumerate(self.asked[:number]):
+    @rule()
+    def heads_are_asked_for(self):
+        self.asked += [(want, None) for want in self.dispatch.wants(self.newest)]
+
+    @rule()
+    def the_ledger_reads(self):
+        """The answers arrive later, when this may be true no more."""
+        for place, (want, rows) in enumerate(self.asked):
             if rows is None:
                 found = sorted(
                     (seq, request)
@@ -210,16 +218,20 @@ class DispatchIsFair(RuleBasedStateMachine):
 
     @rule()
     def answers_arrive(self):
-        arrived, self.asked = (
-            [ask for ask in self.asked if ask[1] is not None],
-            [ask for ask in self.asked if ask[1] is None],
-        )
+        arrived = [ask for ask in self.asked if ask[1] is not None]
+        self.asked = [ask for ask in self.asked if ask[1] is None]
         for want, rows in arrived:
             taken = self.dispatch.heads(want, rows)
             assert set(taken) <= {request for request, _ in rows} - self.in_memory
             for request in taken:
                 self.in_memory.add(request)
                 self.waiting[request] = self.known[request]
+
+    @rule()
+    def the_ledger_answers(self):
+        self.heads_are_asked_for()
+        self.the_ledger_reads()
+        self.answers_arrive()
 
     @precondition(lambda self: len(self.capable) < 4)
     @rule(requirements=st.sets(st.sampled_from(REQUIREMENTS)))
@@ -277,7 +289,7 @@ class DispatchIsFair(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         worker=st.sampled_from(WORKERS),
-        slots=st.integers(0, 3),
+        slots=st.sampled_from([0, 1, 2, 20]),
         busy=st.sets(st.sampled_from(["t1", "t2"])),
     )
     def a_worker_reports(self, data, worker, slots, busy):
@@ -337,7 +349,7 @@ class DispatchIsFair(RuleBasedStateMachine):
         for name, left in credit.items():
             fit, blanks = self.fit(name), self.blanks(name)
             assert left <= 0 or not fit or (blanks and blanks[0] <= fit[0][:3])
-        self.asked += [(want, None) for want in self.dispatch.wants(self.newest)]
+        self.heads_are_asked_for()
         asked = [want.lane for want, _ in self.asked]
         assert len(asked) == len(set(asked))
         for name in self.capable:
@@ -388,9 +400,7 @@ class DispatchIsFair(RuleBasedStateMachine):
             self.dispatch.resume_group(pause)
             self.dispatch.resume_requirement(pause)
         for _ in range(3):
-            self.asked += [(want, None) for want in self.dispatch.wants(self.newest)]
-            self.the_ledger_reads(len(self.asked))
-            self.answers_arrive()
+            self.the_ledger_answers()
         assert self.dispatch.waiting() == 0
         for name in self.capable:
             self.dispatch.remove_class(name)
@@ -400,7 +410,7 @@ class DispatchIsFair(RuleBasedStateMachine):
 
 TestDispatchIsFair = DispatchIsFair.TestCase
 TestDispatchIsFair.settings = settings(
-    max_examples=200, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 
