@@ -12,11 +12,15 @@ def main():
     parser.add_argument("--only", help="leave in only these happenings, by number: 0,3,17")
     parser.add_argument("--trace", action="store_true", help="print the trace in any case")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--quick", action="store_true", help="stop at the first seed that fails, and do not cut it down")
+    parser.add_argument(
+        "--quick", action="store_true", help="stop at the first seed that fails, and do not cut it down"
+    )
     given = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # the order of a set in the product must not change a run
-        os.execve(sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"})  # noqa: S606
-    from tests.sim import runner
+        os.execve(  # noqa: S606  # no shell is wanted
+            sys.executable, [sys.executable, "-m", "tests.sim", *sys.argv[1:]], {**os.environ, "PYTHONHASHSEED": "0"}
+        )
+    from tests.sim import runner  # noqa: PLC0415  # slow, and for nothing before the line above
 
     sys.exit(runner.run(given))
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from mqworker.amqp import Delivery
 from mqworker.errors import BrokerRefused, BrokerUnavailable, NotPublished
-
 from tests.sim.loop import NOBODY, PROCESS
 
 CONNECT_SECONDS = 10.0
@@ -214,7 +213,7 @@ class Broker:
         if message.exchange == "":
             to = next((one for one in self.connections if REPLY + one.epoch == message.key), None)
             if to is not None and to.link.replies is not None:
-                to.down(to.link.heard_reply, to, message)
+                to.down(to.link.replies, message)
             connection.confirm(number, None)
             return
         routed = list(self.bindings.get((message.exchange, message.key), ()))
@@ -425,9 +424,7 @@ class Link:
     def _ask(self, connection):
         plan = self._plan(connection.epoch)
         self.replies = plan.replies
-        tags = []
-        for consumer in plan.consumers:
-            tags.append((consumer, self._tag(connection, consumer)))
+        tags = [(consumer, self._tag(connection, consumer)) for consumer in plan.consumers]
         connection.up(self._carry_out, connection, plan, tags)
 
     def _carry_out(self, connection, plan, tags):
@@ -441,9 +438,7 @@ class Link:
     def _hang_up(self, connection):
         connection.lost("given up")
         if connection.open_there and not connection.cut:
-            self.broker.loop.call_later(
-                0.001, self.broker.drop, connection, "closed by its client", context=NOBODY
-            )
+            self.broker.loop.call_later(0.001, self.broker.drop, connection, "closed by its client", context=NOBODY)
 
     async def wait_up(self, timeout=None):  # noqa: ASYNC109  # as the real one
         until = None if timeout is None else self.broker.loop.now + timeout
@@ -519,9 +514,6 @@ class Link:
         )
         self.broker.watch.delivered(self.process, delivery)
         consumer.on_delivery(delivery)
-
-    def heard_reply(self, connection, message):
-        self.replies(message)
 
     def heard_confirm(self, connection, number, fault):
         future = connection.unconfirmed.pop(number)

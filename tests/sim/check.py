@@ -1,4 +1,4 @@
-"""The promises, checked from outside: it sees messages, the ledger's file, the slots and the plain programs; no logic."""
+"""The promises, checked from outside: by messages, the ledger's file, the slots and the plain programs alone."""
 
 import json
 import sqlite3
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mqworker.messages import Outcomes, Receipt, Report, Submit, Ticket, Verdict, decode
-
 from tests.sim import programs
 from tests.sim.loop import START
 
@@ -77,7 +76,7 @@ class Check:
         self.rows = {}
         self.requests = {}  # id to the request as it was submitted
         self.touched = {}  # request or host's name to when something last happened to it
-        self.alive = {}  # request to {token: (host, child)} of its runs
+        self.alive = {}  # request to {token: host's name} of its runs
         self.outcomes = {}  # token to the outcome that was spooled
         self.claims = {}  # token to the metadata versions it was claimed with
         self.said = {}  # (worker, version) to Facts: all that was ever said
@@ -222,14 +221,14 @@ class Check:
         if old is not None and old.state == "running" and old.token != write.token:
             self.fail("P3", f"the outcome of run {write.token} ended {write.request}, which run {old.token} has")
         if write.token in self.alive.get(write.request, {}) and row.state != "running":
-            host, _ = self.alive[write.request][write.token]
-            self.fail("P2", f"{write.request} has ended ({write.result}) in the ledger while it runs on {host.name}")
-        if write.result == "lost" and self.world.blameless(write.worker) and write.token not in self.world.killed:
+            name = self.alive[write.request][write.token]
+            self.fail("P2", f"{write.request} has ended ({write.result}) in the ledger while it runs on {name}")
+        if write.result == "lost" and self.world.blameless() and write.token not in self.world.killed:
             self.fail("P2", f"run {write.token} of {write.request} was lost in a healthy pool: {write.reason}")
 
     # ------------------------------------------------------------ slots
 
-    def started(self, host, child, order):
+    def started(self, host, order):
         """Take the order to start a run, at the moment that the agent gives it."""
         request = self.requests[order.request.id]
         self._touch(host.name)
@@ -242,18 +241,17 @@ class Check:
         if order.deadline_ns <= host.boottime_ns():
             self.fail("P2", f"{request.id} starts on {host.name} behind its lease")
 
-    def runs_now(self, host, child, order):
+    def runs_now(self, host, order):
         """Take the start of a run in a slot."""
         self._touch(host.name)
         id_, token = order.request.id, order.directory
         others = self.alive.setdefault(id_, {})
         if others:
-            names = {one: holder.name for one, (holder, _) in others.items()}
-            self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {names}")
-        others[token] = (host, child)
+            self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {others}")
+        others[token] = host.name
         self.world.note(host.name, f"runs {id_[-4:]} as {token}")
 
-    def ended(self, host, child, order, word):
+    def ended(self, host, order, word):
         """Take the end of a run in a slot; no word: it was killed."""
         self._touch(host.name)
         self.alive.get(order.request.id, {}).pop(order.directory, None)
@@ -261,7 +259,7 @@ class Check:
             self.world.killed.add(order.directory)
         self.world.note(host.name, f"has ended {order.directory}: {'killed' if word is None else word.result}")
 
-    def spooled(self, host, outcome):
+    def spooled(self, outcome):
         self.outcomes[outcome.token] = outcome
 
     def unspooled(self, host, ref):
@@ -338,7 +336,7 @@ class Check:
                         if type(part).__name__ == "Assign":
                             queue = part.queue
                     self.heard[process] = (verdict.term, queue, delivery.epoch)
-            case "report" if process.name.startswith("scheduler"):
+            case "report" if process.role == "scheduler":
                 report = decode(delivery.body, Report)
                 for part in report.parts:
                     if type(part).__name__ == "Hello":
@@ -445,19 +443,14 @@ class Check:
         if not self.pure(request) or any(worker in facts for worker, _ in self.refused.get(row.id, ())):
             return False
         return all(
-            possible
-            and all(self.can_run(request, one.metadata, one.tasks, (worker, one.version)) for one in possible)
+            possible and all(self.can_run(request, one.metadata, one.tasks, (worker, one.version)) for one in possible)
             for worker, possible in facts.items()
         )
 
     def _judge_match(self, row, queue, facts):
         request = self.requests[row.id]
         able = {
-            worker: [
-                one
-                for one in possible
-                if self.can_run(request, one.metadata, one.tasks, (worker, one.version))
-            ]
+            worker: [one for one in possible if self.can_run(request, one.metadata, one.tasks, (worker, one.version))]
             for worker, possible in facts.items()
         }
         if all(facts.values()) and not any(able.values()):
@@ -491,9 +484,9 @@ class Check:
         if known is None or known[0] != self._news:
             known = self._eligible[host.name] = (self._news, self._eligible_on(host))
         for row, since in known[1]:
-            since = max(since, quiet)
-            if self.loop.now - since > IDLE_SECONDS and (row.not_before is None or self._is_due(row)):
-                self.fail("P5", f"{row.id} waits beside an idle slot of {host.name} since {since - START:.3f}")
+            both = max(since, quiet)
+            if self.loop.now - both > IDLE_SECONDS and (row.not_before is None or self._is_due(row)):
+                self.fail("P5", f"{row.id} waits beside an idle slot of {host.name} since {both - START:.3f}")
 
     def _eligible_on(self, host):
         """List the requests that a host with an idle slot could run, and since when that is so."""
@@ -548,17 +541,20 @@ class Check:
                 self.fail("P3", f"{row.id} is still {row.state} at the end: {row}")
 
     def _may_wait(self, row):
-        """Say whether nobody in the pool can run a request, so that it waits with reason."""
+        """Say whether a request waits with reason: by the scheduler's or by its own word, no worker can run it."""
         request = self.requests[row.id]
-        if row.state != "pending":
-            return False
-        for host in self.world.hosts.values():
-            if host.process is None or host.process.dead:
-                continue
-            if request.task in host.tasks and programs.says(request.task, request.data, host.metadata):
-                if host.name not in programs.Task._sub_tasks[request.task].hidden:
-                    return any(name.startswith("scheduler") for name in programs.Task._sub_tasks[request.task].hidden)
-        return True
+        hidden = programs.Task._sub_tasks[request.task].hidden
+        return row.state == "pending" and (
+            "scheduler" in hidden
+            or not any(
+                host.process is not None
+                and not host.process.dead
+                and host.name not in hidden
+                and request.task in host.tasks
+                and programs.says(request.task, request.data, host.metadata)
+                for host in self.world.hosts.values()
+            )
+        )
 
 
 def _brief(parts):

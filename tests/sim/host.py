@@ -20,7 +20,6 @@ from mqworker.messages import (
 )
 from mqworker.topology import Topology
 from mqworker.worker import Worker
-
 from tests.sim.broker import Link
 from tests.sim.loop import NOBODY
 
@@ -60,9 +59,7 @@ def conduct_of(seed, request, attempt, slow):
     draw = random.Random(f"{seed} {request} {attempt}")
     return Conduct(
         seconds=draw.choice([0.005, 0.05, 0.5, 0.5, 2.0, 2.0, 5.0, slow]) * draw.uniform(0.5, 1.5),
-        end=draw.choices(
-            ["success", "failure", "error", "again", "killed", "broken"], weights=[70, 8, 5, 5, 6, 4]
-        )[0],
+        end=draw.choices(["success", "failure", "error", "again", "killed", "broken"], weights=[70, 8, 5, 5, 6, 4])[0],
         obeys=draw.random() < 0.7,
         stages=draw.randrange(3),
         fresh=draw.random() < 0.1,
@@ -157,7 +154,7 @@ class State:
             raise OSError(28, "no space left on device")
         for outcome in outcomes:
             self._host.spool[outcome.token] = outcome
-            self._host.world.check.spooled(self._host, outcome)
+            self._host.world.check.spooled(outcome)
 
     def unspool(self, ref):
         self._host.spool.pop(ref.token, None)
@@ -202,7 +199,11 @@ class HostedWorker(Worker):
         self._order(
             act.slot,
             RunTask(
-                request=act.request, attempt=act.attempt, inputs=act.inputs, directory=act.token, deadline_ns=act.deadline_ns
+                request=act.request,
+                attempt=act.attempt,
+                inputs=act.inputs,
+                directory=act.token,
+                deadline_ns=act.deadline_ns,
             ),
         )
 
@@ -237,7 +238,7 @@ class Child:
     def order(self, order):
         if self.alive:
             if isinstance(order, RunTask):
-                self._host.world.check.started(self._host, self, order)
+                self._host.world.check.started(self._host, order)
             self._later(0.0003, self._obey, order)
 
     async def wait(self):
@@ -275,7 +276,7 @@ class Child:
                 self.run = order
                 self._set_alarm(order.deadline_ns)
                 conduct = self._conduct = self._host.world.conduct(order.request.id, order.attempt)
-                self._host.world.check.runs_now(self._host, self, order)
+                self._host.world.check.runs_now(self._host, order)
                 for number in range(conduct.stages):
                     self._later(conduct.seconds * (number + 1) / (conduct.stages + 1), self._stage, order, number)
                 self._end = self._later(conduct.seconds, self._conclude, conduct.end)
@@ -313,7 +314,7 @@ class Child:
             return
         order = self._leave_run()
         word = SlotEnded(result=result, reason=None if reason is None else Reason(text=reason), again=again)
-        self._host.world.check.ended(self._host, self, order, word)
+        self._host.world.check.ended(self._host, order, word)
         self._say(word)
         if self._conduct.fresh:
             self._later(0.001, self.die, 0)
@@ -334,7 +335,7 @@ class Child:
             return
         self.alive = self.ready = False
         if self.run is not None:
-            self._host.world.check.ended(self._host, self, self._leave_run(), None)
+            self._host.world.check.ended(self._host, self._leave_run(), None)
         self.stdout.feed_eof()
         self._exit_code = exit_code
         if not self._exited.done():

@@ -14,6 +14,7 @@ class Process:
 
     def __init__(self, name):
         self.name = name
+        self.role = "scheduler" if name.startswith("scheduler") else name
         self.frozen = False
         self.dead = False
         self.held = deque()  # what would have been called since it stopped

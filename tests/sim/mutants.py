@@ -47,9 +47,9 @@ def _caught(patch, seeds):
             check=False,
         )
     told = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
-    what = patch.read_text().partition("\n")[0]
-    print(f"{patch.stem}: {what}")
-    print(f"    {told[0][:200] if told else 'UNNOTICED ' + (done.stderr.strip()[-300:] or '')}  ({time.monotonic() - began:.0f} s)", flush=True)
+    print(f"{patch.stem}: {patch.read_text().partition(chr(10))[0]}")
+    noticed = told[0][:200] if told else f"UNNOTICED {done.stderr.strip()[-300:]}"
+    print(f"    {noticed}  ({time.monotonic() - began:.0f} s)", flush=True)
     return bool(told)
 
 

@@ -6,7 +6,6 @@ import textwrap
 from typing import Any, ClassVar
 
 from mqworker.task import Task, TaskConfigError
-
 from tests.sim.loop import PROCESS
 
 NUMBER_OF_TASKS = 6
@@ -35,7 +34,7 @@ class Generated(Task, mixin=True):
 
     source: ClassVar[str] = ""
     program: ClassVar[Any] = None
-    hidden: ClassVar[frozenset[str]] = frozenset()  # processes in which it says "no" against its contract
+    hidden: ClassVar[frozenset[str]] = frozenset()  # roles of processes in which it says "no" against its contract
     TERMINATE_GRACE = 1.0
 
     def configure(self, task_data):
@@ -45,7 +44,7 @@ class Generated(Task, mixin=True):
 
     def can_run_on(self, worker_metadata):
         process = PROCESS.get()
-        if process is not None and process.name in self.hidden:
+        if process is not None and process.role in self.hidden:
             return False
         return type(self).program(self.data, worker_metadata)
 
@@ -103,12 +102,14 @@ class _Writer:
         """Write something that is true or false."""
         if depth and self.random.random() < 0.5:
             one, other = self.condition(depth - 1), self.condition(depth - 1)
-            return self.pick(f"({one} and {other})", f"({one} or {other})", f"(not {one})", f"({one} if {other} else False)")
+            return self.pick(
+                f"({one} and {other})", f"({one} or {other})", f"(not {one})", f"({one} if {other} else False)"
+            )
         key = self.random.choice(["arch", "mem", "n", "free"])
         return self.pick(
-            f"m.get('arch') == d.get('arch')",
-            f"m.get('arch') == d.get('arch')",
-            f"m.get('mem', 0) >= d.get('mem', 0)",
+            "m.get('arch') == d.get('arch')",
+            "m.get('arch') == d.get('arch')",
+            "m.get('mem', 0) >= d.get('mem', 0)",
             f"m[{key!r}] == {self.constant(key)}",
             f"m.get({key!r}) == {self.constant(key)}",
             f"m.get({key!r}) in ({self.constant(key)}, {self.constant(key)})",
@@ -129,7 +130,7 @@ class _Writer:
             "list(m)[0] == 'arch'",
             "sorted(m)[-1] == 'tools'",
             "m == {**m}",
-            f"m != {{'arch': 'amd64'}}",
+            "m != {'arch': 'amd64'}",
             f"next(iter(reversed(m))) == {self.key()}",
             "d.get('deep', {}).get('n', 1) == m.get('n')",
             "d['deep']['n'] == m['n']",

@@ -4,7 +4,6 @@ import random
 from dataclasses import dataclass, field
 
 from mqworker.messages import Request
-
 from tests.sim import programs
 
 FAULTS = (

@@ -1,6 +1,7 @@
 """Carry out a scenario: start and end processes, do what happens, and let the check look on."""
 
 import asyncio
+import atexit
 import logging
 import random
 import shutil
@@ -16,7 +17,6 @@ from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
 from mqworker.topology import Topology
-
 from tests.sim import programs
 from tests.sim.broker import REPLY, Broker, Link
 from tests.sim.check import FINAL, Check
@@ -82,8 +82,8 @@ class World:
         if self.trace is not None and not self.loop.burying:
             self.trace.append(f"{self.loop.now - START:9.3f}  {who:12} {text}")
 
-    def blameless(self, worker):
-        """Say whether a worker's runs have no excuse to be lost."""
+    def blameless(self):
+        """Say whether a run has no excuse to be lost."""
         return self.loop.now > self.quiet_from + LONGEST_LEASE + 20 or self.calm
 
     def _delay(self, _executor):
@@ -427,7 +427,5 @@ def _empty_ledger():
     """Make a ledger to copy: its tables take longer than a run's."""
     directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=MEMORY))
     Ledger.open(f"sqlite:///{directory / 'empty.db'}").close()
-    import atexit
-
     atexit.register(shutil.rmtree, directory)
     return directory / "empty.db"
