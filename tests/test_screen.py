@@ -178,7 +178,7 @@ def test_a_request_is_shown_with_what_it_was_given_and_without_what_it_was_not()
         group="security",
         concurrency_key="mirror",
         requires={"required": ["gpu"]},
-        after=[After(request=other, need="end"), After(request=ID)],
+        after=[After(request=other, need="end")],
         take=[Take(into="/input/id", request=ID, category="debian:source")],
     )
     text = drawn(screen.request_page(view(request=request, state="pending", after=[other], waits="w"), NOW))
