@@ -7,8 +7,9 @@ A lane is the requests that only their age tells apart: one requirement class, p
 Of each lane only the oldest are in memory, its heads; the rest are in the ledger and merely counted. A lane's horizon
 parts them: every waiting request of it up to that number is in memory, and it is infinite when nothing is behind.
 
-The better of two requests (P8): higher priority; then the group with the smaller share, which is what it has offered
-and running by its weight; then older. Nothing ages: a request of lower priority waits for as long as better ones come.
+The better of two requests (P8): higher priority; then the group with the smaller share; then older. A share is what a
+group has offered and running now, by its weight; of equals, that is smaller which was given less lately, since one
+slot is nobody's between two runs. Nothing ages: a request of lower priority waits for as long as better ones come.
 
 The order is kept, never searched: lanes that their key alone tells apart make a bundle, bundles of one group at one
 priority a team, teams of one priority a tier; each knows its oldest, and each is a sorted line of the smaller ones.
@@ -34,6 +35,9 @@ LEAST_HEADS: Final = 8  # a lane, however many there are
 MOST_HEADS: Final = 256  # a lane, however few there are
 ROWS_AT_ONCE: Final = 20_000  # asked for in one go, so that no answer keeps the ledger for long
 SPARE_PLACES: Final = 16  # void places that a bundle may hold before it is worth a look at all of them
+FADING: Final = 1.01  # by so much more than the one before it, each offer counts in what a group was given lately
+MOST_TURN: Final = 1e100
+FORGOTTEN: Final = 1e-9  # of an offer
 ANY: Final = "*"  # in weights and limits: all that are not named
 
 
@@ -88,7 +92,7 @@ class _Group:
     weight: float
     paused: bool = False
     used: int = 0  # offered and running
-    share: float = 0.0
+    share: "Share" = (0.0, 0.0)
     teams: "dict[int, _Team]" = field(default_factory=dict)  # by priority
 
 
@@ -109,7 +113,7 @@ class _Key:
 class _Tier:
     """One priority."""
 
-    line: "list[tuple[float, int, int, _Team]]" = field(default_factory=list)  # by share, then by age
+    line: "list[tuple[Share, int, int, _Team]]" = field(default_factory=list)  # by share, then by age
     teams: int = 0
 
 
@@ -122,7 +126,7 @@ class _Team:
     group: _Group
     tier: _Tier
     line: "list[tuple[int, int, _Bundle]]" = field(default_factory=list)  # by age
-    entry: "tuple[float, int, int, _Team] | None" = None  # in the tier's line
+    entry: "tuple[Share, int, int, _Team] | None" = None  # in the tier's line
     bundles: "dict[_Requirement, _Bundle]" = field(default_factory=dict)
 
 
@@ -180,6 +184,7 @@ class _Supply:
         return max(0, self.slots - len(self.busy))
 
 
+Share = tuple[float, float]  # what a group has out by its weight now, and what it was given lately
 _Rank = tuple[bool, int, int, int, "_Class"]
 
 
@@ -227,6 +232,8 @@ class Dispatch:
         self._numbers = count()
         self._partition = 0  # rises whenever what classes run changes
         self._newest = 0
+        self._served: dict[str, float] = {}  # what each group was given lately, by its weight
+        self._turn = 1.0
         self._number_waiting = 0
         # What waits, in order.
         self._lanes: dict[Lane, _Lane] = {}
@@ -421,7 +428,7 @@ class Dispatch:
         group = self._groups.get(name)
         if group is None:
             weight = self._weights.get(name, self._weights.get(ANY, 1.0))
-            group = self._groups[name] = _Group(name=name, weight=weight)
+            group = self._groups[name] = _Group(name=name, weight=weight, share=(0.0, self._served.get(name, 0.0)))
         return group
 
     def _key(self, name: str | None) -> _Key | None:
@@ -639,9 +646,21 @@ class Dispatch:
 
     def _use(self, group: _Group, number: int) -> None:
         group.used += number
-        group.share = group.used / group.weight
+        group.share = (group.used / group.weight, self._served.get(group.name, 0.0))
         for team in group.teams.values():
             self._move_team(team)
+
+    def _serve(self, group: _Group) -> None:
+        """Note that a group is given something; what others are given makes it count less and less."""
+        self._turn *= FADING
+        self._served[group.name] = self._served.get(group.name, 0.0) + self._turn / group.weight
+        if self._turn > MOST_TURN:
+            self._served = {
+                name: served / self._turn for name, served in self._served.items() if served / self._turn > FORGOTTEN
+            }
+            self._turn = 1.0
+            for each in self._groups.values():
+                self._use(each, 0)
 
     # ------------------------------------------------------------ pauses
 
@@ -921,7 +940,7 @@ class Dispatch:
         """Find the best lane, or a bundle whose oldest is held back by its key."""
         for _, tier in self._line:
             best: _Lane | None = None
-            best_place, best_share = 0, 0.0
+            best_place, best_share = 0, (0.0, 0.0)
             for share, seq, _, team in tier.line:
                 if best is not None and (share > best_share or seq >= best_place):
                     break
@@ -949,6 +968,7 @@ class Dispatch:
     def _offer(self, one: _Class, lane: _Lane, now: float) -> Offer:
         seq, request = lane.heads[0]
         self._unwait(lane, request, seq)
+        self._serve(lane.bundle.team.group)
         self._out[request] = self._held(lane.lane, seq=seq, capability_class=one, since=now)
         one.out.add(request)
         self._settle(lane)
@@ -1015,7 +1035,7 @@ class Dispatch:
         """Count the waiting requests that a class can run."""
         return sum(requirement.waiting for requirement in self._classes[name].runs)
 
-    def shares(self) -> Mapping[str, float]:
+    def shares(self) -> "Mapping[str, Share]":
         """Return the share of each group that has anything waiting, offered or running."""
         return {group.name: group.share for group in self._groups.values() if group.used or group.teams}
 

@@ -6,7 +6,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mqworker.dispatch import LEAST_HEADS, LOOKAHEAD_SECONDS, MAX_LOOKAHEAD, MOST_HEADS, Dispatch, Lane, Offer, Want
+from mqworker.dispatch import (
+    FADING,
+    LEAST_HEADS,
+    LOOKAHEAD_SECONDS,
+    MAX_LOOKAHEAD,
+    MOST_HEADS,
+    Dispatch,
+    Lane,
+    Offer,
+    Want,
+)
 from mqworker.errors import IllegalMove
 
 REQUIREMENTS = ("x", "y", "z")
@@ -44,6 +54,8 @@ class DispatchIsFair(RuleBasedStateMachine):
         self.in_memory: set[str] = set()
         self.known: dict[str, tuple[Lane, int]] = {}  # every request that has not ended
         self.out: dict[str, tuple[str, float]] = {}
+        self.turn = 1.0
+        self.lately: dict[str, float] = {}  # what each group was given
         self.running: set[str] = set()
         self.paused: set[str] = set()
         self.asked: list[tuple[Want, list[tuple[str, int]] | None]] = []
@@ -65,7 +77,7 @@ class DispatchIsFair(RuleBasedStateMachine):
         return sum(all(getattr(lane, field) == value for field, value in what.items()) for lane in held)
 
     def share(self, group):
-        return self.used(group=group) / WEIGHTS.get(group, 1.0)
+        return (self.used(group=group) / WEIGHTS.get(group, 1.0), self.lately.get(group, 0.0))
 
     def free(self, lane):
         full = lane.key is not None and self.used(key=lane.key) >= LIMITS.get(lane.key, 1)
@@ -340,6 +352,8 @@ class DispatchIsFair(RuleBasedStateMachine):
             for other in self.capable:
                 if credit[other] > 0 and self.fit(other) and not self.blanks(other):
                     assert self.rank(name) <= self.rank(other)
+            self.turn *= FADING
+            self.lately[lane.group] = self.lately.get(lane.group, 0.0) + self.turn / WEIGHTS.get(lane.group, 1.0)
             del self.waiting[request]
             self.in_memory.discard(request)
             self.ledger.pop(request, None)
@@ -371,7 +385,8 @@ class DispatchIsFair(RuleBasedStateMachine):
         for request in self.known:
             assert self.dispatch.offered_to(request) == self.out.get(request, (None,))[0]
         for group in ("light", "heavy"):
-            assert self.dispatch.shares().get(group, 0) == self.share(group)
+            assert self.dispatch.shares().get(group, self.share(group)) == self.share(group)
+            assert group in self.dispatch.shares() or not self.used(group=group)
 
     @invariant()
     def credit_is_idle_slots_and_lookahead_less_what_is_out(self):
@@ -565,7 +580,35 @@ def test_groups_share_by_their_weights_whatever_their_backlogs(dispatch):
     shares = Counter(int(request[1:]) > 100 for request in offered(dispatch))
 
     assert shares == {True: 20, False: 10}
-    assert dispatch.shares() == {"light": 10.0, "heavy": 10.0}
+    assert {group: share for group, (share, _) in dispatch.shares().items()} == {"light": 10.0, "heavy": 10.0}
+
+
+def test_groups_take_turns_at_a_single_slot_by_their_weights(dispatch):
+    """Between two runs nobody has anything: then it counts who was given less lately."""
+    wait(dispatch, *(f"r{number}" for number in range(1, 101)), group="light")
+    wait(dispatch, *(f"r{number}" for number in range(101, 201)), group="heavy")
+    given = []
+    for _ in range(30):
+        slots(dispatch, 1)
+        [request] = offered(dispatch)
+        dispatch.forget(request)
+        given.append("heavy" if int(request[1:]) > 100 else "light")
+    assert Counter(given) == {"heavy": 20, "light": 10}
+    assert "light" not in given[given.index("light") + 1 :][:1], "in turns"
+
+
+def test_what_a_group_was_given_counts_also_when_it_comes_back_and_fades(dispatch):
+    wait(dispatch, *(f"r{number}" for number in range(1, 51)), group="crowd")
+    wait(dispatch, "r1000", group="single")
+    order = []
+    for number in range(1001, 1060):
+        slots(dispatch, 1)
+        [request] = offered(dispatch)
+        dispatch.forget(request)
+        order.append(request)
+        if int(request[1:]) >= 1000:  # it submits one after the other, and is nowhere in between
+            wait(dispatch, f"r{number}", group="single")
+    assert sum(int(request[1:]) >= 1000 for request in order) == pytest.approx(len(order) / 2, abs=3)
 
 
 def test_what_runs_counts_towards_the_share_until_it_ends_and_what_a_restart_restores_as_well(dispatch):
