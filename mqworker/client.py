@@ -126,6 +126,7 @@ _MOVE_TO: Final[Mapping[str, str]] = {to: event for (_, event), to in MOVES.item
 _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
     "unreadable": Unreadable,
     "not_found": NotFound,
+    "too_large": Rejected,
     "conflict": Conflict,
     "rejected": Rejected,
     "artifact_invalid": ArtifactInvalid,
@@ -458,7 +459,8 @@ class Client:
 
     def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
         """Ask workers to look at their hosts again (no names: all), and return what is known now."""
-        return self._ask(RefreshWorkers(names=[*names]), WorkerList).workers
+        self._ask(RefreshWorkers(names=[*names]), WorkerList)
+        return self.workers()
 
     def pool(self) -> Pool:
         """Return how the scheduler is."""

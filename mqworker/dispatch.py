@@ -824,6 +824,10 @@ class Dispatch:
         """Count the idle slots of a class."""
         return self._classes[name].idle
 
+    def out(self, name: str) -> int:
+        """Count the tickets out to a class."""
+        return len(self._classes[name].out)
+
     def idle_slots(self, worker: str) -> int:
         """Count the idle slots of a worker, by its own word and by what was granted since."""
         supply = self._supplies.get(worker)

@@ -116,6 +116,8 @@ def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not metadata:
         return {}
     first, *others = metadata
+    if not others:
+        return dict(first)
     common = {key: token(value) for key, value in first.items()}
     for other in others:
         for key in [key for key, text in common.items() if key not in other or token(other[key]) != text]:

@@ -21,9 +21,11 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 from sqlalchemy import (
     BindParameter,
+    ColumnElement,
     Connection,
     Engine,
     Executable,
+    Integer,
     Row,
     Select,
     bindparam,
@@ -854,15 +856,16 @@ class Ledger:
             )
 
     def list(self, query: ListRequests) -> list[RequestView]:
-        """Return the newest requests that match, without attempts."""
+        """Return the newest requests that match, or the oldest, without attempts."""
+        order: ColumnElement[int] = column("seq", Integer) if query.oldest else column("seq", Integer).desc()
         older = true() if query.before is None else column("seq") < query.before
         with self._snapshot() as connection:
             found = [
                 row
                 for one in _selections(query)
-                for row in connection.execute(one.where(older).order_by(column("seq").desc()).limit(query.limit))
+                for row in connection.execute(one.where(older).order_by(order).limit(query.limit))
             ]
-            rows = heapq.nlargest(query.limit, found, key=lambda row: row.seq)
+            rows = heapq.nlargest(query.limit, found, key=lambda row: -row.seq if query.oldest else row.seq)
             after = _still_waited_for(connection, rows)
         return [_request_view(row, after[row.seq], [], []) for row in rows]
 

@@ -380,6 +380,10 @@ class Matching:
         one = self._classes.get(capability_class)
         return frozenset(self._names(one.members)) if one is not None else frozenset()
 
+    def names(self) -> Collection[str]:
+        """Return the names of the classes."""
+        return self._classes.keys()
+
     def number_of_classes(self) -> int:
         """Count the classes."""
         return len(self._classes)

@@ -551,7 +551,7 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers and RefreshWorkers."""
+    """Answer ListWorkers, and RefreshWorkers with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -676,7 +676,7 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     """Answer a query that cannot be answered as asked."""
 
     v: int = VERSION
-    kind: Literal["unreadable", "not_found", "conflict", "rejected", "artifact_invalid", "store_mismatch"]
+    kind: Literal["unreadable", "not_found", "conflict", "rejected", "too_large", "artifact_invalid", "store_mismatch"]
     text: str
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import nsmallest
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -54,10 +55,12 @@ from mqworker.messages import (
     CapabilityList,
     Claim,
     Explanation,
+    GetCapabilities,
     Granted,
     Heartbeat,
     Hello,
     Introduce,
+    ListWorkers,
     Outcome,
     Outcomes,
     Pause,
@@ -84,6 +87,7 @@ from mqworker.messages import (
     WorkerEvent,
     WorkerView,
 )
+from mqworker.messages import Pool as PoolView
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
 from mqworker.requirements import Kind, RequirementClass, Requirements, reads_from, reads_text
@@ -1323,14 +1327,13 @@ class Pool:
         task = draft.task
         return explain.advice(self._examiner.ask(draft), {} if task is None else task.data, candidates, offered)
 
-    def capabilities(self, moment: Moment) -> CapabilityList:
-        """Show the capability classes."""
-        figures = self._dispatch.figures(moment.steady)
+    def capabilities(self, query: GetCapabilities, moment: Moment) -> CapabilityList:
+        """Show capability classes."""
+        names = (name for name in self._matching.names() if query.after is None or name > query.after)
         classes = []
-        for name in sorted(figures):
+        for name in nsmallest(query.limit, names):
             members = sorted(self._matching.members(name))
             facts = [self._matching.facts(worker) for worker in members]
-            _, idle, lookahead, out = figures[name]
             classes.append(
                 Capability(
                     name=name,
@@ -1340,9 +1343,9 @@ class Pool:
                     shared=explain.shared([one.metadata for one in facts]),
                     tasks=sorted(set.intersection(*(set(one.tasks) for one in facts))) if facts else [],
                     requirements=len(self._matching.runs(name)),
-                    idle=idle,
-                    lookahead=lookahead,
-                    out=out,
+                    idle=self._dispatch.idle(name),
+                    lookahead=self._dispatch.lookahead(name, moment.steady),
+                    out=self._dispatch.out(name),
                     backlog=self._dispatch.backlog(name),
                 )
             )
@@ -1350,8 +1353,27 @@ class Pool:
             classes=classes, requirements=len(self._requirements), escaped=len(self._matching.escaped())
         )
 
-    def workers(self) -> list[WorkerView]:
-        """Show every worker that has been heard of."""
+    def pool(self, requests: Mapping[str, int], version: str) -> PoolView:
+        """Show how many of everything there are."""
+        online = [worker for worker in self._workers.values() if worker.state == "online"]
+        at_work = [worker for worker in online if ("worker", worker.name) not in self._pauses]
+        return PoolView(
+            term=self._term,
+            version=version,
+            store=self._store_id,
+            requests=dict(requests),
+            workers=len(online),
+            classes=self.classes(),
+            paused=len(online) - len(at_work),
+            offline=sum(worker.state == "offline" for worker in self._workers.values()),
+            refused=sum(worker.state == "refused" for worker in self._workers.values()),
+            slots=sum(worker.hello.slots for worker in at_work if worker.hello is not None),
+            busy=sum(len(worker.leases) for worker in online),
+        )
+
+    def workers(self, query: ListWorkers) -> list[WorkerView]:
+        """Show workers that have been heard of."""
+        names = (name for name in self._workers if query.after is None or name > query.after)
         return [
             WorkerView(
                 name=worker.name,
@@ -1369,7 +1391,7 @@ class Pool:
                 denied=worker.hello.denied if worker.hello else [],
                 capability_class=self._matching.class_of(worker.name),
             )
-            for worker in sorted(self._workers.values(), key=lambda worker: worker.name)
+            for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
         ]
 
     def classes(self) -> int:

@@ -23,6 +23,7 @@ from mqworker.examiner import NOBODY, Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
@@ -58,7 +59,6 @@ from mqworker.messages import (
     encode,
     tag_of,
 )
-from mqworker.messages import Pool as PoolView
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
 from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
@@ -444,6 +444,9 @@ class Scheduler:
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
+        if len(encode(answer)) > MAX_MESSAGE_BYTES:
+            text = f"expected a question with an answer of at most {MAX_MESSAGE_BYTES} bytes; ask for fewer at a time"
+            answer = Problem(kind="too_large", text=text)
         self._answer(delivery, answer)
         self._reading.ack(delivery)
 
@@ -471,15 +474,15 @@ class Scheduler:
             case Explain():
                 return await self._explain(query)
             case GetCapabilities():
-                return self._pool.capabilities(self._now())
+                return self._pool.capabilities(query, self._now())
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
-                return WorkerList(workers=self._pool.workers())
+                return WorkerList(workers=self._pool.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
-                return WorkerList(workers=self._pool.workers())
+                return WorkerList(workers=[])
             case ListArtifacts():
                 artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
                 found = {artifact.id for artifact in artifacts}
@@ -487,14 +490,7 @@ class Scheduler:
             case ImportArtifact():
                 return await self._import(query)
             case GetPool():
-                return PoolView(
-                    term=self._ledger.term,
-                    version=__version__,
-                    store=self._store_id,
-                    requests=await self._in_ledger_thread(self._ledger.counts),
-                    workers=sum(worker.state == "online" for worker in self._pool.workers()),
-                    classes=self._pool.classes(),
-                )
+                return self._pool.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
 
     async def _requests(self, ids: Sequence[str]) -> RequestList:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))

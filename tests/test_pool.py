@@ -20,6 +20,7 @@ from mqworker.messages import (
     Heartbeat,
     Hello,
     Introduce,
+    ListWorkers,
     Outcome,
     Outcomes,
     Probe,
@@ -175,7 +176,7 @@ class Driven:
         return self.pool.decorate(self.view(request)).waits
 
     def worker(self, name):
-        return next(one for one in self.pool.workers() if one.name == name)
+        return next(one for one in self.pool.workers(ListWorkers()) if one.name == name)
 
 
 class Peer:
