@@ -54,6 +54,7 @@ from mqworker.messages import (
     encode,
 )
 from mqworker.task import Task, load_tasks
+from mqworker.tracking import ask_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -422,13 +423,14 @@ class Agent:
             return f"the request's `requires` could not be judged: {type(error).__name__}: {error}"
         try:
             task.configure(request.data)
-            if task.can_run_on(dict(self._metadata)):
-                return None
         except TaskConfigError as error:
             return f"this worker's version of the task does not accept the data: {error}"
         except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is told
-            return f"can_run_on() raised {type(error).__name__}: {error}"
-        return "can_run_on() says no, by this worker's own metadata"
+            return f"this worker's version of the task could not be configured: {type(error).__name__}: {error}"
+        able, problem = ask_plainly(lambda metadata, _: task.can_run_on(metadata), self._metadata, {})
+        if problem is not None:
+            return f"can_run_on() raised {problem}"
+        return None if able else "can_run_on() says no, by this worker's own metadata"
 
     def _denial(self, task: str) -> str | None:
         """Return the setting by which this worker must not run a task."""
