@@ -288,6 +288,7 @@ class Connection:
         self.ended = broker.loop.create_future()
         self.opened = broker.loop.create_future()
         self._up_free = self._down_free = 0.0
+        self._coming = deque()
         self._random = random.Random(f"{broker.seed} {self.epoch}").random
 
     def _latency(self):
@@ -314,9 +315,11 @@ class Connection:
         if self.cut:
             return
         when = self._down_free = max(self._down_free, self.broker.loop.now + self._latency())
-        self.broker.loop.call_at(when, self._arrive_down, call, args, context=self.link.process.context)
+        self._coming.append((call, args))
+        self.broker.loop.call_at(when, self._arrive_down, context=self.link.process.context).slow = True
 
-    def _arrive_down(self, call, args):
+    def _arrive_down(self):
+        call, args = self._coming.popleft()  # in their order, whichever of the arrivals this is
         if self.open_here and not (self.cut and call != self.lost):
             call(*args)
 

@@ -63,6 +63,7 @@ class Turn:
     before: dict
     after: dict
     previous: float  # when the set before it was committed
+    judged_at: float  # before this
     queues: dict = field(default_factory=dict)
 
 
@@ -156,11 +157,19 @@ class Check:
                 later = self.loop.now + max(0.0, row.not_before - wall)
                 self.due[row.id] = max(self.due.get(row.id, 0.0), later)
 
-    def committed(self, writes, results):
-        """Take a set that was committed, with its results."""
+    def committed(self, writes, results, judged_at):
+        """Take a set that was committed, with its results; it was judged before `judged_at`."""
         before, after = self.rows, self.read()
         self.rows = after
-        turn = Turn(offers=[], accepted={}, places={}, before=before, after=after, previous=self.committed_at)
+        turn = Turn(
+            offers=[],
+            accepted={},
+            places={},
+            before=before,
+            after=after,
+            previous=self.committed_at,
+            judged_at=judged_at,
+        )
         for place, (write, result) in enumerate(zip(writes, results, strict=True)):
             match type(write).__name__:
                 case "Accept":
@@ -421,11 +430,13 @@ class Check:
                     )
 
     def _waits(self, old, row, turn):
-        if row.not_before is not None and not self._is_due(row):
+        if row.not_before is not None and not self._is_due(row, self.loop.now - turn.judged_at):
             return False
         return row.id in turn.accepted if old is None else old.state == "pending"
 
-    def _is_due(self, row, margin=1.0):
+    def _is_due(self, row, ago=0.0):
+        """Say whether a request's delay is surely over, or was some time ago."""
+        margin = ago + 1.0
         return (
             self.due.get(row.id, 0.0) + margin < self.loop.now and row.not_before + margin < self.world.scheduler_wall()
         )

@@ -83,7 +83,7 @@ def draw(seed):
         for number in range(chance.choice([1, 2, 3, 5, 6, 6, 8]))
     ]
     faults = chance.random() < 0.8
-    busy = chance.uniform(60, 180)  # seconds in which faults happen
+    busy = chance.uniform(40, 150)  # seconds in which faults happen
     scenario = Scenario(
         seed=seed,
         sources=[programs.write(chance) for _ in tasks],
@@ -118,6 +118,10 @@ class _Drawing:
         self.scenario.happenings.append(Happening(at=at, kind=kind, given=given))
 
     def some_time(self, until):
+        """Draw a moment; half of them are where something else is just going on."""
+        submissions = [one.at for one in self.scenario.happenings if one.kind == "submit" and 3 < one.at < until]
+        if submissions and self.chance.random() < 0.5:
+            return self.chance.choice(submissions) + self.chance.choice([0.01, 0.03, 0.3]) * self.chance.random()
         return self.chance.uniform(0.5, until)
 
     def joins(self):
@@ -132,7 +136,7 @@ class _Drawing:
         number = 0
         ids = []
         for _ in range(chance.choice([8, 20, 40])):
-            at = self.some_time(until) if chance.random() < 0.8 else chance.uniform(0.3, 3)
+            at = chance.uniform(0.5, until) if chance.random() < 0.8 else chance.uniform(0.3, 3)
             requests = []
             for _ in range(chance.choice([1, 1, 1, 2, 5])):
                 number += 1
@@ -169,7 +173,7 @@ class _Drawing:
         kinds = chance.sample(FAULTS, chance.choice([1, 2, 4, len(FAULTS)]))
         workers = [spec.name for spec in self.scenario.specs]
         for _ in range(chance.choice([1, 2, 5, 10])):
-            at = chance.uniform(3, until)
+            at = self.some_time(until)
             kind = chance.choice(kinds)
             short = chance.choice([0.3, 2.0, 12.0])
             long = chance.choice([0.3, 3.0, 20.0, 70.0]) * chance.uniform(0.7, 1.3)

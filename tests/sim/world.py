@@ -344,15 +344,18 @@ class Watched:
     def __init__(self, world, ledger):
         self._world = world
         self._ledger = ledger
+        self._asked = (None, 0.0)  # the newest set, and when it first came
 
     def __getattr__(self, name):
         return getattr(self._ledger, name)
 
     def commit(self, writes):
+        if writes is not self._asked[0]:
+            self._asked = (writes, self._world.loop.now)
         if self._world._ledger_away:
             raise LedgerUnavailable("the disk is full")
         results = self._ledger.commit(writes)
-        self._world.check.committed(writes, results)
+        self._world.check.committed(writes, results, self._asked[1])
         return results
 
 
