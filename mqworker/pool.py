@@ -1076,7 +1076,9 @@ class Pool:
         """
         for request in [one for one in self._delayed if (self._entries[one].due or 0.0) <= moment.steady]:
             self._delayed.discard(request)
-            self._write(Wake(request=request), partial(self._woken, request))
+            self._entries[request].due = None
+            self._write(Wake(request=request), lambda _: None)
+            self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
         self._steady = moment.steady
         self._note_escapes()
         if moment.steady - self._swept > SWEEP:
@@ -1108,12 +1110,6 @@ class Pool:
                     returned=self._forget_probes,
                 )
             )
-
-    def _woken(self, request: str, moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
-        entry = self._entries.get(request)
-        if moved and entry is not None:
-            entry.due = None
-            self._place(entry)
 
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""

@@ -175,6 +175,9 @@ class World:
             metrics=SILENT,
             retry_delay=self.scenario.retry_delay,
             offer_timeout=self.scenario.offer_timeout,
+            no_worker_after=300.0,
+            group_weights={},
+            concurrency_limits={},
             link=lambda url, **given: Link(self.broker, url, **given),
             clock=lambda: Moment(steady=self.loop.now + 12345.0, wall=self.scheduler_wall()),
         )
