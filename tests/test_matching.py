@@ -460,6 +460,19 @@ def test_one_answer_decides_all_workers_that_would_be_read_alike(matching):
     assert asked.plainly <= 2
 
 
+def test_workers_that_miss_a_key_are_decided_together_whoever_had_it_before(matching):
+    for number in range(100):
+        matching.join(facts(f"w{number}", hostname=f"host{number}"))
+    matching.need("other", question(lambda m, _: m.get("memory") == 5))
+    matching.join(facts("w7", 2, memory=5))
+    matching.join(facts("w7", 3))
+    asked = Asked(lambda m, _: m.get("memory", 0) == 0)
+    matching.need("none", asked.question)
+
+    assert (asked.noted, asked.plainly) == (1, 1)
+    assert matching.funnel("other").steps[-1].offered == [("", 100, ["w0", "w1", "w2"])]
+
+
 def test_a_worker_that_joins_is_walked_and_hardly_ever_asked(matching):
     asked = Asked(big)
     matching.need("big", asked.question)
@@ -574,6 +587,18 @@ def test_reads_that_are_not_what_is_there_do_not_keep_it_for_ever(matching):
     matching.need("liar", Question(task="red", observe=observed, plain=lambda _: (True, None)))
 
     assert matching.can_run("w0", "liar")
+
+
+def test_reads_that_lead_to_another_answer_are_a_contradiction(matching):
+    def observed(metadata):
+        return Observation(answer=metadata["x"] == 1, metadata=(Read(("value", ("x",)), "1"),), data=())
+
+    matching.need("liar", Question(task="red", observe=observed, plain=lambda m: (m["x"] == 1, None)))
+    matching.join(facts("w0", x=1))
+    matching.join(facts("w1", x=2))
+
+    assert matching.escaped() == {"liar"}
+    assert [matching.can_run(name, "liar") for name in ("w0", "w1")] == [True, False]
 
 
 def test_a_question_for_the_exact_type_escapes_when_it_shows(matching):
