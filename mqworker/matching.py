@@ -593,6 +593,7 @@ class Matching:
             other = self._at[group.bit_length() - 1]
             if verify and other is not worker and not self._leaf(requirement, other.facts.metadata, {}, verify=True):
                 return
+            leaf.hits = max(leaf.hits, group.bit_count())
             bits &= ~group
             yield leaf, path, group
 
