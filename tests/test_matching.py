@@ -509,6 +509,25 @@ def test_values_that_are_equal_but_not_the_same_are_a_change(matching, old, new)
     assert matching.can_run("w0", "new")
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda m, _: len(m) == 1, lambda m, _: m.get("b") is None, lambda m, _: "b" not in list(m)]
+)
+def test_what_a_worker_was_that_left_is_not_held_against_who_takes_its_place(matching, ask):
+    matching.need("first", question(ask))
+    matching.join(facts("w0", a=1))
+    matching.join(facts("w1", a=1))
+    matching.leave("w1")
+    matching.join(facts("w2", a=1, b=1))
+    matching.need("second", question(ask))
+    matching.join(facts("w0", 2, a=1, b=1))
+    matching.join(facts("w3", a=1))
+    matching.need("third", question(ask))
+
+    assert [[matching.can_run(f"w{one}", name) for one in (0, 2, 3)] for name in ("first", "second", "third")] == [
+        [False, False, True]
+    ] * 3
+
+
 def test_the_order_of_the_keys_is_a_change_for_who_reads_it(matching):
     matching.need("first", question(lambda m, _: next(iter(m)) == "b"))
     matching.need("text", question(lambda m, _: str(m).startswith("{'b'")))

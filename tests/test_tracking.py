@@ -526,7 +526,16 @@ DOCUMENTS = st.dictionaries(
 )
 
 VALUE = ["m.get($n)", "m[$n]", "m.get($n, $s)", "d.get($n)", "m.pop($n, $s)", "m.setdefault($n, $s)", "dict.get(m, $n)"]
-VALUE += ["len(m)", "list(m)", "{**m}.get($n)", "dict(m).get($n)", "json.dumps(m)", "repr(m)", "same($s)", "m.get($n, [])"]
+VALUE += [
+    "len(m)",
+    "list(m)",
+    "{**m}.get($n)",
+    "dict(m).get($n)",
+    "json.dumps(m)",
+    "repr(m)",
+    "same($s)",
+    "m.get($n, [])",
+]
 VALUE += [
     "(m.get($n) or $s)",
     "m.get(m.get($n))",
