@@ -538,6 +538,20 @@ def test_the_order_of_the_keys_is_a_change_for_who_reads_it(matching):
     assert matching.can_run("w0", "text")
 
 
+def test_a_trie_does_not_grow_with_figures_that_are_not_seen_again(matching, monkeypatch):
+    monkeypatch.setattr(mqworker.matching, "MAX_LEAVES", 10)
+    asked = Asked(lambda m, _: str(m["free_disk"]) == "1")
+    matching.need("disk", asked.question)
+    for version in range(10):
+        matching.join(facts("w0", version, free_disk=version))
+    matching.join(facts("w0", 10, free_disk=1))
+    assert (asked.noted, matching.can_run("w0", "disk")) == (10, True)
+    matching.join(facts("w0", 11, free_disk=11))
+    matching.join(facts("w0", 12, free_disk=1))
+
+    assert (asked.noted, matching.can_run("w0", "disk")) == (12, True)
+
+
 def test_past_the_bound_on_classes_a_worker_that_moves_gets_one_of_its_own():
     names = iter("abcdefgh")
     matching = Matching(name_class=lambda: next(names), max_shared_classes=2)
