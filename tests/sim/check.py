@@ -78,6 +78,8 @@ class Check:
         self.requests = {}  # id to the request as it was submitted
         self.touched = {}  # request or host's name to when something last happened to it
         self.alive = {}  # request to {token: host's name} of its runs
+        self.began = {}  # token to when its run began
+        self.killed = set()  # tokens of runs that did not end by themselves, nor by their lease
         self.outcomes = {}  # token to the outcome that was spooled
         self.claims = {}  # token to the metadata versions it was claimed with
         self.said = {}  # (worker, version) to Facts: all that was ever said
@@ -232,7 +234,8 @@ class Check:
         if write.token in self.alive.get(write.request, {}) and row.state != "running":
             name = self.alive[write.request][write.token]
             self.fail("P2", f"{write.request} has ended ({write.result}) in the ledger while it runs on {name}")
-        if write.result == "lost" and self.world.blameless() and write.token not in self.world.killed:
+        calm = self.world.calm or self.began.get(write.token, 0.0) > self.world.quiet_from
+        if write.result == "lost" and calm and write.token not in self.killed:
             self.fail("P2", f"run {write.token} of {write.request} was lost in a healthy pool: {write.reason}")
 
     # ------------------------------------------------------------ slots
@@ -258,14 +261,15 @@ class Check:
         if others:
             self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {others}")
         others[token] = host.name
+        self.began[token] = self.loop.now
         self.world.note(host.name, f"runs {id_[-4:]} as {token}")
 
-    def ended(self, host, order, word):
-        """Take the end of a run in a slot; no word: it was killed."""
+    def ended(self, host, order, word, *, lapsed=False):
+        """Take the end of a run in a slot; no word: it was killed, or it has lapsed."""
         self._touch(host.name)
         self.alive.get(order.request.id, {}).pop(order.directory, None)
-        if word is None:
-            self.world.killed.add(order.directory)
+        if word is None and not lapsed:
+            self.killed.add(order.directory)
         self.world.note(host.name, f"has ended {order.directory}: {'killed' if word is None else word.result}")
 
     def spooled(self, outcome):
@@ -327,9 +331,12 @@ class Check:
                 if world.trace is not None:
                     self._tell(process, "reports", report.parts)
             case "outcomes":
+                outcomes = decode(message.body, Outcomes).outcomes
+                for outcome in outcomes:
+                    if outcome.token not in world.hosts[process.name].spool:
+                        self.fail("P4", f"{process.name} sends {outcome}, which is not on its disk")
                 if world.trace is not None:
-                    outcomes = decode(message.body, Outcomes)
-                    world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes.outcomes]}")
+                    world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes]}")
 
     def delivered(self, process, delivery):
         """Take what a process gets, at the moment that it does."""

@@ -335,7 +335,7 @@ class Child:
             return
         self.alive = self.ready = False
         if self.run is not None:
-            self._host.world.check.ended(self._host, self._leave_run(), None)
+            self._host.world.check.ended(self._host, self._leave_run(), None, lapsed=exit_code == SLOT_LAPSED)
         self.stdout.feed_eof()
         self._exit_code = exit_code
         if not self._exited.done():

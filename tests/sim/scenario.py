@@ -161,7 +161,7 @@ class _Drawing:
     def changes(self, until):
         """Draw metadata that change: often, rarely or never."""
         chance = self.chance
-        rate = chance.choice([0, 0, 3, 12])
+        rate = chance.choice([0, 2, 10, 40])
         for spec in self.scenario.specs:
             metadata = spec.metadata
             for at in sorted(self.some_time(until) for _ in range(chance.randint(0, rate))):

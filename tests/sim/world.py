@@ -26,7 +26,6 @@ from tests.sim.scenario import SETTLE
 
 WALL = 1_700_000_000.0
 LOOK = 0.05  # seconds between two looks for what stays as it is
-LONGEST_LEASE = 60.0
 LONGEST = 3000.0  # virtual seconds behind the last fault in which all must come to an end
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # files that no disk slows down
 TOPOLOGY = Topology()
@@ -52,7 +51,6 @@ class World:
         self.scheduler = None  # its process
         self.quiet_from = self.loop.now + 2.0
         self.calm = True  # nothing has ever gone wrong
-        self.killed = set()  # tokens of runs whose slot was killed, or died
         self._processes = []
         self._ledger = None
         self._ledger_away = False
@@ -81,10 +79,6 @@ class World:
     def note(self, who, text):
         if self.trace is not None and not self.loop.burying:
             self.trace.append(f"{self.loop.now - START:9.3f}  {who:12} {text}")
-
-    def blameless(self):
-        """Say whether a run has no excuse to be lost."""
-        return self.loop.now > self.quiet_from + LONGEST_LEASE + 20 or self.calm
 
     def _delay(self, _executor):
         chance = self.chance("threads")
