@@ -50,6 +50,36 @@ def missing_fixture() -> Callable[[str, str], NoReturn]:
     return missing
 
 
+# ---------------------------------------------------------------- tests in several processes (pytest-xdist)
+
+# Whose tests may run at the same time. All other files are for one process each: they share fixtures that are dear, or
+# what there is once on a machine: apt, and the places where the demo leaves things if it leaves any.
+SPREAD = {
+    f"tests/{file}.py"
+    for file in (
+        "live/test_bad_input",
+        "live/test_builds",
+        "live/test_pool",
+        "live/test_privatenode",
+        "tasks/test_sbuild",
+    )
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hand out tests in the order of the files, which begins with the long ones: those of tests/live."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  # only xdist calls this, and it may be missing
+
+    class InOrder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file in SPREAD else file
+
+    config.option.loadscopereorder = False
+    return InOrder(config, log)
+
+
 # ---------------------------------------------------------------- brokers, each one for a whole run
 
 

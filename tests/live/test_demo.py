@@ -10,8 +10,7 @@ import pytest
 
 from mqworker.privatenode import PrivateNode
 
-# One at a time: each looks whether anything of any demo is left on this machine.
-pytestmark = [pytest.mark.live, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.live
 
 
 def demo(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen:
