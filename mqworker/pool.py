@@ -342,7 +342,7 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.classes())
+        return tuple(self._topology.class_queue(name) for name in self._matching.names())
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
@@ -724,8 +724,8 @@ class Pool:
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
-        live = {one.name for one in self.class_queues()}
-        if queue.startswith(f"{self._topology.work}.") and queue not in live:  # a worker may name any queue
+        before, separator, name = queue.partition(f"{self._topology.work}.")
+        if not before and separator and name not in self._matching.names():  # a worker may name any queue
             self.delete.append(queue)
 
     def _lease_held(self, request: str) -> _Lease | None:
