@@ -108,7 +108,9 @@ def nobody(failing: str | None) -> str:
 
 def busy(ahead: int) -> str:
     """Say in one line where in line a request is."""
-    return "all that can run it are busy; " + (f"about {ahead} go first" if ahead else "it is next")
+    return "all that can run it are busy; " + (
+        "it is next" if not ahead else f"about {ahead} go{'es' if ahead == 1 else ''} first"
+    )
 
 
 def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
