@@ -1227,6 +1227,8 @@ class Pool:
         if one.problem is not None:
             return f"this scheduler cannot configure its task any more: {one.problem}"
         if not self._matching.capable_classes(requirement):
+            if entry is not None and entry.own is not None:
+                return "every worker that could run it has declined it"
             return explain.nobody(self._matching.errors(requirement))
         lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
         if self._dispatch.held_by(lane) is not None:  # pauses were looked for above
