@@ -678,7 +678,7 @@ def test_a_refusal_counts_for_this_request_and_these_metadata_alone(driven, anna
     one = driven.request()
     anna.refuse(one)
     driven.turn()
-    assert driven.waits(one) == "no worker can run it"
+    assert driven.waits(one) == "every worker that could run it has declined it"
     same = driven.request()  # the very same data
     anna.end(anna.run(same))
     assert driven.states(one, same) == ["pending", "success"]
@@ -701,7 +701,7 @@ def test_a_refusal_by_two_workers_in_one_set_is_remembered_of_both(driven, anna,
         peer.follow()
 
     assert driven.states(one) == ["pending"]
-    assert driven.waits(one) == "no worker can run it"
+    assert driven.waits(one) == "every worker that could run it has declined it"
     Peer(driven, "cora").join()
     assert driven.states(one) == ["offered"]
 
