@@ -350,7 +350,7 @@ class DispatchIsFair(RuleBasedStateMachine):
             assert lane.requirement in self.capable[name]
             assert min(self.fit(name), default=mine) >= mine  # P8
             for other in self.capable:
-                if credit[other] > 0 and self.fit(other) and not self.blanks(other):
+                if credit[other] > 0 and lane.requirement in self.capable[other] and not self.blanks(other):
                     assert self.rank(name) <= self.rank(other)
             self.turn *= FADING
             self.lately[lane.group] = self.lately.get(lane.group, 0.0) + self.turn / WEIGHTS.get(lane.group, 1.0)
