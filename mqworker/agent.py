@@ -370,7 +370,8 @@ class Agent:
     def analyzed(self, analysis: Analysis) -> None:
         """Take a fresh look at the host; the administrator's word counts more than what was found."""
         metadata = {**analysis.metadata, **self._static_metadata}
-        if self._analysis is not None and metadata == self._metadata and analysis.tasks == self._analysis.tasks:
+        same = msgspec.json.encode(metadata) == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
+        if self._analysis is not None and same and analysis.tasks == self._analysis.tasks:
             return
         self._analysis = analysis
         self._metadata = metadata

@@ -308,6 +308,17 @@ def test_a_slip_in_the_lists_of_tasks_is_an_error_that_names_the_setting_and_the
     check_task_names(allow_tasks=["NOOP", "Tagged"], deny_tasks=["fresh"])
 
 
+@pytest.mark.parametrize("value", [True, 1.0, "1"])
+def test_metadata_that_python_calls_equal_are_still_another_value(driven, value):
+    driven.agent.analyzed(analysis(cores=1))
+    driven.take()
+
+    driven.agent.analyzed(analysis(cores=value))
+
+    [hello] = driven.said(Hello)
+    assert type(hello.metadata["cores"]) is type(value)
+
+
 def test_metadata_are_said_again_only_if_they_changed_and_then_under_a_higher_version(driven):
     driven.agent.analyzed(analysis())
     assert driven.said(Hello) == []

@@ -19,6 +19,7 @@ LEGAL = {
 REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
 STALE_MARGIN = 5.0
+MOST_STEPS = 400_000
 ROWS = "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, body FROM requests"
 ATTEMPTS = "SELECT request, number, token, worker, result, counted, late FROM attempts"
 
@@ -424,9 +425,10 @@ class Check:
             row = waiting.pop(offer.request)
             queue = turn.queues.get((offer.request, offer.attempt))
             workers = members.get(queue, [])
+            facts = {worker: self._possible(worker, turn) for worker in workers}
+            self._judge_refusals(row, queue, facts)
             if queue is None or not workers or not self.pure(self.requests[row.id]):
                 continue
-            facts = {worker: self._possible(worker, turn) for worker in workers}
             self._judge_match(row, queue, facts)
             for other in waiting.values():
                 if self._better(other, row) and self._all_can(other, facts) and self._known(other, offer, turn):
@@ -473,6 +475,8 @@ class Check:
         }
         if all(facts.values()) and not any(able.values()):
             self.fail("match", f"{row.id} was offered in {queue}, of whose workers {sorted(facts)} none can run it")
+
+    def _judge_refusals(self, row, queue, facts):
         refused = self.refused.get(row.id, set())
         for worker, possible in facts.items():
             if len(possible) == 1 and (worker, possible[0].version) in refused:
@@ -484,6 +488,8 @@ class Check:
         """Look for an idle slot beside a request that it could run, in a quiet pool."""
         now = self.loop.now
         quiet = self.world.quiet_from
+        if self.loop.steps > MOST_STEPS:
+            self.fail("steps", f"the pool has made {self.loop.steps} steps, and does not come to rest")
         if now < quiet + IDLE_SECONDS:
             return
         for host in self.world.hosts.values():
