@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test sim sim-mutants lint format clean
 
 help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a real Debian build
 	@$(BIN)/mqworker demo --directory .demo
@@ -17,6 +17,13 @@ test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real 
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/pytest --numprocesses=logical --maxprocesses=4
+
+SEEDS ?= 1000
+sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked
+	@$(BIN)/python -m tests.sim --seeds 1-$(SEEDS)
+
+sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the seed that notices
+	@$(BIN)/python -m tests.sim.mutants
 
 lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import
 	@$(BIN)/ruff check .

@@ -5,20 +5,26 @@ checks it.
 
     5 front door   __main__ (python -m mqworker)
                    cli (commands)
-                   cli_artifact (commands on artifacts)
+                   cli_artifact (commands on artifacts), cli_requests (on requests chosen by what they have in common),
+                     cli_pool (on the pool)
       its hall     shell (settings, client, logging and errors, as every command needs them)
                    settings (flags, environment, TOML), doctor (what is wrong here), rehearsal (one task here and now),
                      demo (a private broker, a scheduler, two workers on one machine)
+                   screen_pool (workers, explain, classes, the pool live)
                    screen (tables, progress lines, log lines)
-    3 residents    client (submit, wait, abort, fetch, follow), scheduler (read, judge, record, publish),
+    3 residents    client (submit, wait, command, fetch, follow), scheduler (read, judge, record, publish),
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
+      their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
-      the ground   processes (Linux processes and clocks)
-    1 judgement    lifecycle (states and events), matching (who can run what), dispatch (who gets what now),
-                     topology (exchanges, queues, names): pure; told the time, given the facts
+      the ground   processes (Linux processes and clocks), schema (the ledger's tables)
+    1 judgement    explain (why a request waits)
+                   lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
+                     requirements (which requests nothing tells apart), requires (what a request asks of a worker),
+                     dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time, given facts
+      its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)
 

@@ -5,15 +5,16 @@ consume, start, stop, spool. It opens nothing, waits for nothing and starts noth
 on a virtual clock. Its clock is CLOCK_BOOTTIME in nanoseconds: a lease goes on while the host is suspended.
 """
 
+import difflib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
 
-from mqworker import __version__
-from mqworker.errors import TaskConfigError
+from mqworker import __version__, requires
+from mqworker.errors import SettingsError, TaskConfigError
 from mqworker.lifecycle import lease_deadline_ns
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
@@ -52,7 +53,8 @@ from mqworker.messages import (
     Void,
     encode,
 )
-from mqworker.task import Task
+from mqworker.task import Task, load_tasks
+from mqworker.tracking import ask_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -265,8 +267,32 @@ class _Beat:
     tokens: list[str] = field(default_factory=list)
 
 
+def check_task_names(*, allow_tasks: Collection[str], deny_tasks: Collection[str]) -> None:
+    """Make sure that each name is that of an installed task: a deny list with a slip in it would deny nothing.
+
+    Raises:
+        SettingsError: one is not; the text names the setting and the tasks that are known.
+    """
+    unimported = load_tasks()
+    known = sorted(Task._sub_tasks)  # noqa: SLF001  # the document's name for it
+    for setting, names in (("allow_tasks", allow_tasks), ("deny_tasks", deny_tasks)):
+        for name in names:
+            if name.lower() not in known:
+                near = difflib.get_close_matches(name.lower(), known, n=1)
+                guess = f"; did you mean {near[0]!r}?" if near else ""
+                broken = f" ({', '.join(sorted(unimported))} did not import)" if unimported else ""
+                raise SettingsError(
+                    f"expected names of tasks that are installed here in worker.{setting}, which are"
+                    f" {', '.join(known)}{broken}, got {name!r}{guess}"
+                )
+
+
 class Agent:
-    """Judge everything that reaches a worker."""
+    """Judge everything that reaches a worker.
+
+    Of the tasks that it has, `allow_tasks` names those that it may run (none: all), and `deny_tasks` those that it may
+    not, whatever the former says.
+    """
 
     def __init__(
         self,
@@ -277,6 +303,8 @@ class Agent:
         slots: int,
         store_id: str,
         static_metadata: Mapping[str, Any],
+        allow_tasks: Collection[str] = (),
+        deny_tasks: Collection[str] = (),
         make_token: Callable[[], str],
         wall: Callable[[], float],
     ) -> None:
@@ -286,6 +314,8 @@ class Agent:
         self._slots = {number: _Slot() for number in range(slots)}
         self._store_id = store_id
         self._static_metadata = dict(static_metadata)
+        self._allowed = frozenset(name.lower() for name in allow_tasks)
+        self._denied = frozenset(name.lower() for name in deny_tasks)
         self._make_token = make_token
         self._wall = wall
         self._acts: list[Act] = []
@@ -384,15 +414,31 @@ class Agent:
         task = Task.class_from_name(request.task)()
         if task.name not in analysis.tasks:
             return f"task {task.name} did not analyse cleanly here: {analysis.failures.get(task.name, 'it is new')}"
+        if (setting := self._denial(task.name)) is not None:
+            return f"this worker's administrator does not let it run the task {task.name}: {setting}"
+        try:
+            if request.requires is not None and not requires.satisfied(request.requires, self._metadata):
+                return "this worker's own metadata do not satisfy the request's `requires`"
+        except Exception as error:  # noqa: BLE001  # a schema from a stranger: what raises counts as "no", and is told
+            return f"the request's `requires` could not be judged: {type(error).__name__}: {error}"
         try:
             task.configure(request.data)
-            if task.can_run_on(dict(self._metadata)):
-                return None
         except TaskConfigError as error:
             return f"this worker's version of the task does not accept the data: {error}"
         except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is told
-            return f"can_run_on() raised {type(error).__name__}: {error}"
-        return "can_run_on() says no, by this worker's own metadata"
+            return f"this worker's version of the task could not be configured: {type(error).__name__}: {error}"
+        able, problem = ask_plainly(lambda metadata, _: task.can_run_on(metadata), self._metadata, {})
+        if problem is not None:
+            return f"can_run_on() raised {problem}"
+        return None if able else "can_run_on() says no, by this worker's own metadata"
+
+    def _denial(self, task: str) -> str | None:
+        """Return the setting by which this worker must not run a task."""
+        if task in self._denied:
+            return "worker.deny_tasks names it"
+        if self._allowed and task not in self._allowed:
+            return "worker.allow_tasks does not name it"
+        return None
 
     # ------------------------------------------------------------ verdicts
 
@@ -768,7 +814,8 @@ class Agent:
         return Hello(
             host=self._host,
             slots=len(self._slots),
-            tasks=analysis.tasks,
+            tasks={name: version for name, version in analysis.tasks.items() if self._denial(name) is None},
+            denied=sorted(name for name in analysis.tasks if self._denial(name) is not None),
             metadata=self._metadata,
             metadata_version=self._metadata_version,
             store=self._store_id,

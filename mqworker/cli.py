@@ -15,35 +15,49 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from mqworker import Task, __version__, cli_artifact
+from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
-from mqworker.lifecycle import FINAL, State
-from mqworker.messages import RequestView, encode_line
+from mqworker.lifecycle import FINAL
+from mqworker.messages import After, RequestView, encode_line
 from mqworker.rehearsal import Given, kept_directory, rehearse
 from mqworker.screen import (
     Following,
     artifact_table,
     because,
     check_table,
-    pool_line,
     printable_lines,
     request_page,
-    request_table,
     task_table,
-    worker_table,
 )
-from mqworker.shell import INTERRUPTED, AsJson, Shell, print_json, read_data, run, show, silence_logging, tell
+from mqworker.shell import (
+    DID_NOT_SUCCEED,
+    INTERRUPTED,
+    REQUESTS,
+    AsJson,
+    Shell,
+    print_json,
+    read_data,
+    read_name,
+    read_requires,
+    read_take,
+    run,
+    show,
+    silence_logging,
+    tell,
+)
 from mqworker.task import load_tasks
 
 EXIT_CODES: Final = (
-    "Exit codes: 0 it went well; 1 the work did not succeed, or something unexpected; 2 what was asked for cannot be "
-    "done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; 130 Ctrl-C.\n\n"
+    "Exit codes: 0 it went well; 1 the work did not succeed, or nobody can do it, or something unexpected; 2 what was "
+    "asked for cannot be done; 3 this machine or its settings are not right; 4 the world outside is unwell, try again; "
+    "130 Ctrl-C.\n\n"
     "Settings: a flag, else MQWORKER_* in the environment, else the first of --config, MQWORKER_CONFIG, "
     "./mqworker.toml, ~/.config/mqworker.toml and /etc/mqworker/mqworker.toml, else a default."
 )
-DID_NOT_SUCCEED: Final = 1
 MACHINE_NOT_RIGHT: Final = 3
+RESIDENTS: Final = "Residents"
+HERE: Final = "Here and now"
 BUILD_LOG: Final = "debian:package-build-log"
 DEBUG_LOGS: Final = "mqworker:debug-logs"
 
@@ -54,10 +68,11 @@ application = typer.Typer(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-application.add_typer(cli_artifact.application, name="artifact")
+application.add_typer(cli_requests.application)  # without a name: its commands are ours
+application.add_typer(cli_pool.application)
+application.add_typer(cli_artifact.application, name="artifact", rich_help_panel=REQUESTS)
 
 RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id, or a unique beginning of it.")]
-RequestIds = Annotated[list[str], typer.Argument(metavar="ID...", help="Requests' ids, or unique beginnings of them.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name; `mqworker tasks` lists them.")]
 Data = Annotated[str | None, typer.Option("--data", "-d", metavar="JSON", help="Task data, one JSON object.")]
 DataFile = Annotated[
@@ -100,7 +115,7 @@ def general(
 # ---------------------------------------------------------------- requests
 
 
-@application.command()
+@application.command(rich_help_panel=REQUESTS)
 def submit(
     context: typer.Context,
     *,
@@ -111,6 +126,30 @@ def submit(
     max_attempts: Annotated[int, typer.Option(min=1, max=100, help="How often to try, if workers are lost.")] = 3,
     lease: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a run may go on unheard; default: the task's.")
+    ] = None,
+    group: Annotated[str, typer.Option(metavar="NAME", help="Whose share of the slots it uses.")] = "default",
+    concurrency_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of requests with one key, a few run at a time.")
+    ] = None,
+    requires: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEMA",
+            help="A JSON Schema that a worker's metadata must satisfy, or @FILE; keys that must be there: `required`.",
+        ),
+    ] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Wait for a request's success; may be repeated.")
+    ] = None,
+    after_end: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Wait for a request's end, whatever it is; may be repeated.")
+    ] = None,
+    take: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="/POINTER=ID:CATEGORY",
+            help="Put the id of an artifact that a request makes into the task data; may be repeated.",
+        ),
     ] = None,
     own_id: Annotated[
         uuid.UUID | None, typer.Option("--id", help="An id of your own: the same again is the same request.")
@@ -124,7 +163,17 @@ def submit(
 
     The exit code is that of the work with --wait and --follow: 0 for success only.
     """
-    task_data = read_data(data, file)
+    request_words: dict[str, Any] = {
+        "data": read_data(data, file),
+        "priority": priority,
+        "max_attempts": max_attempts,
+        "lease": lease,
+        "group": read_name(group, "--group"),
+        "concurrency_key": None if concurrency_key is None else read_name(concurrency_key, "--concurrency-key"),
+        "requires": read_requires(requires),
+        "after": [*(after or ()), *(After(request=one, need="end") for one in after_end or ())],
+        "take": [read_take(one) for one in take or ()],
+    }
     shell: Shell = context.obj
     request = str(own_id or uuid.uuid4())
     alone = quiet or not sys.stdout.isatty()
@@ -132,7 +181,7 @@ def submit(
         client = stack.enter_context(shell.client())
         # Listening begins before the request exists, so that nothing of it is missed.
         stream = stack.enter_context(closing(client.follow_logs(request))) if wait or follow else None
-        client.submit(task, task_data, priority=priority, max_attempts=max_attempts, lease=lease, id=request)
+        client.submit(task, id=request, **request_words)
         if stream is None and as_json:
             print_json({"id": request})
         elif follow and alone:
@@ -168,7 +217,7 @@ def _end(view: RequestView, *, as_json: bool, alone: bool) -> None:
         raise typer.Exit(DID_NOT_SUCCEED)
 
 
-@application.command("show")
+@application.command("show", rich_help_panel=REQUESTS)
 def show_(context: typer.Context, *, request: RequestId, as_json: AsJson = False) -> None:
     """Show all that is known of a request."""
     shell: Shell = context.obj
@@ -177,24 +226,7 @@ def show_(context: typer.Context, *, request: RequestId, as_json: AsJson = False
     print_json(view) if as_json else show(request_page(view, time.time()))
 
 
-@application.command("list")
-def list_(
-    context: typer.Context,
-    *,
-    state: Annotated[list[State] | None, typer.Option(help="Only those in this state; may be repeated.")] = None,
-    task: Annotated[str | None, typer.Option(help="Only those of this task.")] = None,
-    worker: Annotated[str | None, typer.Option(help="Only those on this worker.")] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=10000, help="At most so many.")] = 50,
-    as_json: AsJson = False,
-) -> None:
-    """List requests, newest first."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        views = client.list(states=[one.value for one in state or ()], task=task, worker=worker, limit=limit)
-    print_json(views) if as_json else show(request_table(views, time.time()))
-
-
-@application.command()
+@application.command(rich_help_panel=REQUESTS)
 def logs(
     context: typer.Context,
     *,
@@ -251,53 +283,10 @@ def _follow_logs(client: Client, request: str, *, as_json: bool) -> None:
         _watch(stream, request, logs=True)
 
 
-@application.command()
-def abort(
-    context: typer.Context,
-    *,
-    ids: RequestIds,
-    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept.")] = "aborted from the command line",
-    as_json: AsJson = False,
-) -> None:
-    """Stop requests, wherever they are; a running one ends a little later."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        views = client.abort(ids, reason)
-    print_json(views) if as_json else show(request_table(views, time.time()))
+# ---------------------------------------------------------------- tasks
 
 
-@application.command()
-def retry(context: typer.Context, *, request: RequestId, as_json: AsJson = False) -> None:
-    """Do an ended request anew, as a new request, and print its id."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        new_id = client.retry(request)
-    print_json({"id": new_id}) if as_json else typer.echo(new_id)
-
-
-# ---------------------------------------------------------------- the pool
-
-
-@application.command()
-def workers(
-    context: typer.Context,
-    *,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Ask them to look at their hosts again.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """List the workers that the scheduler knows."""
-    shell: Shell = context.obj
-    with shell.client() as client:
-        found = client.refresh_workers() if refresh else client.workers()
-        pool = client.pool()
-    if as_json:
-        print_json(found)
-        return
-    show(worker_table(found, time.time()))
-    typer.echo(f"\n{pool_line(pool)}")
-
-
-@application.command()
+@application.command(rich_help_panel=HERE)
 def tasks(
     *,
     name: Annotated[str | None, typer.Argument(metavar="TASK", help="One task: print its schema.")] = None,
@@ -330,18 +319,26 @@ def _what(task: type[Task]) -> str:
 # ---------------------------------------------------------------- residents
 
 
-@application.command()
+@application.command(rich_help_panel=RESIDENTS)
 def scheduler(
     context: typer.Context,
     *,
     ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH")] = None,
     metrics_listen: MetricsListen = None,
     retry_delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Before a second attempt.")] = None,
+    no_worker_after: Annotated[
+        float | None, typer.Option(metavar="SECONDS", help="When an event says that nobody can run a request.")
+    ] = None,
 ) -> None:
     """Run the scheduler: it keeps the ledger and gives requests to workers."""
     shell: Shell = context.obj
     settings = shell.resident(
-        {"ledger": ledger, "scheduler.metrics_listen": metrics_listen, "scheduler.retry_delay": retry_delay}
+        {
+            "ledger": ledger,
+            "scheduler.metrics_listen": metrics_listen,
+            "scheduler.retry_delay": retry_delay,
+            "scheduler.no_worker_after": no_worker_after,
+        }
     )
     from mqworker import scheduler as resident  # noqa: PLC0415  # loads the database driver
 
@@ -352,12 +349,15 @@ def scheduler(
             ledger_url=settings.ledger,
             store_url=settings.store,
             retry_delay=settings.scheduler.retry_delay,
+            no_worker_after=settings.scheduler.no_worker_after,
+            group_weights=settings.scheduler.group_weights,
+            concurrency_limits=settings.scheduler.concurrency_limits,
             metrics_listen=settings.scheduler.metrics_listen,
         )
     )
 
 
-@application.command()
+@application.command(rich_help_panel=RESIDENTS)
 def worker(
     context: typer.Context,
     *,
@@ -373,6 +373,10 @@ def worker(
     ] = None,
     drain_grace: Annotated[float | None, typer.Option(metavar="SECONDS", help="For runs in hand, at SIGTERM.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Reported in system:tags; may be repeated.")] = None,
+    allow_task: Annotated[
+        list[str] | None, typer.Option(metavar="TASK", help="Run no other; may be repeated; default: all.")
+    ] = None,
+    deny_task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Do not run it; may be repeated.")] = None,
 ) -> None:
     """Run a worker: it runs what this host can run."""
     shell: Shell = context.obj
@@ -386,6 +390,8 @@ def worker(
             "worker.metadata_interval": metadata_interval,
             "worker.drain_grace": drain_grace,
             "worker.tags": tag or None,
+            "worker.allow_tasks": allow_task or None,
+            "worker.deny_tasks": deny_task or None,
         }
     )
     from mqworker import worker as resident  # noqa: PLC0415  # the other commands do without
@@ -402,12 +408,14 @@ def worker(
             metadata_interval=settings.worker.metadata_interval,
             drain_grace=settings.worker.drain_grace,
             static_metadata=settings.worker.static_metadata(),
+            allow_tasks=settings.worker.allow_tasks,
+            deny_tasks=settings.worker.deny_tasks,
             metrics_listen=settings.worker.metrics_listen,
         )
     )
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def demo(
     context: typer.Context,
     *,
@@ -438,7 +446,7 @@ def demo(
 # ---------------------------------------------------------------- here and now
 
 
-@application.command("run")
+@application.command("run", rich_help_panel=HERE)
 def run_(
     *,
     task: TaskName,
@@ -480,7 +488,7 @@ def _input(text: str, task: str) -> tuple[int, Given]:
     return int(number), cli_artifact.read_debian(path)
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
     """Look at broker, rights, scheduler, store, ledger, directories, tasks and tools: each line ok, or what to do."""
     silence_logging()
@@ -507,7 +515,7 @@ def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
         raise typer.Exit(MACHINE_NOT_RIGHT)
 
 
-@application.command()
+@application.command(rich_help_panel=HERE)
 def version(*, as_json: AsJson = False) -> None:
     """Print the version."""
     python = platform.python_version()

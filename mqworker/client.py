@@ -1,4 +1,4 @@
-"""The client: submit, wait, look, abort, follow and fetch, from a script or a shell.
+"""The client: submit, wait, look, command, follow and fetch, from a script or a shell.
 
 A synchronous face: an asyncio loop in a background thread holds the broker connection, and every call waits on an
 event there, so that Ctrl-C works at any time. Knows the broker by amqp, the bytes by store, and no ledger: whatever it
@@ -8,6 +8,7 @@ knows of requests, a scheduler has told it.
 import asyncio
 import re
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +16,11 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Literal, Self, TypeVar, cast
 
 import msgspec
 
+from mqworker import requires as schemas
 from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
@@ -38,18 +40,29 @@ from mqworker.lifecycle import FINAL, MOVES
 from mqworker.messages import (
     MAX_REQUESTS_IN_A_MESSAGE,
     AbortRequests,
+    After,
     Answer,
     Artifact,
     ArtifactList,
+    Capability,
+    CapabilityList,
+    CountRequests,
+    Explain,
+    Explanation,
     FileEntry,
+    GetCapabilities,
     GetPool,
     GetRequests,
     ImportArtifact,
     ListArtifacts,
+    ListPauses,
     ListRequests,
     ListWorkers,
     LogProgress,
     LogText,
+    Pause,
+    PauseList,
+    PauseView,
     Pool,
     Problem,
     Query,
@@ -58,13 +71,19 @@ from mqworker.messages import (
     RecordedArtifact,
     RefreshWorkers,
     Relation,
+    Reprioritise,
     Request,
+    RequestCount,
     RequestEvent,
     RequestList,
     RequestState,
     RequestView,
+    Resume,
     RetryRequest,
+    StuckEvent,
     Submit,
+    Take,
+    WorkerEvent,
     WorkerList,
     WorkerView,
     decode,
@@ -75,13 +94,21 @@ from mqworker.store import Store
 from mqworker.topology import Topology
 
 Followed = LogText | LogProgress | RequestEvent
+PoolEvent = RequestEvent | WorkerEvent | StuckEvent
+Heard = Followed | PoolEvent
+Pausable = Literal["worker", "task", "group"]
 Views = list[RequestView]  # in a class that has a method `list`, list[...] is no type
 Workers = list[WorkerView]
+Pauses = list[PauseView]
+Events = list[PoolEvent]
+Ids = list[str]
 Artifacts = list[RecordedArtifact]
 Paths = list[Path]
 Receipts = list[Receipted]
 Items = list[Followed]
 _T = TypeVar("_T")
+_Naming = TypeVar("_Naming", After, Take)
+_Query = TypeVar("_Query", bound=Query)
 
 FIRST_CONNECT_SECONDS: Final = 5.0  # who calls a command should not wait half a minute for a wrong port
 RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy costs the scheduler a look
@@ -90,7 +117,8 @@ PAUSE_SECONDS: Final = 0.2  # after the broker refused a message that it was sen
 BATCH_BYTES: Final = 1024 * 1024  # an eighth of what a message may have
 REQUEST_BYTES: Final = 4 * 1024 * 1024  # a ticket, an answer and a message carry it with words around it
 BATCHES_AT_ONCE: Final = 4
-VIEWS_IN_AN_ANSWER: Final = 100
+VIEWS_IN_AN_ANSWER: Final = 100  # as long as nobody knows how large they are
+MOST_VIEWS_IN_AN_ANSWER: Final = 1000
 FOLLOW_PREFETCH: Final = 500  # what a slow reader has in memory; the rest waits at the broker
 
 _FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -98,6 +126,7 @@ _MOVE_TO: Final[Mapping[str, str]] = {to: event for (_, event), to in MOVES.item
 _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
     "unreadable": Unreadable,
     "not_found": NotFound,
+    "too_large": Rejected,
     "conflict": Conflict,
     "rejected": Rejected,
     "artifact_invalid": ArtifactInvalid,
@@ -130,6 +159,9 @@ class Client:
         self._line: _Line | None = None
         self._answers: dict[str, asyncio.Future[bytes]] = {}
         self._follows: set[_Follow] = set()
+        self._requests_at_once = _Fit()
+        self._workers_at_once = _Fit()
+        self._classes_at_once = _Fit()
 
     # ------------------------------------------------------------ open and close
 
@@ -179,13 +211,27 @@ class Client:
         priority: int = 0,
         max_attempts: int = 3,
         lease: float | None = None,
+        group: str = "default",
+        concurrency_key: str | None = None,
+        requires: Mapping[str, Any] | None = None,
+        after: Iterable[str | After] = (),
+        take: Iterable[Take] = (),
         id: str | None = None,  # noqa: A002  # the word for it everywhere else
     ) -> str:
         """Submit one request and return its id, once the ledger keeps it.
 
+        `requires` is a JSON Schema that a worker's metadata must satisfy; keys that must be there it has to name in
+        `required`. `after` are requests that have to end first, ids (or unique beginnings) those that must succeed.
+        `take` puts ids of artifacts that other requests make into the task data.
+
+            many_cores = {"required": ["system:cpu_count"], "properties": {"system:cpu_count": {"minimum": 8}}}
+            first = client.submit("noop", requires=many_cores)
+            client.submit("noop", after=[first], group="night")
+
         Raises:
             Rejected: the scheduler, or this client, does not accept it; the text says why.
             Conflict: the id is taken by a request with other content.
+            NotFound: there is no request to come after.
             Unanswered: no receipt came in time; the text says how far the request got.
         """
         request = Request(
@@ -195,6 +241,11 @@ class Client:
             priority=priority,
             max_attempts=max_attempts,
             lease=lease,
+            group=group,
+            concurrency_key=concurrency_key,
+            requires=None if requires is None else dict(requires),
+            after=[self._after(one) for one in after],
+            take=[self._named(one) for one in take],
         )
         [receipted] = self.submit_many([request])
         if receipted.status == "rejected":
@@ -255,12 +306,73 @@ class Client:
         states: Sequence[RequestState] = (),
         task: str | None = None,
         worker: str | None = None,
+        group: str | None = None,
+        submitted_before: float | None = None,
         limit: int = 50,
         before: int | None = None,
+        oldest: bool = False,
     ) -> Views:
-        """Return the newest requests that match, without their attempts; `before` is the seq to go on below."""
-        query = ListRequests(states=[*states], task=task, worker=worker, limit=limit, before=before)
+        """Return the newest requests that match (or the oldest, oldest first), without their attempts.
+
+        `before` is the seq to go on below; `submitted_before` is in seconds since the epoch.
+        """
+        query = ListRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=submitted_before,
+            limit=limit,
+            before=before,
+            oldest=oldest,
+        )
         return self._ask(query, RequestList).requests
+
+    def select(
+        self,
+        *,
+        states: Sequence[RequestState] = (),
+        task: str | None = None,
+        worker: str | None = None,
+        group: str | None = None,
+        older_than: float | None = None,
+        submitted_before: float | None = None,
+        limit: int | None = None,
+        before: int | None = None,
+    ) -> Iterator[RequestView]:
+        """Go through all requests that match, newest first, without their attempts; any number of them.
+
+        `older_than` is in seconds, from this call on; what is submitted while the reader reads is not among them.
+        """
+        query = ListRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=_earlier(submitted_before, older_than),
+            before=before,
+        )
+        return self._pages(query, limit)
+
+    def count(
+        self,
+        *,
+        states: Sequence[RequestState] = (),
+        task: str | None = None,
+        worker: str | None = None,
+        group: str | None = None,
+        older_than: float | None = None,
+        submitted_before: float | None = None,
+    ) -> int:
+        """Count the requests that match; as for `select`."""
+        query = CountRequests(
+            states=[*states],
+            task=task,
+            worker=worker,
+            group=group,
+            submitted_before=_earlier(submitted_before, older_than),
+        )
+        return self._ask(query, RequestCount).number
 
     def abort(self, ids: Iterable[str], reason: str) -> Views:
         """Stop requests, wherever they are, and return them; a running one ends a little later.
@@ -268,31 +380,51 @@ class Client:
         Raises:
             NotFound: some are not there; the others are being stopped.
         """
-        views: Views = []
-        missing: list[str] = []
-        asked = [*ids]
-        for start in range(0, len(asked), VIEWS_IN_AN_ANSWER):
-            part = asked[start : start + VIEWS_IN_AN_ANSWER]
-            answer = self._ask(AbortRequests(ids=part, reason=reason), RequestList)
-            views += answer.requests
-            missing += answer.missing
-        if missing:
-            others = f"; the other {len(views)} are being stopped" if views else ""
-            raise NotFound(f"{_no_request(missing)}{others}")
-        return views
+        return self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped")
 
-    def retry(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
+    def reprioritise(self, ids: Iterable[str], priority: int) -> Views:
+        """Give requests another priority, and return them; to those that have ended it means nothing.
+
+        Raises:
+            NotFound: some are not there; the others have it.
+            Rejected: there is no such priority.
+        """
+        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it")
+
+    def retry(self, id: str, *, new_id: str | None = None) -> str:  # noqa: A002  # the word for it everywhere else
         """Ask for an ended request to be done anew and return the id of the new request.
+
+        With a `new_id` of the caller's own, the same call again is the same new request.
 
         Raises:
             NotFound: there is no such request.
-            Rejected: it has not ended.
+            Conflict: it has not ended.
+            Rejected: the scheduler would not accept it any more.
         """
-        new_id = str(uuid.uuid4())
+        new_id = new_id or str(uuid.uuid4())
         answer = self._ask(RetryRequest(id=id, new_id=new_id), RequestList)
         if answer.missing:
             raise NotFound(_no_request(answer.missing))
         return new_id
+
+    def explain(self, id: str) -> Explanation:  # noqa: A002  # the word for it everywhere else
+        """Say who can run a request and who cannot, and why it waits; a unique beginning of the id is enough.
+
+        Raises:
+            NotFound: the ledger has no such request.
+        """
+        return self._ask(Explain(id=self._full_id(id)), Explanation)
+
+    def explain_task(
+        self, task: str, data: Mapping[str, Any] | None = None, requires: Mapping[str, Any] | None = None
+    ) -> Explanation:
+        """Say who could run a request that is not submitted.
+
+        Raises:
+            Rejected: it would not be accepted.
+        """
+        schema = None if requires is None else dict(requires)
+        return self._ask(Explain(task=task, data=dict(data or {}), requires=schema), Explanation)
 
     def follow_logs(self, id: str | None = None) -> Generator[Followed, None, None]:  # noqa: A002  # as above
         """Follow what a request prints, its progress and its changes of state, until it is final; None: all, for ever.
@@ -304,8 +436,8 @@ class Client:
         Raises:
             NotFound: there is no such request (at the first `next()`).
         """
-        if id is not None and not _FULL_ID.fullmatch(id):
-            id = self.status(id).request.id  # noqa: A001  # as above
+        if id is not None:
+            id = self._full_id(id)  # noqa: A001  # as above
         events = (self._topology.events, "request.#")
         logs = (self._topology.logs, id or "#")
         follow = self._call(self._open_follow((events, logs)))
@@ -314,16 +446,68 @@ class Client:
     # ------------------------------------------------------------ the pool
 
     def workers(self) -> Workers:
-        """Return the workers that the scheduler knows."""
-        return self._ask(ListWorkers(), WorkerList).workers
+        """Return the workers that the scheduler knows, in the order of their names."""
+        workers: Workers = []
+        fit = self._workers_at_once
+        while True:
+            limit = fit.number
+            page = self._ask(ListWorkers(limit=limit, after=workers[-1].name if workers else None), WorkerList)
+            workers += page.workers
+            if len(page.workers) != limit:
+                return workers
+            fit.learn(limit, page)
 
     def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
         """Ask workers to look at their hosts again (no names: all), and return what is known now."""
-        return self._ask(RefreshWorkers(names=[*names]), WorkerList).workers
+        self._ask(RefreshWorkers(names=[*names]), WorkerList)
+        return self.workers()
 
     def pool(self) -> Pool:
         """Return how the scheduler is."""
         return self._ask(GetPool(), Pool)
+
+    def capabilities(self) -> CapabilityList:
+        """Return the capability classes: workers that no known request tells apart."""
+        classes: list[Capability] = []
+        fit = self._classes_at_once
+        while True:
+            limit = fit.number
+            query = GetCapabilities(limit=limit, after=classes[-1].name if classes else None)
+            page = self._ask(query, CapabilityList)
+            classes += page.classes
+            if len(page.classes) != limit:
+                return msgspec.structs.replace(page, classes=classes)
+            fit.learn(limit, page)
+
+    def pause(self, kind: Pausable, name: str, reason: str = "") -> Pauses:
+        """Give a worker, a task or a group no slot any more, and return what is paused; what runs goes on.
+
+        A name that nobody knows is paused too: it may come.
+
+        Raises:
+            Rejected: it cannot be a name.
+        """
+        return self._ask(Pause(kind=kind, name=name, reason=reason), PauseList).pauses
+
+    def resume(self, kind: Pausable, name: str) -> Pauses:
+        """End a pause, if there is one, and return what is still paused.
+
+        Raises:
+            Rejected: it cannot be a name.
+        """
+        return self._ask(Resume(kind=kind, name=name), PauseList).pauses
+
+    def pauses(self) -> Pauses:
+        """Return what is paused."""
+        return self._ask(ListPauses(), PauseList).pauses
+
+    def follow_events(self, *, quiet: float | None = None) -> Generator[Events, None, None]:
+        """Follow what happens in the pool, for ever: in sets, as it comes.
+
+        An empty set comes after `quiet` seconds without any, and with a new connection: of what happened before it
+        nobody has heard. Listens from this call on.
+        """
+        return self._happenings(self._call(self._open_follow(((self._topology.events, "#"),))), quiet)
 
     # ------------------------------------------------------------ artifacts
 
@@ -453,8 +637,56 @@ class Client:
     def _ended(self) -> BaseException:
         return self._broken or BrokerUnavailable("expected an open client, got one that is closed: open it with `with`")
 
+    def _full_id(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
+        return id if _FULL_ID.fullmatch(id) else self.status(id.lower()).request.id
+
+    def _after(self, one: str | After) -> After:
+        return After(request=self._full_id(one)) if isinstance(one, str) else self._named(one)
+
+    def _named(self, one: _Naming) -> _Naming:
+        return msgspec.structs.replace(one, request=self._full_id(one.request))
+
     def _ask(self, query: Query, kind: type[_T]) -> _T:
-        return self._call(self._answer(query, kind, self._deadline()))
+        return self._call(self._answer(_checked(query), kind, self._deadline()))
+
+    def _command(self, ids: Iterable[str], query: Callable[[Ids], Query], done: str) -> Views:
+        """Ask for something to be done to any number of requests, and return them."""
+        views: Views = []
+        missing: Ids = []
+        left = [*ids]
+        fit = self._requests_at_once
+        while left:
+            part = left[: fit.number]
+            left = left[fit.number :]
+            answer = self._ask(query(part), RequestList)
+            fit.learn(len(answer.requests), answer)
+            views += answer.requests
+            missing += answer.missing
+        if missing:
+            others = f"; the other {len(views)} {done}" if views else ""
+            raise NotFound(f"{_no_request(missing)}{others}")
+        return views
+
+    def _pages(self, query: ListRequests, limit: int | None) -> Iterator[RequestView]:
+        fit = self._requests_at_once
+        while limit is None or limit > 0:
+            number = fit.number if limit is None else min(fit.number, limit)
+            page = self._ask(msgspec.structs.replace(query, limit=number), RequestList)
+            yield from page.requests
+            if len(page.requests) < number:
+                return
+            fit.learn(number, page)
+            limit = None if limit is None else limit - number
+            query = msgspec.structs.replace(query, before=page.requests[-1].seq)
+
+    def _happenings(self, follow: "_Follow", quiet: float | None) -> Generator[Events, None, None]:
+        try:
+            while True:
+                items = self._call(follow.take(quiet))
+                yield [item for item in items if isinstance(item, PoolEvent)]
+        finally:
+            if self._thread is not None and self._broken is None:
+                self._call(self._close_follow(follow))
 
     def _deadline(self) -> Callable[[], float]:
         """Return a clock of the seconds that are left for a call; it starts in the loop, at its first reading."""
@@ -639,18 +871,31 @@ class Client:
         """Return what came next; never nothing."""
         while True:
             items = await follow.take(LOOK_AGAIN_SECONDS)
-            found = [item for item in items if item is not None and request in {None, item.request}]
+            found = [item for item in items if isinstance(item, Followed) and request in {None, item.request}]
             missed = not items or None in items  # nothing for a while, or a new connection
             if missed and request is not None and not any(_is_end(item) for item in found):
                 first, follow.looked = not follow.looked, True
                 look = self._views if first else self._look_patiently
                 [view] = await look([request], self._deadline() if first else _countdown(None))
                 if view.state in FINAL:
-                    found += [item for item in follow.take_now() if item is not None and item.request == request]
+                    more = follow.take_now()
+                    found += [item for item in more if isinstance(item, Followed) and item.request == request]
                     if not any(_is_end(item) for item in found):
                         found.append(_end_of(view))
             if found:
                 return found
+
+
+class _Fit:
+    """Learn how many views fit into an answer: of small ones many, so that few answers do; of large ones few."""
+
+    def __init__(self) -> None:
+        self.number = VIEWS_IN_AN_ANSWER
+
+    def learn(self, number: int, answer: msgspec.Struct) -> None:
+        """Take so many views in one answer as an example."""
+        if number:
+            self.number = max(1, min(MOST_VIEWS_IN_AN_ANSWER, number * BATCH_BYTES // len(encode(answer))))
 
 
 class _Line:
@@ -715,7 +960,7 @@ class _Follow:
     async def close(self) -> None:
         await self._line.__aexit__(None, None, None)
 
-    async def take(self, seconds: float) -> list[Followed | None]:
+    async def take(self, seconds: float | None) -> list[Heard | None]:
         """Return all that has arrived, waiting for the first of it; nothing if it does not come."""
         try:
             first = await asyncio.wait_for(self._arrived.get(), seconds)
@@ -723,17 +968,17 @@ class _Follow:
             return []
         return [self._read(first), *self.take_now()]
 
-    def take_now(self) -> list[Followed | None]:
-        items: list[Followed | None] = []
+    def take_now(self) -> list[Heard | None]:
+        items: list[Heard | None] = []
         while not self._arrived.empty():
             items.append(self._read(self._arrived.get_nowait()))
         return items
 
-    def _read(self, delivery: Delivery | None) -> Followed | None:
+    def _read(self, delivery: Delivery | None) -> Heard | None:
         if delivery is None:
             return None
         self._line.link.ack(delivery)
-        item: Followed = decode(delivery.body, cast("Any", Followed))
+        item: Heard = decode(delivery.body, cast("Any", Heard))
         return item
 
 
@@ -751,6 +996,26 @@ def _countdown(seconds: float | None) -> Callable[[], float]:
         return end - now
 
     return left
+
+
+def _earlier(submitted_before: float | None, older_than: float | None) -> float | None:
+    """Return the time before which requests must have been submitted."""
+    if older_than is None:
+        return submitted_before
+    then = time.time() - older_than
+    return then if submitted_before is None else min(then, submitted_before)
+
+
+def _checked(query: _Query) -> _Query:
+    """Return a query as the scheduler will read it.
+
+    Raises:
+        Rejected: it cannot read it: a name, a number or a text is not what it may be.
+    """
+    try:
+        return decode(encode(query), type(query))
+    except (Unreadable, TypeError, ValueError, msgspec.MsgspecError) as error:
+        raise Rejected(f"the query {tag_of(query)} cannot be: {error}") from error
 
 
 def _batches(requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -778,6 +1043,8 @@ def _checked_length(request: Request) -> int:
         decode(body, Request)
     except (Unreadable, TypeError, ValueError, msgspec.MsgspecError) as error:
         raise Rejected(f"request {request.id} cannot be: {error}") from error
+    if request.requires is not None and (trouble := schemas.problem(request.requires)) is not None:
+        raise Rejected(f"request {request.id} cannot be: `requires`: {trouble}")
     if len(body) > REQUEST_BYTES:
         raise Rejected(
             f"expected a request of at most {REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "

@@ -1,93 +1,132 @@
 """The facts: requests, attempts and artifacts in SQL, changed by one writer in one transaction at a time.
 
-Knows no broker, no clock (every time is told) and no rule of its own: which move is legal stands in lifecycle, and
-what an outcome means is judged by the scheduler. Each move is a compare-and-set: it changes the row only if the row
-is still as the writer believed. Synchronous, for one thread at a time.
+Knows no broker, no clock (every time is told) and no rule of its own: which move is legal and what meets a need stands
+in lifecycle, and what an outcome means is judged by the scheduler. Each move is a compare-and-set: it changes the row
+only if the row is still as the writer believed. Synchronous, for one thread at a time.
 """
 
 import errno
 import fcntl
 import hashlib
+import heapq
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from sqlalchemy import (
     BindParameter,
-    Boolean,
-    Column,
+    ColumnElement,
     Connection,
     Engine,
     Executable,
-    Float,
-    ForeignKey,
-    ForeignKeyConstraint,
-    Index,
     Integer,
-    MetaData,
     Row,
-    String,
-    Table,
+    Select,
     bindparam,
     column,
     create_engine,
+    delete,
     event,
     exc,
     func,
     insert,
     make_url,
+    not_,
+    or_,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.pool import StaticPool
 
+from mqworker import schema
 from mqworker.errors import IllegalMove, LedgerInvalid, LedgerLocked, LedgerUnavailable, MqworkerError, SettingsError
-from mqworker.lifecycle import FINAL, MOVES, Event, State, move
+from mqworker.lifecycle import FINAL, MOVES, Event, State, meets, move
 from mqworker.messages import (
     Artifact,
     AttemptView,
+    CountRequests,
     FileEntry,
     ListArtifacts,
     ListRequests,
     OutcomeResult,
+    PauseView,
     Reason,
     RecordedArtifact,
     RecordedRelation,
     Request,
     RequestView,
+    Selection,
 )
 
-SCHEMA_VERSION: Final = 1
 BUSY_TIMEOUT: Final = 5.0  # seconds; nobody else writes, but a backup may hold the file for a moment
 CACHE_KIB: Final = 64 * 1024  # ids are random, so each acceptance touches its own page of their index
-PAGE: Final = 1000  # rows read at a time; also the most values in one IN (...)
+PAGE: Final = 1000  # the most values in one IN (...)
 SHORTEST_BEGINNING: Final = 4  # characters of an id
 
 # ---------------------------------------------------------------- writes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Accept:
-    """Keep a submission: pending, or rejected for a reason."""
+class Need:
+    """Keep a requirement class, as far as it is not kept already."""
 
+    id: int  # given by the scheduler; never used twice
+    task: str
+    fingerprint: str
+    reads: str  # JSON
+    data: str  # JSON
+    requires: str | None  # JSON
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accept:
+    """Keep a submission: pending, or rejected for a reason.
+
+    What it comes after and takes from must have been accepted before it, also in the same set; else it is rejected.
+    What of that has ended already counts at once: if it cannot be met any more, the request is aborted at once.
+    """
+
+    seq: int  # given by the scheduler; rises with each, gaps are fine
     request: Request
     at: float
     rejected: Reason | None = None
+    requirement: int | None = None  # its requirement class; None only for what is rejected
+    inputs: tuple[int, ...] = ()  # artifact ids that its data name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wake:
+    """End a pending request's delay; the result says whether it had one."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Give a request that has not ended another priority."""
+
+    request: str
+    priority: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """Move pending to offered; the result says whether it did."""
+    """Move waiting to offered; the result says whether it did.
+
+    Waiting means pending, with all needs met and no delay. A doubled submission's own seq moves nothing.
+    """
 
     request: str
     attempt: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +155,8 @@ class End:
     An outcome whose artifacts contradict themselves (a relation to an artifact that does not exist, a handle used
     twice) is still recorded, since one worker's mistake must not hold up the set it came in; but its request ends in
     error, with a reason that names the contradiction, and its artifacts are kept without the relations in question.
+
+    What comes after a request that ended for good is settled with it, and what comes after that, too.
     """
 
     request: str
@@ -135,7 +176,10 @@ class End:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortAsked:
-    """Abort a request that does not run, mark one that does, leave one that has ended."""
+    """Abort a request that does not run, mark one that does, leave one that has ended.
+
+    What comes after a request that was aborted is settled with it, and what comes after that, too.
+    """
 
     request: str
     reason: str
@@ -151,9 +195,118 @@ class Import:
     at: float
 
 
-Write: TypeAlias = Accept | Offer | Return | Grant | End | AbortAsked | Import
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """Remember a pause; the result says whether it is new.
 
-# ---------------------------------------------------------------- their results
+    The same one again keeps the time of the first, and gets the reason of the last.
+    """
+
+    kind: Literal["worker", "task", "group"]
+    name: str
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Forget a pause; the result says whether there was one."""
+
+    kind: Literal["worker", "task", "group"]
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rekey:
+    """Put requests that have not ended into other requirement classes; the result is their number."""
+
+    to: Mapping[int, int]  # seq to requirement class
+
+
+Write: TypeAlias = (
+    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Import | Pause | Resume | Rekey
+)
+
+# ---------------------------------------------------------------- what is read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """Show a request that has not ended, with all that a scheduler must know of it."""
+
+    seq: int
+    request: Request  # with its present priority, and the ids of the artifacts that it takes in its data
+    requirement: int
+    inputs: tuple[int, ...]  # artifact ids in its data, also those that it takes
+    unmet: int  # requests that it still waits for
+    state: State
+    attempt: int
+    tried: int
+    worker: str | None
+    token: str | None
+    abort: str | None
+    not_before: float | None
+    submitted: float
+
+
+class LaneRow(NamedTuple):
+    """Say where a pending request stood; waiting: it had no delay, and nothing to wait for."""
+
+    requirement: int
+    priority: int
+    group: str
+    key: str | None
+    seq: int
+    waiting: bool
+
+
+class LaneCount(NamedTuple):
+    """Count the waiting requests that dispatch tells apart by age alone."""
+
+    requirement: int
+    priority: int
+    group: str
+    key: str | None
+    number: int
+
+
+class Wanted(NamedTuple):
+    """Ask for the oldest waiting requests of a lane that are younger than `after`."""
+
+    requirement: int
+    priority: int
+    group: str
+    key: str | None
+    after: int
+    limit: int
+
+
+class RequirementRow(NamedTuple):
+    """Show a requirement class."""
+
+    id: int
+    task: str
+    fingerprint: str
+    reads: str
+    data: str
+    requires: str | None
+
+
+# ---------------------------------------------------------------- what becomes of writes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stranded:
+    """Show a pending request that was aborted, since what it needed cannot be had any more."""
+
+    seq: int
+    id: str
+    task: str
+    reason: Reason
+    requirement: int
+    priority: int
+    group: str
+    key: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +315,19 @@ class Accepted:
 
     seq: int
     status: Literal["accepted", "known", "rejected", "conflict"]
-    reason: str | None = None
+    reason: str | None = None  # why it is rejected, or a conflict
+    state: State | None = None  # pending, rejected, or aborted at once; None: this Accept changed nothing
+    unmet: int = 0  # requests that it waits for
+    stranded: Reason | None = None  # why it was aborted at once
+    live: Live | None = None  # if artifacts were put into its data at once; else it is as it was given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Say what became of a Move; None: no such request, or it has ended."""
+
+    live: Live | None
+    before: int | None  # its priority until now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +338,8 @@ class Ended:
     reason: str | None = None
     artifacts: dict[str, int] = field(default_factory=dict)  # handle to id
     state: State | None = None  # where this End took its request; None: it changed nothing
+    freed: tuple[Live, ...] = ()  # those that came after it and wait for no other
+    stranded: tuple[Stranded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +348,11 @@ class AbortResult:
 
     before: State | None
     after: State | None
+    task: str | None = None
+    attempt: int | None = None
+    before_lane: LaneRow | None = None  # where it stood, if it was pending
+    freed: tuple[Live, ...] = ()  # those that came after it and wait for no other
+    stranded: tuple[Stranded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,133 +364,28 @@ class ImportRefused:
 
 Granting: TypeAlias = Literal["granted", "again", "void"]
 Imported: TypeAlias = int
-Result: TypeAlias = Accepted | bool | Granting | Ended | AbortResult | Imported | ImportRefused
+Rekeyed: TypeAlias = int
+Result: TypeAlias = Accepted | bool | Moved | Granting | Ended | AbortResult | Imported | ImportRefused | Rekeyed
 
-# ---------------------------------------------------------------- what is read
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Live:
-    """Show a request that has not ended, with all that a new scheduler must know of it."""
-
-    seq: int
-    request: Request
-    state: State
-    attempt: int
-    tried: int
-    worker: str | None
-    token: str | None
-    abort: str | None
-    not_before: float | None
-    submitted: float
-
-
-# ---------------------------------------------------------------- tables
-
-_schema = MetaData()
-
-_meta = Table("meta", _schema, Column("key", String, primary_key=True), Column("value", Integer, nullable=False))
-
-_requests = Table(
-    "requests",
-    _schema,
-    Column("seq", Integer, primary_key=True),  # its age
-    Column("id", String, nullable=False, unique=True),
-    Column("task", String, nullable=False),
-    Column("body", String, nullable=False),  # the Request as JSON
-    Column("content", String, nullable=False),  # sha256 of the canonical JSON of the Request without its id
-    Column("priority", Integer, nullable=False),
-    Column("state", String, nullable=False),
-    Column("attempt", Integer, nullable=False),  # the newest, or the next if none runs
-    Column("tried", Integer, nullable=False),  # attempts that ended and count
-    Column("worker", String),
-    Column("token", String),
-    Column("abort", String),  # why it is to be stopped
-    Column("not_before", Float),
-    Column("submitted", Float, nullable=False),
-    Column("granted", Float),
-    Column("ended", Float),
-    Column("reason", String),  # a Reason as JSON
-    sqlite_autoincrement=True,  # a seq is never used twice
-)
-
-# Written out, since SQLite proves that a query fits a partial index only from the text, never from bound values.
-_is_live = text(f"state IN ({', '.join(repr(str(state)) for state in State if state not in FINAL)})")
-
-Index("requests_live", _requests.c.seq, sqlite_where=_is_live)
-Index("requests_by_state", _requests.c.state, _requests.c.seq)
-Index("requests_by_task", _requests.c.task, _requests.c.seq)
-Index("requests_by_worker", _requests.c.worker, _requests.c.seq, sqlite_where=_requests.c.worker.is_not(None))
-
-_attempts = Table(
-    "attempts",
-    _schema,
-    Column("request", String, ForeignKey("requests.id"), primary_key=True),
-    Column("number", Integer, primary_key=True),
-    Column("worker", String, nullable=False),
-    Column("token", String, nullable=False),
-    Column("granted", Float, nullable=False),
-    Column("started", Float),
-    Column("ended", Float),
-    Column("result", String),
-    Column("counted", Boolean(create_constraint=False), nullable=False),
-    Column("reason", String),  # a Reason as JSON
-    Column("late", String),  # an outcome that came after the attempt was lost, as JSON
-    sqlite_with_rowid=False,
-)
-
-_artifacts = Table(
-    "artifacts",
-    _schema,
-    Column("id", Integer, primary_key=True),
-    Column("request", String),  # with attempt: the run that made it; None: imported
-    Column("attempt", Integer),
-    Column("handle", String, nullable=False),
-    Column("category", String, nullable=False),
-    Column("name", String, nullable=False),
-    Column("data", String, nullable=False),  # JSON
-    Column("created", Float, nullable=False),
-    ForeignKeyConstraint(["request", "attempt"], ["attempts.request", "attempts.number"]),
-    sqlite_autoincrement=True,  # an id is never used twice: task data names artifacts by it
-)
-
-Index("artifacts_by_request", _artifacts.c.request, _artifacts.c.attempt)
-Index("artifacts_by_category", _artifacts.c.category, _artifacts.c.id)
-
-_artifact_files = Table(
-    "artifact_files",
-    _schema,
-    Column("artifact", Integer, ForeignKey("artifacts.id"), primary_key=True),
-    Column("position", Integer, primary_key=True),
-    Column("path", String, nullable=False),
-    Column("size", Integer, nullable=False),
-    Column("sha256", String, nullable=False),
-    sqlite_with_rowid=False,
-)
-
-_artifact_relations = Table(
-    "artifact_relations",
-    _schema,
-    Column("artifact", Integer, ForeignKey("artifacts.id"), primary_key=True),
-    Column("position", Integer, primary_key=True),
-    Column("type", String, nullable=False),
-    Column("target", Integer, ForeignKey("artifacts.id"), nullable=False),
-    sqlite_with_rowid=False,
-)
-
-_imports = Table(
-    "imports",
-    _schema,
-    Column("key", String, primary_key=True),
-    Column("artifact", Integer, ForeignKey("artifacts.id"), nullable=False),
-    sqlite_with_rowid=False,
-)
+_Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one that it comes after
 
 # ---------------------------------------------------------------- statements, built once
+
+_meta, _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts = (
+    schema.meta,
+    schema.requests,
+    schema.dependencies,
+    schema.requirements,
+    schema.pauses,
+    schema.attempts,
+    schema.artifacts,
+)
+_artifact_files, _artifact_relations, _imports = schema.artifact_files, schema.artifact_relations, schema.imports
 
 _THE_ID: Final = "the_id"
 _THE_ATTEMPT: Final = "the_attempt"
 _THE_TOKEN: Final = "the_token"  # noqa: S105  # the name of a bound value, not a secret
+_THE_SEQ: Final = "the_seq"
 _ids: BindParameter[Any] = bindparam("ids", expanding=True)
 
 
@@ -331,12 +398,37 @@ def _if_still(state: State) -> tuple[Any, ...]:
     )
 
 
+_need = insert(_requirements)
+_needed = select(_requirements.c.id).where(_requirements.c.id.in_(_ids))
 _accept = insert(_requests)
-_known = select(_requests.c.id, _requests.c.seq, _requests.c.content, _requests.c.state, _requests.c.reason).where(
-    _requests.c.id.in_(_ids)
-)
+_known = select(
+    _requests.c.id,
+    _requests.c.seq,
+    _requests.c.content,
+    _requests.c.state,
+    _requests.c.attempt,
+    _requests.c.reason,
+).where(_requests.c.id.in_(_ids))
 
-_offer = update(_requests).where(*_if_still(State.PENDING)).values(state=move(State.PENDING, Event.OFFER))
+_wake = (
+    update(_requests)
+    .where(
+        _requests.c.id == bindparam(_THE_ID),
+        _requests.c.state == State.PENDING,
+        _requests.c.not_before.is_not(None),
+    )
+    .values(not_before=None)
+)
+_offer = (
+    update(_requests)
+    .where(
+        _requests.c.seq == bindparam(_THE_SEQ),
+        *_if_still(State.PENDING),
+        _requests.c.unmet == 0,
+        _requests.c.not_before.is_(None),
+    )
+    .values(state=move(State.PENDING, Event.OFFER))
+)
 _return = update(_requests).where(*_if_still(State.OFFERED)).values(state=move(State.OFFERED, Event.RETURN))
 
 _grant = (
@@ -407,17 +499,52 @@ _artifacts_of_attempt = (
     .order_by(_artifacts.c.id)
 )
 
-_state_of = select(_requests.c.state).where(_requests.c.id == bindparam(_THE_ID))
-_abort_now = (
-    update(_requests)
-    .where(_requests.c.id == bindparam(_THE_ID), _requests.c.state == bindparam("before"))
-    .values(state=bindparam("state"), abort=bindparam("abort"), ended=bindparam("ended"), reason=bindparam("reason"))
+_places = select(
+    _requests.c.id,
+    _requests.c.seq,
+    _requests.c.task,
+    _requests.c.requirement,
+    _requests.c.priority,
+    _requests.c.grp,
+    _requests.c.ckey,
+    _requests.c.unmet,
+    _requests.c.state,
+    _requests.c.attempt,
+    _requests.c.not_before,
+).where(_requests.c.id.in_(_ids))
+_of_seq = update(_requests).where(_requests.c.seq == bindparam(_THE_SEQ))
+_abort_now = _of_seq.values(
+    state=bindparam("state"), abort=bindparam("abort"), ended=bindparam("ended"), reason=bindparam("reason")
 )
-_abort_later = (
-    update(_requests)
-    .where(_requests.c.id == bindparam(_THE_ID), _requests.c.state == State.RUNNING, _requests.c.abort.is_(None))
-    .values(abort=bindparam("abort"))
+_abort_later = _of_seq.where(_requests.c.abort.is_(None)).values(abort=bindparam("abort"))
+_move = _of_seq.values(priority=bindparam("to_priority"))
+_rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
+
+_new_dependency = insert(_dependencies)
+_anybody_waits = select(_dependencies.c.request).limit(1)
+_waited_for = select(_dependencies.c.after).where(_dependencies.c.after.in_(_ids)).distinct()
+_delete_met = delete(_dependencies).where(_dependencies.c.after.in_(_ids))
+_delete_waiting = delete(_dependencies).where(_dependencies.c.request.in_(_ids))
+_unmet_of = (
+    select(_dependencies.c.request, _dependencies.c.after)
+    .where(_dependencies.c.request.in_(_ids))
+    .order_by(_dependencies.c.request, _dependencies.c.after)
 )
+_met = _of_seq.values(unmet=bindparam("still_unmet"), bound=bindparam("now_bound"))
+_strand = _of_seq.values(state=bindparam("state"), ended=bindparam("ended"), reason=bindparam("reason"))
+_made_by = (
+    select(_artifacts.c.request, _artifacts.c.attempt, _artifacts.c.category, _artifacts.c.id)
+    .where(_artifacts.c.request.in_(_ids))
+    .order_by(_artifacts.c.id)
+)
+
+_pause = insert(_pauses)
+_pause_again = (
+    update(_pauses)
+    .where(_pauses.c.kind == bindparam("the_kind"), _pauses.c.name == bindparam("the_name"))
+    .values(reason=bindparam("reason"))
+)
+_resume = delete(_pauses).where(_pauses.c.kind == bindparam("the_kind"), _pauses.c.name == bindparam("the_name"))
 
 _new_artifact = insert(_artifacts).returning(_artifacts.c.id, sort_by_parameter_order=True)
 _new_file = insert(_artifact_files)
@@ -426,30 +553,84 @@ _new_import = insert(_imports)
 _imported = select(_imports.c.key, _imports.c.artifact).where(_imports.c.key.in_(_ids))
 _artifact_ids = select(_artifacts.c.id).where(_artifacts.c.id.in_(_ids))
 
-_live: Executable = (
-    select(
-        *(
-            column(name)
-            for name in (
-                "seq",
-                "body",
-                "state",
-                "attempt",
-                "tried",
-                "worker",
-                "token",
-                "abort",
-                "not_before",
-                "submitted",
-            )
-        )
-    )
-    # Left to itself, SQLite goes by state and sorts all that is live, for each page anew.
-    .select_from(text("requests INDEXED BY requests_live"))
-    .where(_is_live, column("seq") > bindparam("after"))
-    .order_by(column("seq"))
-    .limit(PAGE)
+_LIVE: Final = (
+    "seq",
+    "id",
+    "body",
+    "requirement",
+    "priority",
+    "inputs",
+    "unmet",
+    "bound",
+    "state",
+    "attempt",
+    "tried",
+    "worker",
+    "token",
+    "abort",
+    "not_before",
+    "submitted",
 )
+
+
+def _from(index: str, *columns: str) -> Select[*tuple[Any, ...]]:
+    """Select requests by an index of our choice: left to itself, SQLite sorts all that matches, for each limit anew."""
+    return select(*(column(name) for name in columns)).select_from(text(f"requests INDEXED BY {index}"))
+
+
+_live_of_ids = select(*(_requests.c[name] for name in _LIVE)).where(_requests.c.id.in_(_ids))
+_held = _from("requests_held", *_LIVE).where(schema.IS_HELD).order_by(column("seq"))
+_REQUEST: Final = tuple(_requests.c.keys())
+_LANE: Final = ("requirement", "priority", "grp", "ckey")
+_lanes = (
+    _from("requests_lanes", *_LANE)
+    .add_columns(func.count().label("number"))
+    .where(schema.IS_WAITING)
+    .group_by(*(column(name) for name in _LANE))
+)
+_heads = (
+    _from("requests_lanes", *_LIVE)
+    .where(
+        schema.IS_WAITING,
+        column("requirement") == bindparam("requirement"),
+        column("priority") == bindparam("priority"),
+        column("grp") == bindparam("group"),
+        column("ckey").is_not_distinct_from(bindparam("key")),
+        column("seq") > bindparam("after"),
+    )
+    .order_by(column("seq"))
+    .limit(bindparam("limit"))
+)
+_members = (
+    _from("requests_members", *_LIVE)
+    .where(schema.IS_PENDING, column("requirement") == bindparam("requirement"))
+    .order_by(column("priority").desc(), column("seq"))
+    .limit(bindparam("limit"))
+)
+_dependents = (
+    select(
+        _dependencies.c.after, _dependencies.c.need, *(_requests.c[name] for name in (*_LIVE, "grp", "ckey", "task"))
+    )
+    .join(_requests, _requests.c.seq == _dependencies.c.request)
+    .where(_dependencies.c.after.in_(_ids))
+    .order_by(_dependencies.c.request)
+)
+_used = _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
+_blocked = select(func.count(_dependencies.c.request.distinct()))
+_newest = select(func.max(_requests.c.seq))
+_newest_requirement = select(func.max(_requirements.c.id))
+_has_live_requests = or_(
+    _from("requests_members", "seq").where(schema.IS_PENDING, text("requirement = requirements.id")).exists(),
+    _requirements.c.id.in_(_from("requests_held", "requirement").where(schema.IS_HELD)),
+)
+_live_requirements = select(*_requirements.c).where(_has_live_requests).order_by(_requirements.c.id)
+_old_requirements = delete(_requirements).where(
+    not_(_has_live_requests),
+    # The newest id stays known, so that it is not given again.
+    _requirements.c.id < _newest_requirement.scalar_subquery(),
+)
+_all_pauses = select(_pauses).order_by(_pauses.c.kind, _pauses.c.name)
+
 _views = select(_requests).where(_requests.c.id.in_(_ids))
 _begins_with = (
     select(_requests.c.id)
@@ -467,6 +648,8 @@ _counts = select(_requests.c.state, func.count().label("number")).group_by(_requ
 
 _canonical = msgspec.json.Encoder(order="sorted")
 _read_request = msgspec.json.Decoder(Request).decode
+_read_bound = msgspec.json.Decoder(dict[str, int]).decode
+_read_inputs = msgspec.json.Decoder(tuple[int, ...]).decode
 _read_reason = msgspec.json.Decoder(Reason).decode
 _ENDS: Final = frozenset(to for (state, _), to in MOVES.items() if state is State.RUNNING)
 
@@ -539,8 +722,8 @@ class Ledger:
     def commit(self, writes: Sequence[Write]) -> list[Result]:
         """Do all writes in one transaction, and return one result each.
 
-        Writes that concern one request happen in their order. Those that do not are independent of each other, so
-        they are done kind by kind, many rows with one statement.
+        They do what they would do one by one. But writes that concern different requests are independent of each
+        other, as a rule, so they are done kind by kind, many rows with one statement.
 
         Raises:
             IllegalMove: an End names a state that a run cannot end in; nothing is written.
@@ -548,47 +731,68 @@ class Ledger:
         """
         if not writes:
             return []
-        groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-        earlier: defaultdict[str, int] = defaultdict(int)  # turns that a request's earlier writes take
-        numbered: defaultdict[int, int] = defaultdict(int)  # a seq and an artifact's id rise in the order given
-        for number, write in enumerate(writes):
-            about, kind = _about(write), _KINDS[type(write)]
-            turn = max(earlier[about], numbered[kind] if kind in _NUMBERING else 0)
-            groups[turn, kind].append(number)
-            earlier[about] = turn + 1
-            numbered[kind] = turn
         results: dict[int, Result] = {}
         with self._transaction() as connection:
-            for turn, kind in sorted(groups):
-                numbers = groups[turn, kind]
+            for (_, kind), numbers in sorted(_plan(writes, _entangled(connection, writes)).items()):
                 done = _DO[kind](connection, [writes[number] for number in numbers])
                 results.update(zip(numbers, done, strict=True))
         return [results[number] for number in range(len(writes))]
 
     # ---------------------------------------------------------------- reading
 
-    def live(self) -> Iterator[Live]:
-        """Go through every request that has not ended, the oldest first, a page in memory at a time."""
-        after = 0
-        while True:
-            with self._snapshot() as connection:
-                page = connection.execute(_live, {"after": after}).all()
-            for row in page:
-                yield Live(
-                    seq=row.seq,
-                    request=_read_request(row.body),
-                    state=State(row.state),
-                    attempt=row.attempt,
-                    tried=row.tried,
-                    worker=row.worker,
-                    token=row.token,
-                    abort=row.abort,
-                    not_before=row.not_before,
-                    submitted=row.submitted,
-                )
-            if len(page) < PAGE:
-                return
-            after = page[-1].seq
+    def held(self) -> list[Live]:
+        """Return every request that is offered, runs, or is pending with a delay, the oldest first."""
+        with self._snapshot() as connection:
+            return [_live(row) for row in connection.execute(_held)]
+
+    def lanes(self) -> list[LaneCount]:
+        """Count the waiting requests of each lane that has any."""
+        with self._snapshot() as connection:
+            return [LaneCount(*row) for row in connection.execute(_lanes)]
+
+    def heads(self, wants: Sequence[Wanted]) -> list[list[Live]]:
+        """Return for each want the requests that it asks for, the oldest first."""
+        with self._snapshot() as connection:
+            return [[_live(row) for row in connection.execute(_heads, want._asdict()).all()] for want in wants]
+
+    def members(self, requirement: int, limit: int) -> list[Live]:
+        """Return the pending requests of a requirement class, whatever they wait for, the best first."""
+        with self._snapshot() as connection:
+            rows = connection.execute(_members, {"requirement": requirement, "limit": limit})
+            return [_live(row) for row in rows]
+
+    def requirements(self) -> list[RequirementRow]:
+        """Return the requirement classes of requests that have not ended."""
+        with self._snapshot() as connection:
+            return [RequirementRow(*row) for row in connection.execute(_live_requirements)]
+
+    def pauses(self) -> list[PauseView]:
+        """Return what is paused."""
+        with self._snapshot() as connection:
+            return [
+                PauseView(kind=row.kind, name=row.name, reason=row.reason, since=row.since)
+                for row in connection.execute(_all_pauses)
+            ]
+
+    def used(self, requirements: Collection[int]) -> frozenset[int]:
+        """Return those of the requirement classes that have a pending request."""
+        with self._snapshot() as connection:
+            return frozenset(row.requirement for row in _rows(connection, _used, requirements))
+
+    def blocked(self) -> int:
+        """Count the requests that wait for others."""
+        with self._snapshot() as connection:
+            return connection.scalar(_blocked) or 0
+
+    def newest(self) -> int:
+        """Return the highest seq that any request has; 0: there is none."""
+        with self._snapshot() as connection:
+            return connection.scalar(_newest) or 0
+
+    def newest_requirement(self) -> int:
+        """Return the highest id that a requirement class has ever had; 0: there was none."""
+        with self._snapshot() as connection:
+            return connection.scalar(_newest_requirement) or 0
 
     def view(self, ids: Sequence[str]) -> tuple[list[RequestView], list[str]]:
         """Return requests with their attempts and artifacts, and those ids that name none, or more than one.
@@ -605,10 +809,9 @@ class Ledger:
             made = [row.id for row in _rows(connection, _artifacts_of, wanted)]
             for _, artifact in sorted(_read_artifacts(connection, made).items()):
                 artifacts[artifact.request or ""].append(artifact)
-            views = {
-                row.id: _request_view(row, attempts[row.id], artifacts[row.id])
-                for row in _rows(connection, _views, wanted)
-            }
+            rows = [*_rows(connection, _views, wanted)]
+            after = _still_waited_for(connection, rows)
+            views = {row.id: _request_view(row, after[row.seq], attempts[row.id], artifacts[row.id]) for row in rows}
         return [views[id_] for id_ in wanted], [given for given, id_ in full.items() if id_ is None]
 
     @staticmethod
@@ -644,19 +847,27 @@ class Ledger:
         with self._snapshot() as connection:
             return {row.state: row.number for row in connection.execute(_counts)}
 
-    def list(self, query: ListRequests) -> list[RequestView]:
-        """Return the newest requests that match, without attempts."""
-        statement = select(_requests).order_by(_requests.c.seq.desc()).limit(query.limit)
-        if query.states:
-            statement = statement.where(_requests.c.state.in_(query.states))
-        if query.task is not None:
-            statement = statement.where(_requests.c.task == query.task)
-        if query.worker is not None:
-            statement = statement.where(_requests.c.worker == query.worker)
-        if query.before is not None:
-            statement = statement.where(_requests.c.seq < query.before)
+    def count(self, query: CountRequests) -> int:
+        """Return how many requests match."""
         with self._snapshot() as connection:
-            return [_request_view(row, [], []) for row in connection.execute(statement)]
+            return sum(
+                connection.execute(one.with_only_columns(func.count(), maintain_column_froms=True)).scalar_one()
+                for one in _selections(query)
+            )
+
+    def list(self, query: ListRequests) -> list[RequestView]:
+        """Return the newest requests that match, or the oldest, without attempts."""
+        order: ColumnElement[int] = column("seq", Integer) if query.oldest else column("seq", Integer).desc()
+        older = true() if query.before is None else column("seq") < query.before
+        with self._snapshot() as connection:
+            found = [
+                row
+                for one in _selections(query)
+                for row in connection.execute(one.where(older).order_by(order).limit(query.limit))
+            ]
+            rows = heapq.nlargest(query.limit, found, key=lambda row: -row.seq if query.oldest else row.seq)
+            after = _still_waited_for(connection, rows)
+        return [_request_view(row, after[row.seq], [], []) for row in rows]
 
     # ---------------------------------------------------------------- transactions
 
@@ -682,25 +893,164 @@ class Ledger:
             raise explained from error
 
 
+# ---------------------------------------------------------------- the order of writes
+
+_BLOCKED: Final = "what waits for others"
+
+
+class _Entangled(NamedTuple):
+    """Which requests of a set of writes others wait for, and which may wait for others (by seq)."""
+
+    awaited: Collection[str]
+    blocked: Collection[int]
+
+
+def _entangled(connection: Connection, writes: Sequence[Write]) -> _Entangled:
+    ending = {write.request for write in writes if isinstance(write, End | AbortAsked)}
+    if not ending:
+        return _Entangled((), ())
+    new = {write.seq: _needs(write.request) for write in writes if isinstance(write, Accept)}
+    awaited = _awaited(connection, ending).union(*(ending & needs.keys() for needs in new.values()))
+    if not awaited:
+        return _Entangled((), ())
+    offered = [write.seq for write in writes if isinstance(write, Offer)]
+    blocked = {row.request for row in _rows(connection, _unmet_of, offered)}
+    return _Entangled(awaited, blocked.union(seq for seq, needs in new.items() if needs))
+
+
+def _awaited(connection: Connection, ids: Collection[str]) -> set[str]:
+    """Return those requests that others wait for."""
+    if connection.scalar(_anybody_waits) is None:
+        return set()
+    return {row.after for row in _rows(connection, _waited_for, ids)}
+
+
+def _plan(writes: Sequence[Write], entangled: _Entangled) -> dict[tuple[int, int], list[int]]:
+    """Return which writes are done together: those of one kind in one turn; turn by turn, and kind by kind in it."""
+    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
+    last: dict[str, tuple[int, int]] = {}  # the turn and kind of the latest write about something
+    numbered = first = 0
+    for number, write in enumerate(writes):
+        kind = _KINDS[type(write)]
+        if isinstance(write, Rekey):  # concerns any number of requests: behind all before it, before all behind it
+            turn = max((turn for turn, _ in groups), default=0)
+            first = turn + 1
+            groups[turn, kind].append(number)
+            continue
+        turn = max(first, numbered) if kind in _NUMBERING else first
+        about = _about(write)
+        if about in last:
+            before, other = last[about]
+            turn = max(turn, before + (other >= kind))
+        shared = _shared(write, entangled)
+        for one in shared:
+            if one in last:
+                before, other = last[one]
+                turn = max(turn, before + (other > kind))  # one kind minds its own order
+        for one in (about, *shared):
+            last[one] = turn, kind
+        if kind in _NUMBERING:
+            numbered = turn
+        groups[turn, kind].append(number)
+    return groups
+
+
+def _about(write: Write) -> str:
+    match write:
+        case Accept():
+            return write.request.id
+        case Import():
+            return f"import {write.key}"
+        case Need():
+            return f"requirement {write.id}"
+        case Pause() | Resume():
+            return f"pause {write.kind} {write.name}"
+        case Rekey():
+            return "all"
+        case _:
+            return write.request
+
+
+def _shared(write: Write, entangled: _Entangled) -> Collection[str]:
+    """Return what a write reads or changes besides what it is about."""
+    needs: Collection[str] = ()
+    match write:
+        case Accept():
+            needs = _needs(write.request)
+            blocked = bool(needs and entangled.awaited)
+        case AbortAsked() | Move():
+            blocked = bool(entangled.awaited)
+        case End():
+            blocked = write.request in entangled.awaited
+        case Offer():
+            blocked = write.seq in entangled.blocked
+        case _:
+            blocked = False
+    return (*needs, _BLOCKED) if blocked else needs
+
+
+def _needs(request: Request) -> dict[str, _Condition]:
+    """Return the requests that one comes after, and what it needs of each; taking from one needs its success."""
+    needs: dict[str, _Condition] = {}
+    for after in request.after:
+        needs[after.request] = "success" if needs.get(after.request) == "success" else after.need
+    for take in request.take:
+        needs[take.request] = "success"
+    return needs
+
+
 # ---------------------------------------------------------------- each kind of write; within one, no request twice
 
 
+def _do_needs(connection: Connection, writes: Sequence[Need]) -> list[Result]:
+    known = {row.id for row in _rows(connection, _needed, [write.id for write in writes])}
+    rows = [
+        {
+            "id": write.id,
+            "task": write.task,
+            "fingerprint": write.fingerprint,
+            "reads": write.reads,
+            "data": write.data,
+            "requires": write.requires,
+        }
+        for write in writes
+        if write.id not in known
+    ]
+    if rows:
+        connection.execute(_need, rows)
+    return [write.id not in known for write in writes]
+
+
 def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result]:
-    ids = [write.request.id for write in writes]
-    known = {row.id: row for row in _rows(connection, _known, ids)}
+    needs = {write.request.id: _needs(write.request) for write in writes}
+    wanted = dict.fromkeys(needs)
+    for named in needs.values():
+        wanted.update(dict.fromkeys(named))
+    known = {row.id: row for row in _rows(connection, _known, wanted)}
     contents = {write.request.id: _content(write.request) for write in writes}
-    rows = [_new_request(write, contents[write.request.id]) for write in writes if write.request.id not in known]
+    new = [write for write in writes if write.request.id not in known]
+    standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
+    made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
+    results: dict[str, Accepted] = {}
+    rows = []
+    dependencies = []
+    for write in new:
+        request = write.request
+        beginning = _begin(write, needs[request.id], standing, made)
+        standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
+        row = _new_request(write, contents[request.id], beginning)
+        rows.append(row)
+        dependencies += [{"request": write.seq, "after": id_, "need": need} for id_, need in beginning.unmet.items()]
+        results[request.id] = _accepted(write, row, beginning)
     if rows:
         connection.execute(_accept, rows)
-    seqs = {row.id: row.seq for row in _rows(connection, _known, [row["id"] for row in rows])}
+    if dependencies:
+        connection.execute(_new_dependency, dependencies)
 
     def result(write: Accept) -> Accepted:
         before = known.get(write.request.id)
         if before is None:
-            seq = seqs[write.request.id]
-            if write.rejected is None:
-                return Accepted(seq=seq, status="accepted")
-            return Accepted(seq=seq, status="rejected", reason=write.rejected.text)
+            return results[write.request.id]
         if before.content != contents[write.request.id]:
             return Accepted(
                 seq=before.seq,
@@ -710,10 +1060,79 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
             )
         if before.state == State.REJECTED:
             reason = _reason_from(before.reason)
-            return Accepted(seq=before.seq, status="rejected", reason=None if reason is None else reason.text)
+            text_ = None if reason is None else reason.text
+            return Accepted(seq=before.seq, status="rejected", reason=text_, state=State.REJECTED)
         return Accepted(seq=before.seq, status="known")
 
     return [result(write) for write in writes]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Beginning:
+    """Where a new request stands, and why."""
+
+    state: State
+    reason: Reason | None = None
+    unmet: dict[str, _Condition] = field(default_factory=dict)
+    bound: dict[str, int] = field(default_factory=dict)
+
+
+def _begin(
+    write: Accept,
+    needs: Mapping[str, _Condition],
+    standing: Mapping[str, "_Standing"],
+    made: "_Made",
+) -> _Beginning:
+    if write.rejected is not None:
+        return _Beginning(state=move(None, Event.REJECT), reason=write.rejected)
+    unknown = [id_ for id_ in needs if id_ not in standing]
+    if unknown:
+        return _Beginning(
+            state=move(None, Event.REJECT),
+            reason=Reason(
+                text=f"expected it to come after requests that were submitted before it, got {', '.join(unknown)}, "
+                "which nobody knows; submit that first",
+                stage="after",
+            ),
+        )
+    beginning = _Beginning(state=move(None, Event.ACCEPT))
+    for id_, need in needs.items():
+        met = meets(need, standing[id_].state)
+        if met is None:
+            beginning.unmet[id_] = need
+            continue
+        fault = _take(write.request, standing[id_], made, beginning.bound) if met else _not_met(standing[id_])
+        if fault is not None:
+            return _Beginning(state=move(beginning.state, Event.ABORT), reason=fault)
+    return beginning
+
+
+def _accepted(write: Accept, row: dict[str, Any], beginning: _Beginning) -> Accepted:
+    match beginning.state:
+        case State.REJECTED:
+            reason = None if beginning.reason is None else beginning.reason.text
+            return Accepted(seq=write.seq, status="rejected", reason=reason, state=beginning.state)
+        case State.ABORTED:
+            return Accepted(seq=write.seq, status="accepted", state=beginning.state, stranded=beginning.reason)
+    live = None
+    if beginning.bound:
+        live = Live(
+            seq=write.seq,
+            request=_read_request(row["body"]),
+            requirement=row["requirement"],
+            inputs=write.inputs,
+            unmet=row["unmet"],
+            state=beginning.state,
+            attempt=row["attempt"],
+            tried=row["tried"],
+            worker=None,
+            token=None,
+            abort=None,
+            not_before=None,
+            submitted=write.at,
+        )
+        live = _filled(live, beginning.bound)
+    return Accepted(seq=write.seq, status="accepted", state=beginning.state, unmet=len(beginning.unmet), live=live)
 
 
 def _content(request: Request) -> str:
@@ -722,26 +1141,51 @@ def _content(request: Request) -> str:
     return hashlib.sha256(_canonical.encode(fields)).hexdigest()
 
 
-def _new_request(write: Accept, content: str) -> dict[str, Any]:
+def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str, Any]:
     request = write.request
-    rejected = write.rejected is not None
     return {
+        "seq": write.seq,
         "id": request.id,
         "task": request.task,
         "body": _json(request),
         "content": content,
+        "requirement": write.requirement,
         "priority": request.priority,
-        "state": move(None, Event.REJECT if rejected else Event.ACCEPT),
+        "grp": request.group,
+        "ckey": request.concurrency_key,
+        "inputs": _json(write.inputs),
+        "unmet": len(beginning.unmet),
+        "bound": _json(beginning.bound) if beginning.bound else None,
+        "state": beginning.state,
         "attempt": 1,
         "tried": 0,
         "submitted": write.at,
-        "ended": write.at if rejected else None,
-        "reason": _reason_json(write.rejected),
+        "ended": write.at if beginning.state in FINAL else None,
+        "reason": _reason_json(beginning.reason),
     }
 
 
+def _do_wakes(connection: Connection, writes: Sequence[Wake]) -> list[Result]:
+    return [*_compare_and_set(connection, _wake, [{_THE_ID: write.request} for write in writes])]
+
+
+def _do_moves(connection: Connection, writes: Sequence[Move]) -> list[Result]:
+    rows = {row.id: row for row in _rows(connection, _live_of_ids, [write.request for write in writes])}
+    live = [write for write in writes if write.request in rows and State(rows[write.request].state) not in FINAL]
+    changes = [{_THE_SEQ: rows[write.request].seq, "to_priority": write.priority} for write in live]
+    if changes:
+        connection.execute(_move, changes)
+    moved: dict[str, Result] = {}
+    for write in live:
+        before = _live(rows[write.request])
+        request = msgspec.structs.replace(before.request, priority=write.priority)
+        moved[write.request] = Moved(live=replace(before, request=request), before=before.request.priority)
+    return [moved.get(write.request, Moved(live=None, before=None)) for write in writes]
+
+
 def _do_offers(connection: Connection, writes: Sequence[Offer]) -> list[Result]:
-    return [*_compare_and_set(connection, _offer, [_cas(write) for write in writes])]
+    rows = [_cas(write) | {_THE_SEQ: write.seq} for write in writes]
+    return [*_compare_and_set(connection, _offer, rows)]
 
 
 def _do_returns(connection: Connection, writes: Sequence[Return]) -> list[Result]:
@@ -809,9 +1253,21 @@ def _do_ends(connection: Connection, writes: Sequence[End]) -> list[Result]:
         ],
         targets,
     )
+    final = [number for number in recorded if judged[number][0] in FINAL]
+    settled = _settle(
+        connection,
+        [
+            _Standing(writes[number].request, judged[number][0], writes[number].attempt, writes[number].at)
+            for number in final
+        ],
+    )
+    followed = {final[number]: one for number, one in settled.items()}
     for number, handles in zip(recorded, made, strict=True):
         to, _, fault = judged[number]
-        results[number] = Ended(status="recorded", reason=fault, artifacts=handles, state=to)
+        freed, stranded = followed.get(number, ((), ()))
+        results[number] = Ended(
+            status="recorded", reason=fault, artifacts=handles, state=to, freed=freed, stranded=stranded
+        )
     return [results[number] for number in range(len(writes))]
 
 
@@ -873,32 +1329,63 @@ def _late(connection: Connection, write: End) -> Ended:
 
 
 def _do_aborts(connection: Connection, writes: Sequence[AbortAsked]) -> list[Result]:
-    return [_abort(connection, write) for write in writes]
+    """Abort one after the other, as far as one can change what the next finds: if others come after it."""
+    awaited = _awaited(connection, [write.request for write in writes])
+    results: list[Result] = []
+    together: list[AbortAsked] = []
+    for write in writes:
+        together.append(write)
+        if write.request in awaited:
+            results += _abort(connection, together)
+            together = []
+    return [*results, *_abort(connection, together)]
 
 
-def _abort(connection: Connection, write: AbortAsked) -> AbortResult:
-    found = connection.execute(_state_of, {_THE_ID: write.request}).scalar_one_or_none()
-    if found is None:
-        return AbortResult(before=None, after=None)
-    before = State(found)
-    if before in FINAL:
-        return AbortResult(before=before, after=before)
-    if before is State.RUNNING:
-        connection.execute(_abort_later, {_THE_ID: write.request, "abort": write.reason})
-        return AbortResult(before=before, after=before)
-    after = move(before, Event.ABORT)
-    connection.execute(
-        _abort_now,
-        {
-            _THE_ID: write.request,
-            "before": before,
-            "state": after,
-            "abort": write.reason,
-            "ended": write.at,
-            "reason": _reason_json(Reason(text=write.reason)),
-        },
+def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortResult]:
+    rows = {row.id: row for row in _rows(connection, _places, [write.request for write in writes])}
+    results: list[AbortResult] = []
+    now, later, blocked = [], [], []
+    for write in writes:
+        row = rows.get(write.request)
+        if row is None:
+            results.append(AbortResult(before=None, after=None))
+            continue
+        before = after = State(row.state)
+        lane = None
+        if before is State.RUNNING:
+            later.append({_THE_SEQ: row.seq, "abort": write.reason})
+        elif before not in FINAL:
+            after = move(before, Event.ABORT)
+            now.append(
+                {
+                    _THE_SEQ: row.seq,
+                    "state": after,
+                    "abort": write.reason,
+                    "ended": write.at,
+                    "reason": _reason_json(Reason(text=write.reason)),
+                }
+            )
+            if before is State.PENDING:
+                waiting = row.unmet == 0 and row.not_before is None
+                lane = LaneRow(row.requirement, row.priority, row.grp, row.ckey, row.seq, waiting)
+            if row.unmet:
+                blocked.append(row.seq)
+        results.append(AbortResult(before=before, after=after, task=row.task, attempt=row.attempt, before_lane=lane))
+    for statement, changes in ((_abort_now, now), (_abort_later, later)):
+        if changes:
+            connection.execute(statement, changes)
+    _forget(connection, _delete_waiting, blocked)
+    ended = [number for number, result in enumerate(results) if result.before is not result.after]
+    settled = _settle(
+        connection,
+        [
+            _Standing(writes[number].request, State.ABORTED, rows[writes[number].request].attempt, writes[number].at)
+            for number in ended
+        ],
     )
-    return AbortResult(before=before, after=after)
+    for number, (freed, stranded) in settled.items():
+        results[ended[number]] = replace(results[ended[number]], freed=freed, stranded=stranded)
+    return results
 
 
 def _do_imports(connection: Connection, writes: Sequence[Import]) -> list[Result]:
@@ -923,25 +1410,51 @@ def _do_imports(connection: Connection, writes: Sequence[Import]) -> list[Result
     return [results[write.key] for write in writes]
 
 
+def _do_pauses(connection: Connection, writes: Sequence[Pause]) -> list[Result]:
+    return [_do_pause(connection, write) for write in writes]
+
+
+def _do_pause(connection: Connection, write: Pause) -> bool:
+    again = {"the_kind": write.kind, "the_name": write.name, "reason": write.reason}
+    if connection.execute(_pause_again, again).rowcount:
+        return False
+    connection.execute(_pause, {"kind": write.kind, "name": write.name, "reason": write.reason, "since": write.at})
+    return True
+
+
+def _do_resumes(connection: Connection, writes: Sequence[Resume]) -> list[Result]:
+    return [
+        connection.execute(_resume, {"the_kind": write.kind, "the_name": write.name}).rowcount == 1 for write in writes
+    ]
+
+
+def _do_rekeys(connection: Connection, writes: Sequence[Rekey]) -> list[Result]:
+    def rekey(write: Rekey) -> int:
+        rows = [{_THE_SEQ: seq, "to_requirement": requirement} for seq, requirement in write.to.items()]
+        return connection.execute(_rekey, rows).rowcount if rows else 0
+
+    return [rekey(write) for write in writes]
+
+
 _Doing: TypeAlias = Callable[[Connection, Sequence[Any]], list[Result]]
 _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
+    (Need, _do_needs),
     (Accept, _do_accepts),
+    (Wake, _do_wakes),
+    (Move, _do_moves),
     (Offer, _do_offers),
     (Return, _do_returns),
     (Grant, _do_grants),
     (End, _do_ends),
     (AbortAsked, _do_aborts),
     (Import, _do_imports),
+    (Pause, _do_pauses),
+    (Resume, _do_resumes),
+    (Rekey, _do_rekeys),  # the last: see _plan
 )
 _KINDS: Final = {kind: number for number, (kind, _) in enumerate(_ORDER)}
 _DO: Final = [do for _, do in _ORDER]
-_NUMBERING: Final = frozenset({_KINDS[Accept], _KINDS[End], _KINDS[Import]})
-
-
-def _about(write: Write) -> str:
-    if isinstance(write, Accept):
-        return write.request.id
-    return f"import {write.key}" if isinstance(write, Import) else write.request
+_NUMBERING: Final = frozenset({_KINDS[End], _KINDS[Import]})  # an artifact's id rises in the order given
 
 
 def _cas(write: Offer | Return | Grant | End) -> dict[str, Any]:
@@ -960,6 +1473,207 @@ def _compare_and_set(connection: Connection, statement: Executable, rows: Sequen
                 return [True] * len(rows)
             attempt.rollback()
     return [connection.execute(statement, row).rowcount == 1 for row in rows]
+
+
+# ---------------------------------------------------------------- what comes after others
+
+
+class _Standing(NamedTuple):
+    """Where a request stands that others come after."""
+
+    id: str
+    state: State
+    attempt: int
+    at: float
+
+
+_Made: TypeAlias = Mapping[tuple[str, int], Sequence[tuple[str, int]]]  # (request, attempt) to (category, artifact)
+_Settled: TypeAlias = tuple[tuple[Live, ...], tuple[Stranded, ...]]  # freed, stranded
+
+
+@dataclass(slots=True, kw_only=True)
+class _Dependent:
+    """A request that comes after others, as it is while these are settled."""
+
+    row: Row[Any]
+    request: Request  # as it was submitted
+    unmet: int
+    bound: dict[str, int]
+    fault: Reason | None = None
+    at: float = 0.0  # when it was aborted
+
+    def live(self) -> Live:
+        return _filled(replace(_live(self.row), unmet=self.unmet), self.bound)
+
+    def stranded(self, fault: Reason) -> Stranded:
+        return Stranded(
+            seq=self.row.seq,
+            id=self.row.id,
+            task=self.row.task,
+            reason=fault,
+            requirement=self.row.requirement,
+            priority=self.row.priority,
+            group=self.row.grp,
+            key=self.row.ckey,
+        )
+
+
+def _settle(connection: Connection, ended: Sequence[_Standing]) -> dict[int, _Settled]:
+    """Settle what comes after each of the requests that ended, one after the other.
+
+    Return what that did, by number, if anything: who waits for nobody any more, and who was aborted for it. What
+    comes after an aborted one is settled with it.
+    """
+    if not ended or connection.scalar(_anybody_waits) is None:
+        return {}
+    met: dict[int, _Dependent] = {}  # by seq
+    first = _waiting_for(connection, [one.id for one in ended], met)
+    if not first:
+        return {}
+    takers = {take.request for dependent in met.values() for take in dependent.request.take}
+    made = _made(connection, takers & first.keys())
+    results: dict[int, _Settled] = {}
+    causes = [*first]
+    for number, one in enumerate(ended):
+        if one.id not in first:
+            continue
+        freed: list[_Dependent] = []
+        stranded: list[_Dependent] = []
+        wave, waiting = [one], first
+        while wave:
+            following = []
+            for cause in wave:
+                for need, dependent in waiting.get(cause.id, ()):
+                    if dependent.fault is not None:
+                        continue
+                    fulfilled = meets(need, cause.state)
+                    dependent.fault = (
+                        _take(dependent.request, cause, made, dependent.bound) if fulfilled else _not_met(cause)
+                    )
+                    if dependent.fault is not None:
+                        dependent.at = one.at
+                        stranded.append(dependent)
+                        after = move(State.PENDING, Event.ABORT)
+                        following.append(_Standing(dependent.row.id, after, dependent.row.attempt, one.at))
+                        continue
+                    dependent.unmet -= 1
+                    if dependent.unmet == 0:
+                        freed.append(dependent)
+            wave = following
+            waiting = _waiting_for(connection, [cause.id for cause in wave], met) if wave else {}
+            causes += waiting
+        freed.sort(key=lambda dependent: dependent.row.seq)
+        results[number] = (
+            tuple(dependent.live() for dependent in freed),
+            tuple(dependent.stranded(dependent.fault) for dependent in stranded if dependent.fault is not None),
+        )
+    _write_settled(connection, causes, met.values())
+    return results
+
+
+def _waiting_for(
+    connection: Connection, ids: Collection[str], met: dict[int, _Dependent]
+) -> dict[str, list[tuple[_Condition, _Dependent]]]:
+    """Return who waits for each of the requests, if anybody, the oldest first; those met before as they are now."""
+    waiting: defaultdict[str, list[tuple[_Condition, _Dependent]]] = defaultdict(list)
+    for row in _rows(connection, _dependents, ids):
+        if row.seq not in met:
+            met[row.seq] = _Dependent(
+                row=row,
+                request=_read_request(row.body),
+                unmet=row.unmet,
+                bound=_read_bound(row.bound) if row.bound is not None else {},
+            )
+        waiting[row.after].append((row.need, met[row.seq]))
+    return dict(waiting)
+
+
+def _write_settled(connection: Connection, causes: Collection[str], dependents: Collection[_Dependent]) -> None:
+    connection.execute(
+        _met,
+        [
+            {
+                _THE_SEQ: dependent.row.seq,
+                "still_unmet": dependent.unmet,
+                "now_bound": _json(dependent.bound) if dependent.bound else None,
+            }
+            for dependent in dependents
+        ],
+    )
+    stranded = [dependent for dependent in dependents if dependent.fault is not None]
+    if stranded:
+        after = move(State.PENDING, Event.ABORT)
+        connection.execute(
+            _strand,
+            [
+                {
+                    _THE_SEQ: dependent.row.seq,
+                    "state": after,
+                    "ended": dependent.at,
+                    "reason": _reason_json(dependent.fault),
+                }
+                for dependent in stranded
+            ],
+        )
+    _forget(connection, _delete_met, causes)
+    _forget(connection, _delete_waiting, [dependent.row.seq for dependent in stranded])
+
+
+def _forget(connection: Connection, statement: Executable, ids: Collection[Any]) -> None:
+    """Delete the rows of a statement over any number of ids."""
+    wanted = [*ids]
+    for start in range(0, len(wanted), PAGE):
+        connection.execute(statement, {"ids": wanted[start : start + PAGE]})
+
+
+def _made(connection: Connection, ids: Collection[str]) -> _Made:
+    """Return the artifacts that the attempts of requests made."""
+    made: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
+    for row in _rows(connection, _made_by, ids):
+        made[row.request, row.attempt].append((row.category, row.id))
+    return made
+
+
+def _not_met(cause: _Standing) -> Reason:
+    how = {State.ABORTED: "was aborted", State.REJECTED: "was rejected"}.get(cause.state, f"ended in {cause.state}")
+    return Reason(text=f"needs {cause.id}, which {how}", stage="after")
+
+
+def _take(request: Request, cause: _Standing, made: _Made, bound: dict[str, int]) -> Reason | None:
+    """Add to `bound` what a request takes from one that has succeeded; return why it cannot, and add nothing."""
+    more = {}
+    for take in request.take:
+        if take.request != cause.id:
+            continue
+        found = [id_ for category, id_ in made.get((cause.id, cause.attempt), ()) if category == take.category]
+        if len(found) != 1:
+            return Reason(
+                text=f"expected one artifact of category {take.category} made by {cause.id}, got {len(found)}",
+                stage="take",
+            )
+        more[take.into] = found[0]
+    if more:
+        in_the_way = _fill(msgspec.json.decode(msgspec.json.encode(request.data)), bound | more)
+        if in_the_way is not None:
+            return Reason(text=in_the_way, stage="take")
+    bound.update(more)
+    return None
+
+
+def _fill(data: dict[str, Any], bound: Mapping[str, int]) -> str | None:
+    """Put each artifact's id at its JSON Pointer (RFC 6901), with the objects on the way; return what is in the way."""
+    for pointer, id_ in bound.items():
+        *parents, name = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
+        place = data
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                return (
+                    f"expected objects in the task data on the way to {pointer}, got {_json(place)} "
+                    f"at {parent!r}; take artifact {id_} into another place"
+                )
+        place[name] = id_
+    return None
 
 
 # ---------------------------------------------------------------- artifacts
@@ -1068,10 +1782,76 @@ def _rows(connection: Connection, statement: Executable, ids: Collection[Any]) -
         yield from connection.execute(statement, {"ids": wanted[start : start + PAGE]})
 
 
-def _request_view(row: Row[Any], attempts: list[AttemptView], artifacts: list[RecordedArtifact]) -> RequestView:
+def _live(row: Row[Any]) -> Live:
+    live = Live(
+        seq=row.seq,
+        request=_request(row),
+        requirement=row.requirement,
+        inputs=() if row.inputs == "[]" else _read_inputs(row.inputs),
+        unmet=row.unmet,
+        state=State(row.state),
+        attempt=row.attempt,
+        tried=row.tried,
+        worker=row.worker,
+        token=row.token,
+        abort=row.abort,
+        not_before=row.not_before,
+        submitted=row.submitted,
+    )
+    return live if row.bound is None else _filled(live, _read_bound(row.bound))
+
+
+def _filled(live: Live, bound: Mapping[str, int]) -> Live:
+    """Put artifacts that a request takes into its data, which nobody else must hold, and among its inputs."""
+    _fill(live.request.data, bound)  # nothing is in the way: that was tried before it was bound
+    return replace(live, inputs=(*dict.fromkeys((*live.inputs, *bound.values())),))
+
+
+def _request(row: Row[Any]) -> Request:
+    """Return a request with its present priority."""
+    request = _read_request(row.body)
+    return request if row.priority == request.priority else msgspec.structs.replace(request, priority=row.priority)
+
+
+def _selections(query: Selection) -> list[Select[*tuple[Any, ...]]]:
+    """Select the requests that match, in parts that have none in common.
+
+    The index by state holds all that one can select by, but for the worker, and has only each state's requests in
+    order of age. So it is asked state by state, unless there is an index for just what is wanted.
+    """
+    wanted = {"task": query.task, "grp": query.group, "worker": query.worker}
+    conditions = [column(name) == value for name, value in wanted.items() if value is not None]
+    if query.submitted_before is not None:
+        conditions.append(column("submitted") < query.submitted_before)
+    states = sorted(set(query.states))
+    if query.worker is None and (states or query.submitted_before is not None or len(conditions) > 1):
+        statement = _from("requests_by_state", *_REQUEST).where(*conditions)
+        return [statement.where(column("state") == state) for state in states or State]
+    if states:
+        conditions.append(column("state").in_(states))
+    return [select(*(column(name) for name in _REQUEST)).select_from(text("requests")).where(*conditions)]
+
+
+def _still_waited_for(connection: Connection, rows: Iterable[Row[Any]]) -> defaultdict[int, list[str]]:
+    """Return what each of the requests still waits for."""
+    after: defaultdict[int, list[str]] = defaultdict(list)
+    blocked = [row.seq for row in rows if row.unmet]
+    for row in _rows(connection, _unmet_of, blocked):
+        after[row.request].append(row.after)
+    return after
+
+
+def _request_view(
+    row: Row[Any], after: list[str], attempts: list[AttemptView], artifacts: list[RecordedArtifact]
+) -> RequestView:
+    request = _request(row)
+    if row.bound is not None:  # see _filled
+        _fill(request.data, _read_bound(row.bound))
     return RequestView(
         seq=row.seq,
-        request=_read_request(row.body),
+        request=request,
+        requirement=row.requirement,
+        after=[id_ for id_ in _needs(request) if id_ in after],
         state=row.state,
         attempt=row.attempt,
         submitted=row.submitted,
@@ -1180,7 +1960,7 @@ def _connect(database: str, name: str) -> sqlite3.Connection:
 
 def _set_up(connection: sqlite3.Connection, name: str) -> None:
     tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and not tables >= _schema.tables.keys():
+    if tables and not tables >= schema.EVER:
         raise LedgerInvalid(
             f"expected {name} to be a ledger or an empty file, got an SQLite database of something else; "
             "name another file"
@@ -1199,14 +1979,17 @@ def _set_up(connection: sqlite3.Connection, name: str) -> None:
 def _raise_term(connection: Connection, name: str) -> int:
     """Make the schema in an empty database, refuse another one, and return the new term."""
     if not connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first():
-        _schema.create_all(connection)
-        connection.execute(insert(_meta), [{"key": "schema", "value": SCHEMA_VERSION}, {"key": "term", "value": 0}])
+        schema.schema.create_all(connection)
+        connection.execute(
+            insert(_meta), [{"key": "schema", "value": schema.SCHEMA_VERSION}, {"key": "term", "value": 0}]
+        )
     meta = {row.key: row.value for row in connection.execute(select(_meta))}
-    if meta.get("schema") != SCHEMA_VERSION or "term" not in meta:
+    if meta.get("schema") != schema.SCHEMA_VERSION or "term" not in meta:
         raise LedgerInvalid(
-            f"expected {name} to have schema {SCHEMA_VERSION}, got schema {meta.get('schema', 'unknown')}; "
+            f"expected {name} to have schema {schema.SCHEMA_VERSION}, got schema {meta.get('schema', 'unknown')}; "
             "use the mqworker that wrote it, or another file"
         )
+    connection.execute(_old_requirements)
     term: int = meta["term"] + 1
     connection.execute(update(_meta).where(_meta.c.key == "term").values(value=term))
     return term

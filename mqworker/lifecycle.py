@@ -6,7 +6,7 @@ Whatever changes a request's state stands in MOVES, and nowhere else.
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal
 
 from mqworker.errors import IllegalMove
 from mqworker.messages import OutcomeResult
@@ -75,6 +75,16 @@ def move(state: State | None, event: Event) -> State:
     except KeyError:
         allowed = ", ".join(e for s, e in MOVES if s == state) or "nothing: it is final"
         raise IllegalMove(f"expected one of [{allowed}] for a request that is {state or 'new'}, got {event}") from None
+
+
+def meets(need: Literal["success", "end"], state: State) -> bool | None:
+    """Return whether a request in this state is what one that comes after it needs; None: it can still become so.
+
+    The need for an end is met by any final state, rejection too, that for a success by success alone.
+    """
+    if state not in FINAL:
+        return None
+    return need == "end" or state is State.SUCCESS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z")]
 RequestIds = Annotated[list[Annotated[str, Meta(max_length=36)]], Meta(max_length=1000)]
 
 OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
+PauseKind = Literal["worker", "task", "group"]
 RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
 
 
@@ -348,11 +349,12 @@ class Selection(Struct, frozen=True, kw_only=True):
 
 
 class ListRequests(Selection, frozen=True, kw_only=True, tag="list_requests"):
-    """Ask for the newest requests that match, without attempts."""
+    """Ask for the newest requests that match, or the oldest, without attempts."""
 
     v: int = VERSION
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
     before: Positive | None = None  # seq: go on below it
+    oldest: bool = False  # the oldest that match, and first of all the very oldest
 
 
 class CountRequests(Selection, frozen=True, kw_only=True, tag="count_requests"):
@@ -386,9 +388,11 @@ class RetryRequest(Struct, frozen=True, kw_only=True, tag="retry_request"):
 
 
 class ListWorkers(Struct, frozen=True, kw_only=True, tag="list_workers"):
-    """Ask who is in the pool."""
+    """Ask who is in the pool, in the order of their names."""
 
     v: int = VERSION
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
+    after: str | None = None  # go on behind this name
 
 
 class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
@@ -421,7 +425,7 @@ class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
     """Ask that a worker, a task or a group gets no slot any more; what runs goes on."""
 
     v: int = VERSION
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: Name
     reason: Annotated[str, Meta(max_length=1000)] = ""
 
@@ -430,7 +434,7 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
     """Ask for the end of a pause."""
 
     v: int = VERSION
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: Name
 
 
@@ -451,9 +455,11 @@ class Explain(Struct, frozen=True, kw_only=True, tag="explain"):
 
 
 class GetCapabilities(Struct, frozen=True, kw_only=True, tag="get_capabilities"):
-    """Ask for the capability classes."""
+    """Ask for the capability classes, in the order of their names."""
 
     v: int = VERSION
+    limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
+    after: str | None = None  # go on behind this name
 
 
 class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
@@ -545,7 +551,7 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers and RefreshWorkers."""
+    """Answer ListWorkers, and RefreshWorkers with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -569,7 +575,7 @@ class RequestCount(Struct, frozen=True, kw_only=True, tag="request_count"):
 class PauseView(Struct, frozen=True, kw_only=True):
     """Show a pause."""
 
-    kind: Literal["worker", "task", "group"]
+    kind: PauseKind
     name: str
     reason: str
     since: float
@@ -657,15 +663,20 @@ class Pool(Struct, frozen=True, kw_only=True, tag="pool"):
     version: str
     store: str
     requests: dict[str, int]  # state to number
-    workers: int
+    workers: int  # online
     classes: int
+    paused: int = 0  # of those online
+    offline: int = 0
+    refused: int = 0
+    slots: int = 0  # of those online; paused ones give none
+    busy: int = 0  # slots that run something
 
 
 class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     """Answer a query that cannot be answered as asked."""
 
     v: int = VERSION
-    kind: Literal["unreadable", "not_found", "conflict", "rejected", "artifact_invalid", "store_mismatch"]
+    kind: Literal["unreadable", "not_found", "conflict", "rejected", "too_large", "artifact_invalid", "store_mismatch"]
     text: str
 
 

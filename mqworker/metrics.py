@@ -92,7 +92,14 @@ class SchedulerMetrics(_Process):
         )
         self.workers = self._gauge("mqworker_workers", "Workers, by state.", ["state"])
         self.classes = self._gauge("mqworker_capability_classes", "Capability classes.")
-        self.requirements = self._gauge("mqworker_requirement_classes", "Requirement classes with live requests.")
+        self.requirements = self._gauge(
+            "mqworker_requirement_classes",
+            "Requirement classes that the scheduler knows; near the number of requests, nothing is shared.",
+        )
+        self.escaped = self._gauge(
+            "mqworker_requirement_classes_escaped",
+            "Requirement classes whose task answers in two ways, asked worker by worker.",
+        )
         self.class_idle = self._gauge(
             "mqworker_capability_class_idle_slots", "Idle slots of a capability class.", ["capability_class"]
         )

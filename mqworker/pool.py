@@ -2,19 +2,23 @@
 
 It is told what came and what time it is; it answers with writes for the ledger, and, once it is told that these have
 been committed, with messages to send. It opens nothing, waits for nothing and starts nothing, so that a whole pool
-can be run on a virtual clock. What it holds is a copy of what the ledger holds, and only a committed write changes it.
+can be run on a virtual clock. What it holds is a part of what the ledger holds, and only a committed write changes it:
+of what waits, the first few of each lane; the rest is read when their turn comes.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import nsmallest
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from mqworker.dispatch import Dispatch
-from mqworker.errors import TaskConfigError
+from mqworker import explain
+from mqworker.dispatch import Dispatch, Lane, Want
+from mqworker.examiner import Draft, Examiner, wrong_input
 from mqworker.ledger import (
     AbortAsked,
     AbortResult,
@@ -24,26 +28,44 @@ from mqworker.ledger import (
     Ended,
     Grant,
     Import,
+    LaneCount,
     Live,
+    Move,
+    Moved,
+    Need,
     Offer,
+    Rekey,
+    RequirementRow,
+    Resume,
     Return,
+    Stranded,
+    Wake,
     Write,
 )
+from mqworker.ledger import Pause as KeepPause
 from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
-from mqworker.matching import Change, Matching, WorkerFacts
+from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
     Abort,
     Alive,
     Artifact,
     Assign,
     Bye,
+    Capability,
+    CapabilityList,
     Claim,
+    Explanation,
+    GetCapabilities,
     Granted,
     Heartbeat,
     Hello,
     Introduce,
+    ListWorkers,
     Outcome,
     Outcomes,
+    Pause,
+    PauseKind,
+    PauseView,
     Probe,
     Reason,
     Receipt,
@@ -57,6 +79,7 @@ from mqworker.messages import (
     RequestView,
     RunProgress,
     RunRef,
+    StuckEvent,
     Ticket,
     Verdict,
     VerdictPart,
@@ -64,13 +87,23 @@ from mqworker.messages import (
     WorkerEvent,
     WorkerView,
 )
+from mqworker.messages import Pool as PoolView
 from mqworker.metrics import SchedulerMetrics
+from mqworker.needs import in_order, needs
+from mqworker.requirements import Kind, RequirementClass, Requirements, reads_from, reads_text
 from mqworker.task import Task
 from mqworker.topology import Queue, Topology
+from mqworker.tracking import Read
 
 logger = logging.getLogger(__name__)
 
 SILENCE: Final = 16.0  # seconds without a report (three heartbeats and a bit) before a worker counts as offline
+LOOK: Final = 1.0  # seconds between looks for requests that nobody can run
+SWEEP: Final = 30.0  # seconds between looks for classes that are not needed apart, or at all, any more
+LINGER: Final = 600.0  # seconds that a requirement class is kept for requests that may come
+MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
+PLACED_AT_ONCE: Final = 100  # requests of a divided class that are placed anew before other work goes on
+STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -94,13 +127,46 @@ class Send:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
-    """Hold a request that was examined, before the ledger has it."""
+class Asks:
+    """Ask to have read from the ledger, right behind the writes."""
 
-    request: Request
-    task: Task | None
-    problem: str | None
-    inputs: tuple[int, ...] = ()
+    artifacts: frozenset[int]  # that grants will name
+    heads: Sequence[Want]
+    members: int | None  # a requirement class whose requests are to be placed anew
+    unused: frozenset[int]  # requirement classes that may have no live request any more
+
+    def __bool__(self) -> bool:
+        return bool(self.artifacts or self.heads or self.members is not None or self.unused)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Hold what was read."""
+
+    artifacts: Mapping[int, RecordedArtifact] = field(default_factory=dict)
+    heads: Sequence[Sequence[Live]] = ()  # for each want
+    members: Sequence[Live] = ()
+    used: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Hold what a new scheduler begins with."""
+
+    newest: int  # the highest age ever given
+    newest_requirement: int  # the highest number of a requirement class ever given
+    requirements: Sequence[RequirementRow]
+    lanes: Sequence[LaneCount]
+    held: Sequence[Live]  # offered, running, or waiting out a delay
+    blocked: int  # requests that wait for others
+    pauses: Sequence[PauseView]
+
+
+class _Named(NamedTuple):
+    """Name a request that is not in memory."""
+
+    id: str
+    task: str
 
 
 @dataclass(kw_only=True)
@@ -116,15 +182,15 @@ class _Lease:
         return self.run.token
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _Entry:
-    """One live request."""
+    """One live request that is in memory."""
 
     seq: int
     request: Request
-    task: Task | None
     inputs: tuple[int, ...]
-    requirement: tuple[str, ...]
+    one: RequirementClass
+    own: Requirement | None = None  # a requirement of its own, once a worker has refused it
     state: State = State.PENDING
     attempt: int = 1
     tried: int = 0
@@ -132,6 +198,25 @@ class _Entry:
     submitted: float = 0.0  # wall
     lease: _Lease | None = None
     due: float | None = None  # steady; it waits out a delay until then
+
+    @property
+    def requirement(self) -> Requirement:
+        return self.one.id if self.own is None else self.own
+
+    @property
+    def lane(self) -> Lane:
+        request = self.request
+        return Lane(self.requirement, request.priority, request.group, request.concurrency_key)
+
+
+@dataclass(kw_only=True)
+class _Use:
+    """Say how a requirement class is used."""
+
+    entries: int = 0  # in memory
+    idle_since: float = 0.0  # steady
+    stuck_since: float | None = None  # steady; since when no worker can run it
+    told: bool = False  # that it is stuck
 
 
 @dataclass(kw_only=True)
@@ -163,6 +248,9 @@ class Pool:
         retry_delay: float,
         offer_timeout: float,
         metrics: SchedulerMetrics,
+        group_weights: Mapping[str, float] = MappingProxyType({}),
+        concurrency_limits: Mapping[str, int] = MappingProxyType({}),
+        no_worker_after: float = 300.0,
     ) -> None:
         self._term = term
         self._topology = topology
@@ -173,15 +261,25 @@ class Pool:
         self._classes_made = 0
         self._probes = 0
         self._last_seq = 0
+        self._no_worker_after = no_worker_after
+        self._examiner = Examiner()
+        self._requirements = Requirements()
+        self._uses: dict[int, _Use] = {}
+        self._divided: dict[int, RequirementClass] = {}
         self._matching = Matching(name_class=self._name_class)
-        self._dispatch = Dispatch()
+        self._dispatch = Dispatch(weights=group_weights, limits=concurrency_limits)
         self._entries: dict[str, _Entry] = {}
-        self._users: dict[tuple[str, ...], int] = {}  # requirement to the number of live requests with it
+        self._blocked = 0
         self._delayed: set[str] = set()
         self._running: dict[str, _Entry] = {}
         self._workers: dict[str, _Worker] = {}
-        self._refused: dict[tuple[str, ...], set[tuple[str, int]]] = {}
-        self._failing: dict[tuple[str, ...], str] = {}
+        self._pauses: dict[tuple[str, str], PauseView] = {}
+        self._swept = 0.0
+        self._unused: set[int] = set()
+        self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
+        self._steady = 0.0  # when it last looked at what is due
+        self._looked = 0.0  # when it last looked for requests that nobody can run
+        self._asks = Asks(artifacts=frozenset(), heads=(), members=None, unused=frozenset())
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
@@ -193,19 +291,39 @@ class Pool:
 
     # ------------------------------------------------------------ what the scheduler takes and gives back
 
-    def take_writes(self) -> tuple[list[Write], set[int]]:
-        """Hand over the writes judged since the last call, and the ids of the artifacts that grants will name."""
+    def take_writes(self) -> tuple[list[Write], Asks]:
+        """Hand over the writes judged since the last call, and what is to be read right behind them."""
         self._committing, self._writes = self._writes, []
-        wanted, self._grants_wanted = self._grants_wanted, set()
-        return [write for write, _ in self._committing if write is not None], wanted
+        self._asks = Asks(
+            artifacts=frozenset(self._grants_wanted),
+            heads=self._dispatch.wants(self._last_seq),
+            members=next(iter(self._divided), None),
+            unused=frozenset(self._unused),
+        )
+        self._grants_wanted = set()
+        self._unused = set()
+        return [write for write, _ in self._committing if write is not None], self._asks
 
-    def committed(self, results: Sequence[Any], inputs: Mapping[int, RecordedArtifact]) -> None:
-        """Take over what the ledger has committed of the writes last handed over."""
-        self._inputs = inputs
+    def committed(self, results: Sequence[Any], answers: Answers) -> None:
+        """Take over what the ledger has committed of the writes last handed over, and what was read behind them."""
+        asks = self._asks
+        self._inputs = answers.artifacts
         remaining = iter(results)
         committing, self._committing = self._committing, []
         for write, then in committing:
             then(None if write is None else next(remaining))
+        for want, rows in zip(asks.heads, answers.heads, strict=True):
+            self._heads(want, rows)
+        if asks.members is not None and asks.members in self._divided:
+            self._place_anew(self._divided[asks.members], answers.members)
+        for number in asks.unused - answers.used:
+            self._drop_unused(number)
+
+    def _heads(self, want: Want, rows: Sequence[Live]) -> None:
+        """Take the next requests of a lane into memory."""
+        by_id = {row.request.id: row for row in rows}
+        for request in self._dispatch.heads(want, [(row.request.id, row.seq) for row in rows]):
+            self._entry_of(by_id[request])
 
     def take_sends(self) -> list[Send]:
         """Hand over the messages to publish."""
@@ -224,56 +342,179 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.classes())
+        return tuple(self._topology.class_queue(name) for name in self._matching.names())
 
-    def restore(self, live: Iterable[Live], moment: Moment) -> None:
+    def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
-        for row in live:
-            draft = self.examine(row.request)
-            entry = self._entry(draft, seq=row.seq, submitted=row.submitted)
-            entry.state, entry.attempt, entry.tried, entry.abort = row.state, row.attempt, row.tried, row.abort
-            self._last_seq = max(self._last_seq, row.seq)
-            if row.state is State.RUNNING:
+        self._steady = moment.steady
+        self._last_seq = kept.newest
+        self._requirements.count_from(kept.newest_requirement)
+        self._blocked = kept.blocked
+        for pause in kept.pauses:
+            self._pauses[pause.kind, pause.name] = pause
+            if pause.kind == "group":
+                self._dispatch.pause_group(pause.name)
+        for row in kept.requirements:
+            self._recall(row)
+        for lane in kept.lanes:
+            self._dispatch.restore(Lane(lane.requirement, lane.priority, lane.group, lane.key), lane.number)
+        for held in kept.held:
+            entry = self._entry_of(held)
+            if held.state is State.RUNNING:
                 seconds = self._lease_of(entry)
-                worker = self._workers.setdefault(row.worker or "", _Worker(name=row.worker or ""))
+                worker = self._workers.setdefault(held.worker or "", _Worker(name=held.worker or ""))
                 worker.seen, worker.seen_wall = moment.steady, moment.wall
-                worker.leases.add(row.request.id)
-                self._running[row.request.id] = entry
+                worker.leases.add(held.request.id)
+                self._running[held.request.id] = entry
+                self._dispatch.hold(held.request.id, entry.lane)
                 entry.lease = _Lease(
                     worker=worker.name,
                     run=RunProgress(
-                        request=row.request.id, attempt=row.attempt, token=row.token or "", since=moment.wall
+                        request=held.request.id, attempt=held.attempt, token=held.token or "", since=moment.wall
                     ),
                     seconds=seconds,
                     deadline=moment.steady + seconds + LEASE_MARGIN,
                 )
-            elif row.state is State.OFFERED:
-                self._write(Return(request=row.request.id, attempt=row.attempt), self._returned(row.request.id))
+            elif held.state is State.OFFERED:
+                self._return(entry)
             else:
-                self._wait(entry, delay=(row.not_before or 0.0) - moment.wall, moment=moment)
+                self._delay(entry, due=moment.steady + (held.not_before or 0.0) - moment.wall)
+
+    # ------------------------------------------------------------ requirement classes
+
+    def _recall(self, row: RequirementRow) -> None:
+        """Take back a requirement class; if its task has changed since, its requests are placed anew."""
+        before = Kind(task=row.task, fingerprint=row.fingerprint, requires=row.requires or "", whole=False)
+        one = RequirementClass(
+            id=row.id, kind=before, data=msgspec.json.decode(row.data), reads=reads_from(row.reads), open=False
+        )
+        draft = self._examiner.recall(one)
+        if draft.kind._replace(whole=False) == before:
+            one.kind = draft.kind
+        else:
+            one.divided = True
+        self._requirements.restore(one)
+        self._begin(one, draft)
+
+    def _class_of(self, draft: Draft) -> RequirementClass:
+        """Return the requirement class of a request; the first of its class is asked about on all workers."""
+        data = draft.task.data if draft.task is not None else {}
+        one = self._requirements.find(draft.kind, data)
+        if one is None:
+            one = self._requirements.make(draft.kind, data, draft.given)
+            self._begin(one, draft)
+            one.open = False
+            self._write(
+                Need(
+                    id=one.id,
+                    task=one.kind.task,
+                    fingerprint=one.kind.fingerprint,
+                    reads=reads_text(one.reads),
+                    data=msgspec.json.encode(one.data).decode(),
+                    requires=one.kind.requires or None,
+                ),
+                lambda _: None,
+            )
+        self._uses[one.id].idle_since = self._steady
+        return one
+
+    def _begin(self, one: RequirementClass, draft: Draft) -> None:
+        """Make a requirement class live."""
+        self._uses[one.id] = _Use(idle_since=self._steady)
+        one.problem = draft.problem
+        if one.divided:
+            self._divided[one.id] = one
+        if ("task", one.kind.task) in self._pauses:
+            self._dispatch.pause_requirement(one.id)
+        self._change(self._matching.need(one.id, self._question(one, draft)))
+        if one.escaped:
+            self._change(self._matching.escape(one.id))
+
+    def _question(
+        self, one: RequirementClass, draft: Draft, denied: frozenset[tuple[str, int]] = frozenset()
+    ) -> Question:
+        def learn(reads: Sequence[Read]) -> bool:
+            if one.open:
+                self._requirements.extend(one, reads)
+            elif not one.divided:
+                self._requirements.divide(one, reads)
+                self._divided[one.id] = one
+            return one.open
+
+        return replace(self._examiner.question(one, draft, learn), denied=denied)
+
+    def _note_escapes(self) -> None:
+        """Ask each request for itself whose class has answered in two ways."""
+        for requirement in self._matching.escaped():
+            one = self._requirements.get(requirement) if isinstance(requirement, int) else None
+            if one is not None and not one.escaped:
+                self._requirements.escape(one)
+                if one.divided:
+                    self._divided[one.id] = one
+
+    def _place_anew(self, old: RequirementClass, rows: Sequence[Live]) -> None:
+        """Give requests of a class that was divided, or whose task has changed, the classes that are theirs now."""
+        if not rows:  # what is left of it does not wait
+            for entry in [entry for entry in self._entries.values() if entry.one is old]:
+                self._reclass(entry.seq, entry.request, entry)
+            del self._divided[old.id]
+            self._end_class(old)
+            return
+        for row in rows:
+            there = self._entries.get(row.request.id)
+            one = self._reclass(row.seq, row.request, there)
+            if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
+                self._dispatch.absent(_lane_of(row), row.seq)
+                self._place(self._entry_of(row, one))
+
+    def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
+        """Find the requirement class of a request anew."""
+        one = self._class_of(self._examiner.examine(request))
+        self._write(Rekey(to={seq: one.id}), lambda _: None)
+        if entry is not None:
+            waits = entry.own is None and self._dispatch.waits(request.id)
+            if waits:
+                self._dispatch.forget(request.id)
+            self._uses[entry.one.id].entries -= 1
+            self._uses[one.id].entries += 1
+            entry.one = one
+            if waits:
+                self._place(entry)
+        return one
+
+    def _end_class(self, one: RequirementClass) -> None:
+        del self._uses[one.id]
+        self._requirements.forget(one)
+        self._matching.drop(one.id)
+        self._dispatch.drop(one.id)
+
+    def _drop_unused(self, number: int) -> None:
+        one = self._requirements.get(number)
+        if one is not None and not one.divided and self._idle(one):
+            self._end_class(one)
+
+    def _idle(self, one: RequirementClass) -> bool:
+        return not self._uses[one.id].entries and not self._dispatch.waiting_for(one.id)
+
+    def _sweep(self) -> None:
+        """Look for requirement classes that nobody has used for long, and for workers that nothing tells apart."""
+        idle = sorted((one for one in self._requirements if self._idle(one)), key=self._idle_since)
+        surplus = len(idle) - MAX_IDLE
+        self._unused = {
+            one.id
+            for number, one in enumerate(idle)
+            if number < surplus or self._steady - self._idle_since(one) > LINGER
+        }
+        self._change(self._matching.merge())
+
+    def _idle_since(self, one: RequirementClass) -> float:
+        return self._uses[one.id].idle_since
 
     # ------------------------------------------------------------ submissions
 
     def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data; costs a construction and a validation."""
-        if not Task.is_valid_task_name(request.task):
-            return Draft(
-                request=request,
-                task=None,
-                problem=f"expected the name of a task that this scheduler has, got {request.task!r}",
-            )
-        task = Task.class_from_name(request.task)()
-        try:
-            task.configure(request.data)
-            return Draft(request=request, task=task, problem=None, inputs=tuple(task.input_artifact_ids()))
-        except TaskConfigError as error:
-            return Draft(request=request, task=None, problem=str(error))
-        except Exception as error:  # noqa: BLE001  # a task's own code: it may raise anything, and must not end the scheduler
-            return Draft(
-                request=request,
-                task=None,
-                problem=f"task {request.task} could not be configured: {type(error).__name__}: {error}",
-            )
+        """Ask the request's task whether it accepts the data."""
+        return self._examiner.examine(request)
 
     def submit(
         self,
@@ -292,41 +533,86 @@ class Pool:
             if len(done) == len(results):
                 answer(Receipt(term=self._term, results=done))
 
-        for index, draft in enumerate(drafts):
-            problem = draft.problem or _wrong_input(draft, artifacts)
+        order, circular = in_order([draft.request for draft in drafts])
+        for index in order:
+            draft = drafts[index]
             request = draft.request
-            rejected = None if problem is None else Reason(text=problem, stage="submission")
-            fresh = rejected is None and request.id not in self._entries
-            if fresh:
-                self._last_seq += 1
-                entry = self._entry(draft, seq=self._last_seq, submitted=moment.wall)
-                self._enqueue(entry)  # so that it can be offered in the transaction that accepts it
+            problem = draft.problem or circular.get(index) or wrong_input(draft, artifacts)
+            self._last_seq += 1
+            seq = self._last_seq
+            if problem is not None:
+                write = Accept(
+                    seq=seq, request=request, at=moment.wall, rejected=Reason(text=problem, stage="submission")
+                )
+                self._write(
+                    write, partial(self._accepted, request=request, moment=moment, settle=partial(settle, index))
+                )
+                continue
+            one = self._class_of(draft)
+            entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
+            fresh = later = None
+            if needs(request):
+                later = entry
+            elif request.id not in self._entries:
+                fresh = self._new_entry(entry)
+                self._place(fresh)  # so that it can be offered in the transaction that accepts it
             self._write(
-                Accept(request=request, at=moment.wall, rejected=rejected),
-                self._accepted(request, fresh=fresh, moment=moment, settle=partial(settle, index)),
+                Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
+                partial(
+                    self._accepted,
+                    request=request,
+                    fresh=fresh,
+                    later=later,
+                    moment=moment,
+                    settle=partial(settle, index),
+                ),
             )
 
     def _accepted(
-        self, request: Request, *, fresh: bool, moment: Moment, settle: Callable[[Receipted], None]
-    ) -> Callable[[Accepted], None]:
-        def then(result: Accepted) -> None:
-            # An entry's age stays what it was judged by: the ledger's own numbers have gaps, but the same order.
-            if fresh and result.status != "accepted":
-                self._forget(self._entries[request.id])  # the ledger knew it: it has ended before
-            if result.status == "accepted":
-                self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
-            elif result.status == "rejected":
-                self._tell(
-                    request,
-                    State.REJECTED,
-                    Event.REJECT,
-                    attempt=1,
-                    wall=moment.wall,
-                    reason=Reason(text=result.reason or ""),
-                )
-            settle(Receipted(id=request.id, status=result.status, reason=result.reason))
+        self,
+        result: Accepted,
+        *,
+        request: Request,
+        moment: Moment,
+        settle: Callable[[Receipted], None],
+        fresh: _Entry | None = None,
+        later: _Entry | None = None,
+    ) -> None:
+        if fresh is not None and result.status != "accepted":  # the ledger knew it
+            if self._entries.get(request.id) is fresh:
+                self._forget(fresh)
+            else:
+                self._dispatch.absent(fresh.lane, fresh.seq)
+        if result.status == "accepted":
+            self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
+        elif result.status == "rejected":
+            reason = Reason(text=result.reason or "")
+            self._tell(request, State.REJECTED, Event.REJECT, attempt=1, wall=moment.wall, reason=reason)
+        if result.stranded is not None:
+            self._tell(request, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=result.stranded)
+        elif result.unmet:
+            self._blocked += 1
+        elif result.status == "accepted" and later is not None:
+            if result.live is None:
+                self._place(self._new_entry(later))
+            else:
+                self._free(result.live)
+        settle(Receipted(id=request.id, status=result.status, reason=result.reason))
 
-        return then
+    def _free(self, row: Live) -> None:
+        """Let a request wait for a slot that needs no other request any more."""
+        entry = self._entry_of(row)
+        if row.request.take:  # only now it is known what its task sees
+            self._reclass(row.seq, row.request, entry)
+        self._place(entry)
+
+    def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
+        """Take over what the end of one request meant for those that needed it."""
+        self._blocked -= len(freed) + len(stranded)
+        for row in freed:
+            self._free(row)
+        for gone in stranded:
+            self._tell(gone, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason)
 
     # ------------------------------------------------------------ reports
 
@@ -422,7 +708,7 @@ class Pool:
         ]
         self._say(worker, Alive(seq=worker.seq, void=void))
         own = self._matching.class_of(worker.name)
-        queue = None if own is None else self._topology.class_queue(own).name
+        queue = self._assignment(worker).queue
         if beat.assigned != queue:
             worker.former = beat.assigned
             self._say(worker, self._assignment(worker))
@@ -430,13 +716,16 @@ class Pool:
             self._retire(worker.former)  # a class of an earlier term; the worker consumes it no more
             worker.former = None
         self._dispatch.supply(
-            worker.name, capability_class=own if beat.assigned == queue else None, slots=beat.slots, busy=busy
+            worker.name,
+            capability_class=own if queue is not None and beat.assigned == queue else None,
+            slots=beat.slots,
+            busy=busy,
         )
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
-        live = {one.name for one in self.class_queues()}
-        if queue.startswith(f"{self._topology.work}.") and queue not in live:  # a worker may name any queue
+        before, separator, name = queue.partition(f"{self._topology.work}.")
+        if not before and separator and name not in self._matching.names():  # a worker may name any queue
             self.delete.append(queue)
 
     def _lease_held(self, request: str) -> _Lease | None:
@@ -459,6 +748,9 @@ class Pool:
             self._void(worker, claim, f"attempt {claim.attempt} is over, the request is at attempt {entry.attempt}")
         elif worker.state != "online" or not self._matching.can_run(worker.name, entry.requirement):
             self._void(worker, claim, "by the scheduler's view this worker cannot run it")
+            self._return(entry)
+        elif (paused := self._paused(worker.name, entry)) is not None:
+            self._void(worker, claim, paused)
             self._return(entry)
         else:
             self._grants_wanted.update(entry.inputs)
@@ -489,7 +781,7 @@ class Pool:
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
-        self._dispatch.forget(claim.request)
+        self._dispatch.granted(claim.request)
         self._dispatch.taken(worker.name, claim.token)
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
@@ -520,17 +812,21 @@ class Pool:
         self._void(worker, refusal, "refused")
 
     def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
-        """Give the request a requirement class of its own, which this worker does not meet with this metadata."""
-        task, data, *_ = entry.requirement
-        own = (task, data, entry.request.id)
-        self._refused.setdefault(own, set()).add((worker, metadata_version))
-        if entry.requirement != own:
-            self._release(entry.requirement)
-        else:
-            self._matching.drop(own)
-        entry.requirement = own
-        self._users[own] = 1
-        self._change(self._matching.need(own, self._accepts(own, entry.task)))
+        """Give the request a requirement of its own, which this worker does not meet with this metadata."""
+        hello = self._workers[worker].hello
+        if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
+            self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
+        draft = self._examiner.examine(entry.request)
+        denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
+        self._refused[entry.request.id] = denied
+        if entry.own is not None:
+            self._matching.drop(entry.own)
+            self._dispatch.drop(entry.own)
+        entry.own = (entry.one.id, entry.request.id, len(denied))
+        if ("task", entry.one.kind.task) in self._pauses:
+            self._dispatch.pause_requirement(entry.own)
+        self._change(self._matching.need(entry.own, self._question(entry.one, draft, denied)))
+        self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
 
@@ -647,9 +943,14 @@ class Pool:
                     entry.attempt += 1
                     entry.tried += ending.counted
                     entry.state = State.PENDING
-                    self._wait(entry, delay=ending.delay, moment=moment)
+                    self._dispatch.forget(ref.request)
+                    if ending.delay:
+                        self._delay(entry, due=moment.steady + ending.delay)
+                    else:
+                        self._place(entry)
                 else:
                     self._forget(entry)
+            self._settle_dependents(result.freed, result.stranded, moment)
             answer(result)
 
         self._write(write, then)
@@ -661,23 +962,99 @@ class Pool:
 
         def settled(result: AbortResult) -> None:
             entry = self._entries.get(request)
-            if entry is not None and result.after is State.ABORTED:
+            if result.after is State.ABORTED and result.before is not State.ABORTED:
+                one = _Named(id=request, task=result.task or "")
+                attempt = result.attempt or 1
                 self._tell(
-                    entry.request,
-                    State.ABORTED,
-                    Event.ABORT,
-                    attempt=entry.attempt,
-                    wall=moment.wall,
-                    reason=Reason(text=reason),
+                    one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=Reason(text=reason)
                 )
-                self._forget(entry)
+                if entry is not None:
+                    self._forget(entry)
+                elif result.before_lane is not None and result.before_lane.waiting:
+                    stood = result.before_lane
+                    self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
+                else:
+                    self._blocked -= 1
             elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
                 entry.abort = reason
                 worker = self._workers[entry.lease.worker]
                 self._say(worker, Abort(request=request, attempt=entry.attempt, token=entry.lease.token, reason=reason))
+            self._settle_dependents(result.freed, result.stranded, moment)
             then(result)
 
         self._write(AbortAsked(request=request, reason=reason, at=moment.wall), settled)
+
+    def reprioritise(self, request: str, priority: int, then: Callable[[Moved], None]) -> None:
+        """Give a request that has not ended another priority."""
+
+        def settled(moved: Moved) -> None:
+            live = moved.live
+            entry = self._entries.get(request)
+            if entry is not None:
+                waits = self._dispatch.waits(request)
+                if waits:
+                    self._dispatch.forget(request)
+                entry.request = msgspec.structs.replace(entry.request, priority=priority)
+                if waits:
+                    self._place(entry)
+            elif live is not None and live.state is State.PENDING and not live.unmet and live.not_before is None:
+                self._dispatch.absent(_lane_of(live)._replace(priority=moved.before or 0), live.seq)
+                self._place(self._entry_of(live))
+            then(moved)
+
+        self._write(Move(request=request, priority=priority), settled)
+
+    def pause(self, pause: Pause, moment: Moment, then: Callable[[Any], None]) -> None:
+        """Give a worker, a task or a group no slot any more; what runs goes on."""
+        name = pause.name.lower() if pause.kind == "task" else pause.name
+        view = PauseView(kind=pause.kind, name=name, reason=pause.reason, since=moment.wall)
+
+        def settled(result: Any) -> None:
+            self._pauses[view.kind, view.name] = view
+            self._apply_pause(view.kind, view.name)
+            then(result)
+
+        self._write(KeepPause(kind=view.kind, name=view.name, reason=view.reason, at=moment.wall), settled)
+
+    def resume(self, kind: PauseKind, name: str, then: Callable[[Any], None]) -> None:
+        """End a pause."""
+        name = name.lower() if kind == "task" else name
+
+        def settled(result: Any) -> None:
+            if self._pauses.pop((kind, name), None) is not None:
+                self._apply_pause(kind, name)
+            then(result)
+
+        self._write(Resume(kind=kind, name=name), settled)
+
+    def pauses(self) -> list[PauseView]:
+        """Show what is paused."""
+        return [self._pauses[key] for key in sorted(self._pauses)]
+
+    def _apply_pause(self, kind: str, name: str) -> None:
+        paused = (kind, name) in self._pauses
+        if kind == "group":
+            (self._dispatch.pause_group if paused else self._dispatch.resume_group)(name)
+        elif kind == "task":
+            change = self._dispatch.pause_requirement if paused else self._dispatch.resume_requirement
+            for one in self._requirements:
+                if one.kind.task == name:
+                    change(one.id)
+            for entry in self._entries.values():
+                if entry.own is not None and entry.one.kind.task == name:
+                    change(entry.own)
+        elif name in self._workers:
+            worker = self._workers[name]
+            if paused:
+                self._dispatch.no_supply(name)  # until its next heartbeat says what it has
+            self._say(worker, self._assignment(worker))
+
+    def _paused(self, worker: str, entry: _Entry) -> str | None:
+        """Say what is paused, if something keeps a request from a worker."""
+        for kind, name in (("worker", worker), ("task", entry.one.kind.task), ("group", entry.request.group)):
+            if (kind, name) in self._pauses:
+                return f"the {kind} {name} is paused"
+        return None
 
     def import_artifact(self, key: str, artifact: Artifact, moment: Moment, then: Callable[[int], None]) -> None:
         """Record an artifact that no request made."""
@@ -698,7 +1075,18 @@ class Pool:
         lapse or a worker go offline: a blocked broker, a slow ledger or an own pause costs no run.
         """
         for request in [one for one in self._delayed if (self._entries[one].due or 0.0) <= moment.steady]:
-            self._enqueue(self._entries[request])
+            self._delayed.discard(request)
+            self._entries[request].due = None
+            self._write(Wake(request=request), lambda _: None)
+            self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
+        self._steady = moment.steady
+        self._note_escapes()
+        if moment.steady - self._swept > SWEEP:
+            self._swept = moment.steady
+            self._sweep()
+        if moment.steady - self._looked > LOOK:
+            self._looked = moment.steady
+            self._tell_stuck(moment)
         for request in self._dispatch.stale(moment.steady, self._offer_timeout):
             self._return(self._entries[request])
         overdue = [lease for lease in self._leases() if lease.deadline < moment.steady and lease.probe is None]
@@ -722,6 +1110,36 @@ class Pool:
                     returned=self._forget_probes,
                 )
             )
+
+    def _tell_stuck(self, moment: Moment) -> None:
+        """Tell of requests that no worker has been able to run for a while."""
+        for one in self._requirements:
+            use = self._uses[one.id]
+            number = self._dispatch.waiting_for(one.id)
+            if not number or one.divided or self._matching.capable_classes(one.id):
+                use.stuck_since, use.told = None, False
+            elif use.stuck_since is None:
+                use.stuck_since = moment.steady
+            elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
+                use.told = True
+                self._sends.append(
+                    Send(
+                        exchange=self._topology.events,
+                        key=self._topology.request_event_key(one.kind.task, "stuck"),
+                        message=StuckEvent(
+                            term=self._term,
+                            time=moment.wall,
+                            task=one.kind.task,
+                            requirement=one.id,
+                            since=moment.wall - (moment.steady - use.stuck_since),
+                            number=number,
+                            requests=self._dispatch.oldest(one.id, STUCK_SHOWN),
+                            reason=one.problem or explain.nobody(self._matching.errors(one.id)),
+                        ),
+                        mandatory=False,
+                        persistent=False,
+                    )
+                )
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
@@ -755,7 +1173,7 @@ class Pool:
             entry = self._entries[offer.request]
             entry.state = State.OFFERED
             self._write(
-                Offer(request=offer.request, attempt=entry.attempt),
+                Offer(request=offer.request, attempt=entry.attempt, seq=entry.seq),
                 self._offered(entry, entry.attempt, offer.capability_class),
             )
 
@@ -786,25 +1204,174 @@ class Pool:
     def decorate(self, view: RequestView) -> RequestView:
         """Add what only memory knows: progress, and what a pending request waits for."""
         entry = self._entries.get(view.request.id)
-        if entry is None:
-            return view
-        progress = None if entry.lease is None else entry.lease.run
-        return msgspec.structs.replace(view, progress=progress, waits=self._waits(entry))
+        progress = None if entry is None or entry.lease is None else entry.lease.run
+        return msgspec.structs.replace(view, progress=progress, waits=self._waits(view, entry))
 
-    def _waits(self, entry: _Entry) -> str | None:
-        if entry.state not in (State.PENDING, State.OFFERED):
+    def _waits(self, view: RequestView, entry: _Entry | None) -> str | None:
+        """Say in a line why a request does not run."""
+        if view.state not in (State.PENDING, State.OFFERED):
             return None
-        if entry.task is None:
-            return "this scheduler cannot configure its task any more"
-        if entry.due is not None:
-            return "for its next attempt"
-        if self._matching.capable_classes(entry.requirement):
-            return "for a free slot"
-        failing = self._failing.get(entry.requirement)
-        return "no worker can run it" if failing is None else f"no worker can run it: {failing}"
+        request = view.request
+        if view.after:
+            others = len(view.after) - 1
+            return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
+        if entry is not None and entry.due is not None:
+            return "waits out the delay before its next attempt"
+        one = self._requirements.get(view.requirement)
+        if one is None:
+            return None
+        for kind, name in (("task", one.kind.task), ("group", request.group)):
+            if (kind, name) in self._pauses:
+                return f"the {kind} {name} is paused"
+        requirement = one.id if entry is None else entry.requirement
+        if one.problem is not None:
+            return f"this scheduler cannot configure its task any more: {one.problem}"
+        if not self._matching.capable_classes(requirement):
+            if entry is not None and entry.own is not None:
+                return "every worker that could run it has declined it"
+            return explain.nobody(self._matching.errors(requirement))
+        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
+        if self._dispatch.held_by(lane) is not None:  # pauses were looked for above
+            return f"as many run with the concurrency key {request.concurrency_key} as may"
+        if view.state == "offered":
+            return "is offered to a worker"
+        return explain.busy(self._dispatch.ahead(lane, view.seq))
 
-    def workers(self) -> list[WorkerView]:
-        """Show every worker that has been heard of."""
+    def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
+        """Say who can run a request, submitted or not, and why it waits."""
+        entry = None if view is None else self._entries.get(view.request.id)
+        task = draft.task
+        one = self._requirements.find(draft.kind, task.data if task is not None else {})
+        requirement: Requirement | None = one.id if one is not None else None
+        if entry is not None:
+            requirement = entry.requirement
+        if requirement is not None:
+            funnel, able = self._matching.funnel(requirement), self._matching.able(requirement)
+        else:
+            one = None
+            funnel, able = self._matching.survey(self._passing_question(draft))
+        standing = self._standing(draft, able, self._refused.get(view.request.id, frozenset()) if view else frozenset())
+        offline = sorted(name for name, worker in self._workers.items() if worker.state != "online")
+        lane = Lane(requirement, draft.request.priority, draft.request.group, draft.request.concurrency_key)
+        seq = self._last_seq + 1 if view is None else view.seq
+        ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
+        failing = self._matching.errors(requirement) if requirement is not None else None
+        why = None
+        if view is not None:
+            decorated = self.decorate(view)
+            why = decorated.waits if view.state in ("pending", "offered") else f"it is {view.state}"
+        return Explanation(
+            request=None if view is None else view.request.id,
+            state=None if view is None else view.state,
+            task=draft.kind.task,
+            verdict=why or explain.verdict(standing, ahead=ahead, failing=failing),
+            workers=funnel.workers + len(offline),
+            steps=explain.steps(funnel, offline=offline),
+            able=funnel.able,
+            idle=len(standing.idle),
+            busy=len(standing.busy),
+            paused=len(standing.paused),
+            refused=len(standing.refused),
+            offline=len(standing.offline),
+            ahead=ahead if funnel.able else None,
+            advice=[] if funnel.able or task is None else self._advice(draft, funnel),
+            requirement=None if one is None else one.id,
+            escaped=requirement in self._matching.escaped(),
+            failing=failing,
+            classes=sorted(self._matching.capable_classes(requirement)) if requirement is not None else [],
+        )
+
+    def _passing_question(self, draft: Draft) -> Question:
+        """Return the question of a request that is not here: nothing is learned of it."""
+        passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
+        return self._examiner.question(passing, draft, lambda _reads: True)
+
+    def _standing(self, draft: Draft, able: Sequence[str], denied: frozenset[tuple[str, int]]) -> explain.Standing:
+        standing = explain.Standing()
+        for name in able:
+            if ("worker", name) in self._pauses:
+                standing.paused.append(name)
+            else:
+                (standing.idle if self._dispatch.idle_slots(name) else standing.busy).append(name)
+        question = self._passing_question(draft)
+        for name, worker in sorted(self._workers.items()):
+            hello = worker.hello
+            if hello is None:
+                continue
+            if worker.state == "online":
+                if (name, hello.metadata_version) in denied and self._could(question, hello):
+                    standing.refused.append(name)
+            elif worker.state == "offline" and self._could(question, hello):
+                standing.offline.append(name)
+        return standing
+
+    @staticmethod
+    def _could(question: Question, hello: Hello) -> bool:
+        return question.task in hello.tasks and question.plain(hello.metadata)[0]
+
+    def _advice(self, draft: Draft, funnel: Funnel) -> list[str]:
+        """Look for the smallest change of a worker that got furthest."""
+        furthest = [name for step in reversed(funnel.steps) for offered in step.offered for name in offered.examples]
+        offered = {
+            explain.name_of(step.looked_at): [one.token for one in step.offered]
+            for step in funnel.steps
+            if not isinstance(step.looked_at, str)
+        }
+        candidates = (
+            (name, facts.metadata)
+            for name in dict.fromkeys(furthest)
+            if draft.kind.task in (facts := self._matching.facts(name)).tasks
+        )
+        task = draft.task
+        return explain.advice(self._examiner.ask(draft), {} if task is None else task.data, candidates, offered)
+
+    def capabilities(self, query: GetCapabilities, moment: Moment) -> CapabilityList:
+        """Show capability classes."""
+        names = (name for name in self._matching.names() if query.after is None or name > query.after)
+        classes = []
+        for name in nsmallest(query.limit, names):
+            members = sorted(self._matching.members(name))
+            facts = [self._matching.facts(worker) for worker in members]
+            classes.append(
+                Capability(
+                    name=name,
+                    queue=self._topology.class_queue(name).name,
+                    workers=len(members),
+                    examples=members[: explain.MAX_SHOWN],
+                    shared=explain.shared([one.metadata for one in facts]),
+                    tasks=sorted(set.intersection(*(set(one.tasks) for one in facts))) if facts else [],
+                    requirements=len(self._matching.runs(name)),
+                    idle=self._dispatch.idle(name),
+                    lookahead=self._dispatch.lookahead(name, moment.steady),
+                    out=self._dispatch.out(name),
+                    backlog=self._dispatch.backlog(name),
+                )
+            )
+        return CapabilityList(
+            classes=classes, requirements=len(self._requirements), escaped=len(self._matching.escaped())
+        )
+
+    def pool(self, requests: Mapping[str, int], version: str) -> PoolView:
+        """Show how many of everything there are."""
+        online = [worker for worker in self._workers.values() if worker.state == "online"]
+        at_work = [worker for worker in online if ("worker", worker.name) not in self._pauses]
+        return PoolView(
+            term=self._term,
+            version=version,
+            store=self._store_id,
+            requests=dict(requests),
+            workers=len(online),
+            classes=self.classes(),
+            paused=len(online) - len(at_work),
+            offline=sum(worker.state == "offline" for worker in self._workers.values()),
+            refused=sum(worker.state == "refused" for worker in self._workers.values()),
+            slots=sum(worker.hello.slots for worker in at_work if worker.hello is not None),
+            busy=sum(len(worker.leases) for worker in online),
+        )
+
+    def workers(self, query: ListWorkers) -> list[WorkerView]:
+        """Show workers that have been heard of."""
+        names = (name for name in self._workers if query.after is None or name > query.after)
         return [
             WorkerView(
                 name=worker.name,
@@ -818,25 +1385,30 @@ class Pool:
                 version=worker.hello.version if worker.hello else "",
                 seen=worker.seen_wall,
                 reason=worker.reason,
+                paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
+                denied=worker.hello.denied if worker.hello else [],
+                capability_class=self._matching.class_of(worker.name),
             )
-            for worker in sorted(self._workers.values(), key=lambda worker: worker.name)
+            for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
         ]
 
     def classes(self) -> int:
         """Count the capability classes."""
-        return len(self._matching.classes())
+        return self._matching.number_of_classes()
 
     def show(self, moment: Moment) -> None:
         """Set the gauges."""
         states = dict.fromkeys((State.PENDING, State.OFFERED, State.RUNNING), 0)
         for entry in self._entries.values():
-            states[entry.state] += 1
+            states[entry.state] += entry.state is not State.PENDING
+        states[State.PENDING] = self._dispatch.waiting() + len(self._delayed) + self._blocked
         for state, number in states.items():
             self._metrics.requests.labels(state=state).set(number)
         for word in ("online", "offline", "refused"):
             self._metrics.workers.labels(state=word).set(sum(worker.state == word for worker in self._workers.values()))
         self._metrics.classes.set(self.classes())
-        self._metrics.requirements.set(len(self._users))
+        self._metrics.requirements.set(len(self._requirements))
+        self._metrics.escaped.set(len(self._matching.escaped()))
         self._metrics.class_idle.clear()
         self._metrics.class_offers.clear()
         for name, (_, idle, _, out) in self._dispatch.figures(moment.steady).items():
@@ -852,69 +1424,56 @@ class Pool:
     def _write(self, write: Write, then: Callable[[Any], None]) -> None:
         self._writes.append((write, then))
 
-    def _entry(self, draft: Draft, *, seq: int, submitted: float) -> _Entry:
-        request = draft.request
-        requirement = (request.task.lower(), msgspec.json.encode(request.data, order="deterministic").decode())
-        entry = _Entry(
-            seq=seq,
-            request=request,
-            task=draft.task,
-            inputs=draft.inputs,
-            requirement=requirement,
-            submitted=submitted,
+    def _entry_of(self, row: Live, one: RequirementClass | None = None) -> _Entry:
+        """Take a request of the ledger into memory."""
+        one = one or self._requirements.get(row.requirement)
+        if one is None:
+            one = self._class_of(self._examiner.examine(row.request))
+            self._write(Rekey(to={row.seq: one.id}), lambda _: None)
+        return self._new_entry(
+            _Entry(
+                seq=row.seq,
+                request=row.request,
+                inputs=row.inputs,
+                one=one,
+                state=row.state,
+                attempt=row.attempt,
+                tried=row.tried,
+                abort=row.abort,
+                submitted=row.submitted,
+            )
         )
-        self._entries[request.id] = entry
-        self._users[requirement] = self._users.get(requirement, 0) + 1
-        self._change(self._matching.need(requirement, self._accepts(requirement, draft.task)))
+
+    def _new_entry(self, entry: _Entry) -> _Entry:
+        self._entries[entry.request.id] = entry
+        self._uses[entry.one.id].entries += 1
         return entry
 
-    def _accepts(self, requirement: tuple[str, ...], task: Task | None) -> Callable[[WorkerFacts], bool]:
-        def accepts(facts: WorkerFacts) -> bool:
-            if task is None or task.name not in facts.tasks:
-                return False
-            if (facts.name, facts.metadata_version) in self._refused.get(requirement, ()):
-                return False
-            try:
-                return bool(task.can_run_on(dict(facts.metadata)))
-            except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is shown
-                self._failing[requirement] = f"can_run_on() raised {type(error).__name__}: {error}"
-                return False
-
-        return accepts
-
-    def _release(self, requirement: tuple[str, ...]) -> None:
-        self._users[requirement] -= 1
-        if not self._users[requirement]:
-            del self._users[requirement]
-            self._refused.pop(requirement, None)
-            self._failing.pop(requirement, None)
-            self._matching.drop(requirement)
-
-    def _forget(self, entry: _Entry) -> None:
+    def _drop_entry(self, entry: _Entry) -> None:
+        """Let go of a request; the ledger has it."""
         request = entry.request.id
         del self._entries[request]
         self._delayed.discard(request)
-        self._dispatch.forget(request)
-        self._release(entry.requirement)
+        self._uses[entry.one.id].entries -= 1
+        self._uses[entry.one.id].idle_since = self._steady
+        self._refused.pop(request, None)
+        if entry.own is not None:
+            self._matching.drop(entry.own)
+            self._dispatch.drop(entry.own)
 
-    def _wait(self, entry: _Entry, *, delay: float, moment: Moment) -> None:
-        if delay > 0:
-            entry.due = moment.steady + delay
-            self._delayed.add(entry.request.id)
-        else:
-            self._enqueue(entry)
+    def _forget(self, entry: _Entry) -> None:
+        """Let go of a request that has ended, or never was."""
+        self._dispatch.forget(entry.request.id)
+        self._drop_entry(entry)
 
-    def _enqueue(self, entry: _Entry) -> None:
-        request = entry.request.id
-        entry.due = None
-        self._delayed.discard(request)
-        self._dispatch.wait(
-            request,
-            priority=entry.request.priority,
-            seq=entry.seq,
-            requirement=entry.requirement,
-            classes=self._matching.capable_classes(entry.requirement),
-        )
+    def _delay(self, entry: _Entry, *, due: float) -> None:
+        entry.due = due
+        self._delayed.add(entry.request.id)
+
+    def _place(self, entry: _Entry) -> None:
+        """Let a request wait for a slot: in memory, or behind those of its lane that are."""
+        if not self._dispatch.wait(entry.request.id, entry.lane, entry.seq):
+            self._drop_entry(entry)
 
     def _return(self, entry: _Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))
@@ -925,12 +1484,14 @@ class Pool:
             if moved and entry is not None:
                 entry.state = State.PENDING
                 self._dispatch.forget(request)
-                self._enqueue(entry)
+                self._place(entry)
 
         return then
 
     def _lease_of(self, entry: _Entry) -> float:
-        return lease_seconds(entry.request.lease, entry.task.LEASE if entry.task is not None else Task.LEASE)
+        task = entry.one.kind.task
+        known = Task.class_from_name(task) if Task.is_valid_task_name(task) else Task
+        return lease_seconds(entry.request.lease, known.LEASE)
 
     def _change(self, change: Change) -> None:
         for name in change.made:
@@ -947,7 +1508,9 @@ class Pool:
 
     def _assignment(self, worker: _Worker) -> Assign:
         own = self._matching.class_of(worker.name)
-        return Assign(queue=None if own is None else self._topology.class_queue(own).name)
+        if own is None or ("worker", worker.name) in self._pauses:
+            return Assign(queue=None)
+        return Assign(queue=self._topology.class_queue(own).name)
 
     def _offline(self, worker: _Worker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:
@@ -965,7 +1528,7 @@ class Pool:
 
     def _tell(
         self,
-        request: Request,
+        request: Request | Stranded | _Named,
         state: State,
         event: Event,
         *,
@@ -1016,16 +1579,8 @@ class Pool:
         )
 
 
-def _wrong_input(draft: Draft, artifacts: Mapping[int, RecordedArtifact]) -> str | None:
-    """Say which input artifact is missing or of the wrong category."""
-    wanted = draft.task.INPUT_ARTIFACT_CATEGORY if draft.task is not None else None
-    for number in draft.inputs:
-        artifact = artifacts.get(number)
-        if artifact is None:
-            return f"expected the id of an artifact, got {number}, which does not exist: see `mqworker artifact list`"
-        if wanted is not None and artifact.category != wanted:
-            return f"expected an artifact of category {wanted}, got artifact {number} of category {artifact.category}"
-    return None
+def _lane_of(row: Live) -> Lane:
+    return Lane(row.requirement, row.request.priority, row.request.group, row.request.concurrency_key)
 
 
 def _exhausted(reason: Reason | None, attempts: int) -> Reason:

@@ -11,26 +11,35 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
 from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
-from mqworker.ledger import ImportRefused, Ledger
+from mqworker.examiner import NOBODY, Draft
+from mqworker.ledger import ImportRefused, Ledger, Wanted
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
+    CountRequests,
+    Explain,
+    GetCapabilities,
     GetPool,
     GetRequests,
     ImportArtifact,
     ListArtifacts,
+    ListPauses,
     ListRequests,
     ListWorkers,
     Outcomes,
+    Pause,
+    PauseList,
     Probe,
     Problem,
     Query,
@@ -38,7 +47,11 @@ from mqworker.messages import (
     RecordedArtifact,
     RefreshWorkers,
     Report,
+    Reprioritise,
+    Request,
+    RequestCount,
     RequestList,
+    Resume,
     RetryRequest,
     Submit,
     WorkerList,
@@ -46,9 +59,8 @@ from mqworker.messages import (
     encode,
     tag_of,
 )
-from mqworker.messages import Pool as PoolView
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import Draft, Moment, Pool, Send
+from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -63,8 +75,41 @@ COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 _T = TypeVar("_T")
 
 
+def now() -> Moment:
+    """Say what time it is on this host."""
+    return Moment(steady=boottime_ns() / 1e9, wall=time.time())
+
+
+def kept_by(ledger: Ledger) -> Kept:
+    """Read what a new scheduler begins with."""
+    return Kept(
+        newest=ledger.newest(),
+        newest_requirement=ledger.newest_requirement(),
+        requirements=ledger.requirements(),
+        lanes=ledger.lanes(),
+        held=ledger.held(),
+        blocked=ledger.blocked(),
+        pauses=ledger.pauses(),
+    )
+
+
+def look_up(ledger: Ledger, asks: Asks) -> Answers:
+    """Read what the pool wants to know; right behind a commit, it is what that has left."""
+    return Answers(
+        artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
+        heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
+        members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
+        used=ledger.used(asks.unused) if asks.unused else frozenset(),
+    )
+
+
+def _wanted(want: Want) -> Wanted:
+    requirement, priority, group, key = want.lane  # a requirement of one request alone is in memory altogether
+    return Wanted(cast("int", requirement), priority, group, key, want.after, want.limit)
+
+
 class Scheduler:
-    """Carry messages between the broker, the pool and the ledger."""
+    """Carry messages between the broker, the pool and the ledger; `link` and `clock` are its doors in a simulation."""
 
     def __init__(
         self,
@@ -76,7 +121,13 @@ class Scheduler:
         metrics: SchedulerMetrics,
         retry_delay: float,
         offer_timeout: float,
+        no_worker_after: float,
+        group_weights: Mapping[str, float],
+        concurrency_limits: Mapping[str, int],
+        link: Callable[..., Link] = Link,
+        clock: Callable[[], Moment] = now,
     ) -> None:
+        self._now = clock
         self._topology = topology
         self._ledger = ledger
         self._store_id = store.id
@@ -88,6 +139,9 @@ class Scheduler:
             retry_delay=retry_delay,
             offer_timeout=offer_timeout,
             metrics=metrics,
+            group_weights=group_weights,
+            concurrency_limits=concurrency_limits,
+            no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
         self._returned: list[Callable[[], None]] = []
@@ -99,14 +153,14 @@ class Scheduler:
         self._ticked = self._shown = 0.0
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
-        self._reading = Link(
+        self._reading = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} reading",
             plan=self._reading_plan,
             on_up=self._link_changed,
             on_down=self._reading_down,
         )
-        self._writing = Link(
+        self._writing = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} writing",
             plan=self._writing_plan,
@@ -122,7 +176,7 @@ class Scheduler:
             BrokerRefused: the broker does not let this scheduler in.
         """
         moment = self._now()
-        self._pool.restore(await self._in_ledger_thread(lambda: list(self._ledger.live())), moment)
+        self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -217,10 +271,6 @@ class Scheduler:
 
     # ------------------------------------------------------------ the loop
 
-    @staticmethod
-    def _now() -> Moment:
-        return Moment(steady=boottime_ns() / 1e9, wall=time.time())
-
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
 
@@ -272,17 +322,24 @@ class Scheduler:
 
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
-        writes, wanted = self._pool.take_writes()
+        writes, asks = self._pool.take_writes()
 
-        def commit() -> tuple[Sequence[Any], Mapping[int, RecordedArtifact]]:
-            results = self._ledger.commit(writes) if writes else []
-            return results, self._ledger.artifacts_by_id(wanted) if wanted else {}
+        results: Sequence[Any] | None = None
+        answers: Answers | None = None
 
-        done: tuple[Sequence[Any], Mapping[int, RecordedArtifact]] | None = None
+        def commit() -> None:
+            nonlocal results, answers
+            if results is None:  # else it was the look that failed: what is committed is not to be done twice
+                results = self._ledger.commit(writes)
+            answers = look_up(self._ledger, asks)
+
+        if not writes and not asks:
+            self._pool.committed([], Answers())
+            return
         began = time.monotonic()
-        while done is None:
+        while answers is None:
             try:
-                done = await self._in_ledger_thread(commit) if writes or wanted else ([], {})
+                await self._in_ledger_thread(commit)
             except LedgerUnavailable as error:
                 self._ledger_well = False
                 self._metrics.commit_failures.inc()
@@ -294,8 +351,8 @@ class Scheduler:
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
-            self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(*done)
+        self._awake.set()  # what came free is offered at once, and not at the next tick
+        self._pool.committed(results or [], answers)
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -394,6 +451,9 @@ class Scheduler:
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
+        if len(encode(answer)) > MAX_MESSAGE_BYTES:
+            text = f"expected a question with an answer of at most {MAX_MESSAGE_BYTES} bytes; ask for fewer at a time"
+            answer = Problem(kind="too_large", text=text)
         self._answer(delivery, answer)
         self._reading.ack(delivery)
 
@@ -404,16 +464,32 @@ class Scheduler:
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
                 return RequestList(requests=[self._pool.decorate(view) for view in views])
+            case CountRequests():
+                return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._abort(ids, reason)
+                return await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+            case Reprioritise(ids=ids, priority=priority):
+                return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
+            case Pause():
+                await self._settled(partial(self._pool.pause, query, self._now()))
+                return PauseList(pauses=self._pool.pauses())
+            case Resume(kind=kind, name=name):
+                await self._settled(partial(self._pool.resume, kind, name))
+                return PauseList(pauses=self._pool.pauses())
+            case ListPauses():
+                return PauseList(pauses=self._pool.pauses())
+            case Explain():
+                return await self._explain(query)
+            case GetCapabilities():
+                return self._pool.capabilities(query, self._now())
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
-                return WorkerList(workers=self._pool.workers())
+                return WorkerList(workers=self._pool.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
-                return WorkerList(workers=self._pool.workers())
+                return WorkerList(workers=[])
             case ListArtifacts():
                 artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
                 found = {artifact.id for artifact in artifacts}
@@ -421,27 +497,37 @@ class Scheduler:
             case ImportArtifact():
                 return await self._import(query)
             case GetPool():
-                return PoolView(
-                    term=self._ledger.term,
-                    version=__version__,
-                    store=self._store_id,
-                    requests=await self._in_ledger_thread(self._ledger.counts),
-                    workers=sum(worker.state == "online" for worker in self._pool.workers()),
-                    classes=self._pool.classes(),
-                )
+                return self._pool.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
 
     async def _requests(self, ids: Sequence[str]) -> RequestList:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
         return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
 
-    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+    async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
+        """Let the pool judge a command on each request, and show what became of them."""
         known = await self._requests(ids)
         found = [view.request.id for view in known.requests]
-        if found:
-            settled = [self._settled(partial(self._pool.abort, one, reason, self._now())) for one in found]
-            await asyncio.gather(*settled)
+        await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
+
+    async def _explain(self, query: Explain) -> Answer:
+        view = None
+        if query.id is not None:
+            known = await self._requests([query.id])
+            if not known.requests:
+                text = f"expected the id of a request, got {query.id}, which nobody knows"
+                return Problem(kind="not_found", text=text)
+            view = known.requests[0]
+        request = (
+            view.request
+            if view is not None
+            else Request(id=NOBODY, task=query.task or "", data=query.data, requires=query.requires)
+        )
+        draft = self._pool.examine(request)
+        if draft.problem is not None:
+            return Problem(kind="rejected", text=draft.problem)
+        return self._pool.explanation(draft, view)
 
     async def _retry(self, query: RetryRequest) -> Answer:
         known = await self._requests([query.id])
@@ -491,6 +577,9 @@ async def run(
     ledger_url: str,
     store_url: str,
     retry_delay: float,
+    no_worker_after: float,
+    group_weights: Mapping[str, float],
+    concurrency_limits: Mapping[str, int],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
@@ -512,6 +601,9 @@ async def run(
             metrics=metrics,
             retry_delay=retry_delay,
             offer_timeout=offer_timeout,
+            group_weights=group_weights,
+            concurrency_limits=concurrency_limits,
+            no_worker_after=no_worker_after,
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)

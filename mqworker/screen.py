@@ -18,6 +18,7 @@ from typing import Any, Final, Self
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -28,15 +29,14 @@ from mqworker.messages import (
     AttemptView,
     LogProgress,
     LogText,
-    Pool,
     Reason,
     RecordedArtifact,
     RequestEvent,
     RequestView,
-    WorkerView,
 )
 
 SHORT_ID: Final = 8
+DEFAULT_GROUP: Final = "default"
 STYLES: Final[Mapping[str, str]] = {
     "pending": "dim",
     "offered": "blue",
@@ -51,10 +51,13 @@ STYLES: Final[Mapping[str, str]] = {
     "online": "green",
     "offline": "dim",
     "refused": "red",
+    "paused": "yellow",
+    "stuck": "red",
     "ok": "green",
     "note": "yellow",
     "problem": "bold red",
 }
+WAITS: Final = frozenset({"pending", "offered"})
 _ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
 _CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -117,6 +120,11 @@ def size(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def many(count: int, word: str, plural: str | None = None) -> str:
+    """Write a number of things: 1 request, 1,234 requests."""
+    return f"{count:,} {word if count == 1 else plural or f'{word}s'}"
+
+
 def clock(at: float, *, day: bool = False) -> str:
     """Write a time of day, local; with the day if asked."""
     when = dt.datetime.fromtimestamp(at).astimezone()
@@ -135,15 +143,17 @@ def because(reason: Reason | None) -> str:
     return printable(reason.text) + (f" ({printable(', '.join(details))})" if details else "")
 
 
-def _styled(word: str, text: str | None = None) -> Text:
+def styled(word: str, text: str | None = None) -> Text:
+    """Write a state in its colour."""
     return Text(printable(text or word), style=STYLES.get(word, ""))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Write what others have written in one line."""
     return " ".join(printable(text).split())
 
 
-def _table(*columns: str, right: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
+def make_table(*columns: str, right: Sequence[str] = (), wrap: Sequence[str] = ()) -> Table:
     """Make a table in which only the columns of `wrap` give way where the line is too short."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
     for column in columns:
@@ -153,17 +163,18 @@ def _table(*columns: str, right: Sequence[str] = (), wrap: Sequence[str] = ()) -
     return table
 
 
-def _cell(text: str, width: int) -> Text:
+def cell(text: str, width: int) -> Text:
     """Make a cell of plain text: what others have written is no markup."""
-    return Text(_one_line(text)[:width])
+    return Text(one_line(text)[:width])
 
 
-def _cut(text: str) -> Text:
+def cut_cell(text: str) -> Text:
     """Make a cell that stays on one line, in a column that gives way."""
-    return Text(_one_line(text), no_wrap=True, overflow="ellipsis")
+    return Text(one_line(text), no_wrap=True, overflow="ellipsis")
 
 
-def _facts(*rows: tuple[str, RenderableType | None]) -> Table:
+def facts(*rows: tuple[str, RenderableType | None]) -> Table:
+    """Draw names and values, without those that have none."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -173,7 +184,8 @@ def _facts(*rows: tuple[str, RenderableType | None]) -> Table:
     return table
 
 
-def _section(title: str, body: RenderableType) -> Group:
+def section(title: str, body: RenderableType) -> Group:
+    """Draw something under a title."""
     return Group(Text(), Text(title, style="bold"), Padding(body, (0, 0, 0, 2)))
 
 
@@ -182,18 +194,46 @@ def _section(title: str, body: RenderableType) -> Group:
 
 def request_table(views: Iterable[RequestView], now: float) -> Table:
     """Draw one line a request."""
-    table = _table("request", "task", "state", "age", "took", "worker", "stage", right=("age", "took"), wrap=("stage",))
+    table = make_table(
+        "request", "task", "state", "age", "took", "worker", "stage", right=("age", "took"), wrap=("stage",)
+    )
     for view in views:
         took = (view.ended or now) - view.granted if view.granted else None
         table.add_row(
             view.request.id[:SHORT_ID],
-            _cell(view.request.task, 16),
-            _styled(view.state),
+            cell(view.request.task, 16),
+            styled(view.state),
             duration(now - view.submitted),
             "" if took is None else duration(took),
-            _cell(view.worker or "", 20),
-            _cut(_stage(view)),
+            cell(view.worker or "", 20),
+            cut_cell(_stage(view)),
         )
+    return table
+
+
+def pending_table(views: Sequence[RequestView], now: float, *, whole: bool = True) -> Table:
+    """Draw requests that wait, and why: in whole, or cut to a line each; priority and group where they matter."""
+    priorities = {view.request.priority for view in views}
+    groups = {view.request.group for view in views}
+    columns = [
+        "request",
+        "task",
+        "age",
+        *(["priority"] if priorities - {0} else []),
+        *(["group"] if groups - {DEFAULT_GROUP} else []),
+        "why it waits",
+    ]
+    table = make_table(*columns, right=("age", "priority"), wrap=("why it waits",))
+    for view in views:
+        cells: dict[str, RenderableType] = {
+            "request": view.request.id[:SHORT_ID],
+            "task": cell(view.request.task, 16),
+            "age": duration(now - view.submitted),
+            "priority": str(view.request.priority),
+            "group": cell(view.request.group, 16),
+            "why it waits": (Text if whole else cut_cell)(one_line(view.waits or view.state)),
+        }
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
@@ -202,7 +242,7 @@ def _stage(view: RequestView) -> str:
     if view.state == "running" and view.progress is not None:
         fraction = "" if view.progress.fraction is None else f" {view.progress.fraction:.0%}"
         return f"{'stopping; ' if view.abort else ''}{view.progress.stage or ''}{fraction}".strip()
-    if view.state in {"pending", "offered"}:
+    if view.state in WAITS:
         return view.waits or ""
     return "" if view.state == "success" or view.reason is None else view.reason.text
 
@@ -211,11 +251,11 @@ def request_page(view: RequestView, now: float) -> Group:
     """Draw all that is known of a request."""
     request = view.request
     lease = "its task's" if request.lease is None else duration(request.lease)
-    state = _styled(view.state)
+    state = styled(view.state)
     state.append(_how_long(view, now), style="default")
     reason = view.reason
     parts: list[RenderableType] = [
-        _facts(
+        facts(
             ("Request", request.id),
             ("Task", request.task),
             ("State", state),
@@ -226,14 +266,27 @@ def request_page(view: RequestView, now: float) -> Group:
             ("Abort", None if view.state in FINAL else view.abort),
             ("Data", json.dumps(request.data, ensure_ascii=False)),
             ("Limits", f"priority {request.priority}, at most {request.max_attempts} attempts, lease {lease}"),
+            ("Group", None if request.group == DEFAULT_GROUP else request.group),
+            ("Key", request.concurrency_key),
+            ("Requires", None if request.requires is None else json.dumps(request.requires, ensure_ascii=False)),
+            ("After", "\n".join(_after(view))),
+            ("Takes", "\n".join(f"{one.category} of {one.request} into {one.into}" for one in request.take)),
         ),
-        _section("Timeline", _timeline(view)),
+        section("Timeline", _timeline(view)),
     ]
     if view.attempts:
-        parts.append(_section("Attempts", _attempt_table(view.attempts, now)))
+        parts.append(section("Attempts", _attempt_table(view.attempts, now)))
     if view.artifacts:
-        parts.append(_section("Artifacts", artifact_table(view.artifacts)))
+        parts.append(section("Artifacts", artifact_table(view.artifacts)))
     return Group(*parts)
+
+
+def _after(view: RequestView) -> Iterator[str]:
+    """Say which requests it needs, and which of them it still waits for."""
+    needs: dict[str, str] = {one.request: one.need for one in view.request.after}
+    needs |= {one.request: "success" for one in view.request.take}
+    for request, need in needs.items():
+        yield f"{request} ({need}){', not yet' if request in view.after else ''}"
 
 
 def _how_long(view: RequestView, now: float) -> str:
@@ -272,30 +325,30 @@ def _timeline(view: RequestView) -> Table:
 
 
 def _attempt_table(attempts: Iterable[AttemptView], now: float) -> Table:
-    table = _table("#", "worker", "ran", "result", "reason", right=("#", "ran"), wrap=("reason",))
+    table = make_table("#", "worker", "ran", "result", "reason", right=("#", "ran"), wrap=("reason",))
     for attempt in attempts:
         ran = (attempt.ended or now) - (attempt.started or attempt.granted)
         table.add_row(
             str(attempt.number),
-            _cell(attempt.worker, 20),
+            cell(attempt.worker, 20),
             duration(ran),
-            _styled(attempt.result or "running"),
+            styled(attempt.result or "running"),
             Text(because(attempt.reason)),
         )
     return table
 
 
-# ---------------------------------------------------------------- artifacts, workers, tasks, checks
+# ---------------------------------------------------------------- artifacts, tasks, checks
 
 
 def artifact_table(artifacts: Iterable[RecordedArtifact]) -> Table:
     """Draw one line an artifact."""
-    table = _table("id", "category", "name", "files", "size", right=("id", "files", "size"), wrap=("name",))
+    table = make_table("id", "category", "name", "files", "size", right=("id", "files", "size"), wrap=("name",))
     for artifact in artifacts:
         table.add_row(
             str(artifact.id),
-            _cell(artifact.category, 40),
-            _cut(artifact.name),
+            cell(artifact.category, 40),
+            cut_cell(artifact.name),
             str(len(artifact.files)),
             size(sum(entry.size for entry in artifact.files)),
         )
@@ -304,11 +357,11 @@ def artifact_table(artifacts: Iterable[RecordedArtifact]) -> Table:
 
 def artifact_page(artifact: RecordedArtifact) -> Group:
     """Draw all that is known of an artifact."""
-    files = _table("size", "sha256", "name", right=("size",), wrap=("name",))
+    files = make_table("size", "sha256", "name", right=("size",), wrap=("name",))
     for entry in artifact.files:
         files.add_row(size(entry.size), entry.sha256[:12], Text(printable(entry.path)))
     parts: list[RenderableType] = [
-        _facts(
+        facts(
             ("Artifact", str(artifact.id)),
             ("Category", artifact.category),
             ("Name", artifact.name),
@@ -319,38 +372,15 @@ def artifact_page(artifact: RecordedArtifact) -> Group:
         )
     ]
     if artifact.files:
-        parts.append(_section("Files", files))
+        parts.append(section("Files", files))
     return Group(*parts)
-
-
-def worker_table(workers: Iterable[WorkerView], now: float) -> Table:
-    """Draw one line a worker."""
-    table = _table("worker", "state", "busy", "seen", "tasks", right=("busy", "seen"), wrap=("tasks",))
-    for worker in workers:
-        tasks = ", ".join(sorted(worker.tasks)) + (f"; {worker.reason}" if worker.reason else "")
-        table.add_row(
-            _cell(worker.name, 24),
-            _styled(worker.state),
-            f"{len(worker.running)}/{worker.slots}",
-            duration(now - worker.seen) if worker.seen else "",
-            Text(_one_line(tasks)),
-        )
-    return table
-
-
-def pool_line(pool: Pool) -> str:
-    """Write how the pool is, in one line."""
-    states = ", ".join(f"{count} {state}" for state, count in sorted(pool.requests.items()) if count)
-    workers = f"{pool.workers} worker{'s' if pool.workers != 1 else ''}"
-    classes = f"{pool.classes} class{'es' if pool.classes != 1 else ''}"
-    return f"{workers} in {classes}; requests: {states or 'none'}"
 
 
 def task_table(tasks: Iterable[tuple[str, int | None, str]]) -> Table:
     """Draw one line a task: name, version, what it is."""
-    table = _table("task", "version", "what", right=("version",), wrap=("what",))
+    table = make_table("task", "version", "what", right=("version",), wrap=("what",))
     for name, version, what in tasks:
-        table.add_row(_cell(name, 40), "-" if version is None else str(version), Text(_one_line(what)))
+        table.add_row(cell(name, 40), "-" if version is None else str(version), Text(one_line(what)))
     return table
 
 
@@ -364,7 +394,7 @@ def check_table(checks: Iterable[tuple[str, str, str, str]]) -> Table:
         text = Text(printable(finding))
         if advice:
             text.append(f"\n-> {printable(advice)}", style="bold")
-        table.add_row(_styled(state), Text(what), text)
+        table.add_row(styled(state), Text(what), text)
     return table
 
 
@@ -440,12 +470,35 @@ class Following:
 
     def _line(self) -> Table:
         line = Table.grid(padding=(0, 1, 0, 0))
-        cells: list[RenderableType] = [self._spinner, self._request[:SHORT_ID], Text(_one_line(self._stage)[:32])]
+        cells: list[RenderableType] = [self._spinner, self._request[:SHORT_ID], Text(one_line(self._stage)[:32])]
         if self._fraction is not None:
             cells.append(ProgressBar(total=1.0, completed=self._fraction, width=16))
         cells += [duration(self._clock() - self._since), Text(printable(self._worker)[:20], style="dim")]
         line.add_row(*cells)
         return line
+
+
+class Counting:
+    """Show how much of a long command is done, where there is a terminal; a context manager."""
+
+    def __init__(self, what: str, number: int) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Screen(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(what, total=number)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, done: int) -> None:
+        """Say how many are done."""
+        self._progress.update(self._task, completed=done)
 
 
 # ---------------------------------------------------------------- log lines of the residents

@@ -33,6 +33,9 @@ Grace = Annotated[float, Meta(ge=0, le=7 * 86400)]
 Listen = Annotated[str, Meta(pattern=r"^$|^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$")]
 Url = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9+.-]*://")]
 Prefix = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=50)]
+Weight = Annotated[float, Meta(gt=0, le=1_000_000)]
+Limit = Annotated[int, Meta(ge=1, le=1_000_000)]
+NameOrAny = Annotated[str, Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*|\*)\Z", max_length=100)]
 
 
 def _data_home() -> Path:
@@ -55,6 +58,9 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True):
 
     metrics_listen: Listen = "127.0.0.1:9107"  # host:port; empty: off
     retry_delay: Seconds = 5.0  # before the second attempt; doubles with each
+    no_worker_after: Seconds = 300.0  # how long nobody can run a request before an event says so
+    group_weights: dict[Name, Weight] = {}  # of groups' shares; a group that is not named has 1
+    concurrency_limits: dict[NameOrAny, Limit] = {}  # by concurrency key; "*": of those not named, else 1
 
 
 class WorkerSettings(Struct, frozen=True, kw_only=True):
@@ -69,6 +75,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     drain_grace: Grace = 60.0
     metadata: dict[str, Any] = {}
     tags: list[str] = []
+    allow_tasks: list[str] = []  # empty: all
+    deny_tasks: list[str] = []  # goes over allow_tasks
 
     def state_directory(self) -> Path:
         """Return where the worker keeps its lock and its spool: by name, so that two on one host do not meet."""
@@ -112,7 +120,9 @@ def _leaves(struct: type[Struct], table: str = "") -> Iterator[tuple[str, Any]]:
 
 
 KEYS: Final[Mapping[str, Any]] = dict(_leaves(Settings))
-FREE_TABLES: Final = frozenset({"worker.metadata"})  # their keys are the administrator's own
+# The keys of these are the administrator's own; as variables they are JSON.
+FREE_TABLES: Final = frozenset({"worker.metadata", "scheduler.group_weights", "scheduler.concurrency_limits"})
+LISTS: Final = frozenset({"worker.tags", "worker.allow_tasks", "worker.deny_tasks"})  # as variables, with commas
 
 
 def variable(key: str) -> str:
@@ -144,7 +154,8 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, config: Path |
 
 
 def _flag(key: str) -> str:
-    return "--" + key.removeprefix("worker.").removeprefix("scheduler.").replace("_", "-")
+    flag = "--" + key.removeprefix("worker.").removeprefix("scheduler.").replace("_", "-")
+    return flag.removesuffix("s") if key in LISTS else flag  # one at a time
 
 
 def _table(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,8 +208,8 @@ def _read_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _parse_text(key: str, name: str, text: str) -> Any:
-    if key == "worker.tags":
-        return [tag.strip() for tag in text.split(",") if tag.strip()]
+    if key in LISTS:
+        return [item.strip() for item in text.split(",") if item.strip()]
     if key in FREE_TABLES:
         try:
             return msgspec.json.decode(text)
@@ -212,6 +223,9 @@ def _convert(key: str, value: Any, source: str) -> Any:
     try:
         converted = msgspec.convert(value, KEYS[key], strict=not source.startswith(PREFIX), dec_hook=_decode)
     except msgspec.ValidationError as error:
+        if key in FREE_TABLES and isinstance(value, dict) and len(value) > 1:
+            for name, one in value.items():  # the one that is wrong says so of itself
+                _convert(key, {name: one}, source)
         shown = "a URL" if "url" in key else repr(value)  # a URL carries a password
         raise SettingsError(f"unusable value for {key} (from {source}): {error}; got {shown}") from error
     # Residents change their directory: a path means the same from anywhere.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
@@ -13,8 +14,10 @@ import msgspec
 import typer
 from rich.console import RenderableType
 
+from mqworker import requires
 from mqworker.client import Client
 from mqworker.errors import MqworkerError, SubmitterError
+from mqworker.messages import Name, Take
 from mqworker.screen import JsonLines, Screen, TextLines, printable
 from mqworker.settings import Loaded, Settings, load
 
@@ -22,6 +25,13 @@ INTERRUPTED: Final = 130  # as a shell says it of SIGINT
 BROKEN_PIPE: Final = 141  # ... and of SIGPIPE
 USAGE: Final = 2
 UNEXPECTED: Final = 1
+DID_NOT_SUCCEED: Final = 1
+
+# What `--help` puts together.
+REQUESTS: Final = "Requests"
+POOL: Final = "The pool"
+
+SECONDS: Final[Mapping[str, float]] = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -125,6 +135,68 @@ def read_data(data: str | None, file: Path | None) -> dict[str, Any]:
         return read_object(file.read_bytes(), str(file))
     except OSError as error:
         raise SubmitterError(f"expected a readable file at {file}: {error.strerror}") from error
+
+
+def read_requires(text: str | None) -> dict[str, Any] | None:
+    """Read a JSON Schema over worker metadata, typed or (@FILE) from a file.
+
+    Raises:
+        SubmitterError: it is none that can be used.
+    """
+    if text is None:
+        return None
+    source = "--requires"
+    if text.startswith("@"):
+        source = text.removeprefix("@")
+        try:
+            schema = read_object(Path(source).read_bytes(), source)
+        except OSError as error:
+            raise SubmitterError(f"expected a readable file at {source}: {error.strerror}") from error
+    else:
+        schema = read_object(text, source)
+    if (trouble := requires.problem(schema)) is not None:
+        raise SubmitterError(f"{source}: {trouble}")
+    return schema
+
+
+def read_name(text: str, flag: str) -> str:
+    """Check a name that somebody typed.
+
+    Raises:
+        SubmitterError: it has what a name cannot have.
+    """
+    try:
+        return msgspec.convert(text, Name)
+    except msgspec.ValidationError as error:
+        raise SubmitterError(
+            f"expected {flag} to be at most 100 letters, digits and ._-, beginning with a letter or digit, got {text!r}"
+        ) from error
+
+
+def read_take(text: str) -> Take:
+    """Read /POINTER=ID:CATEGORY: where in the task data, of which request, of which category.
+
+    Raises:
+        SubmitterError: it is not of that form.
+    """
+    match = re.fullmatch(r"((?:/[^/]+)+)=([0-9A-Fa-f-]+):([a-z0-9-]+:[a-z0-9-]+)", text)
+    if match is None:
+        raise SubmitterError(
+            "expected --take /POINTER=ID:CATEGORY, like"
+            f" /input/source_artifact_id=0b9de263:debian:source-package, got {text!r}"
+        )
+    return Take(into=match[1], request=match[2].lower(), category=match[3])
+
+
+def read_duration(text: str) -> float:
+    """Read a duration like 90s, 15m, 2h, 3d or 1h30m, in seconds.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if not re.fullmatch(r"(\d+(\.\d+)?[smhdw])+", text):
+        raise typer.BadParameter(f"expected a duration like 90s, 15m, 2h or 3d, got {text!r}")
+    return sum(float(number) * SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw])", text))
 
 
 def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:

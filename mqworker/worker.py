@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from mqworker.agent import (
     StartRun,
     StopRunIn,
     Unspool,
+    check_task_names,
 )
 from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
@@ -99,7 +100,7 @@ class _Child:
 
 
 class Worker:
-    """Carry messages between the broker, the agent and the slots."""
+    """Carry messages between the broker, the agent and the slots; `link` and `clock` are its doors in a simulation."""
 
     def __init__(
         self,
@@ -114,7 +115,10 @@ class Worker:
         metadata_interval: float,
         drain_grace: float,
         metrics: WorkerMetrics,
+        link: Callable[..., Link] = Link,
+        clock: Callable[[], int] = processes.boottime_ns,
     ) -> None:
+        self._clock = clock
         self._topology = topology
         self._agent = agent
         self._state = state
@@ -138,14 +142,14 @@ class Worker:
         self._leaving = False
         self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._spooling: list[Outcome] = []
-        self._reading = Link(
+        self._reading = link(
             amqp_url,
             name=f"mqworker worker {agent.name} reading",
             plan=self._reading_plan,
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
         )
-        self._writing = Link(
+        self._writing = link(
             amqp_url,
             name=f"mqworker worker {agent.name} writing",
             plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
@@ -296,7 +300,7 @@ class Worker:
                 "an unreadable verdict was dropped; what it answers comes again", extra={"reason": str(error)}
             )
             return
-        self._agent.verdict(verdict, processes.boottime_ns())
+        self._agent.verdict(verdict, self._clock())
         self._act()
 
     def _take_ticket(self, delivery: Delivery) -> None:
@@ -340,16 +344,16 @@ class Worker:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            self._agent.tick(processes.boottime_ns())
+            self._agent.tick(self._clock())
             self._act()
             for state, number in self._agent.slot_states().items():
                 self._metrics.slots.labels(state=state).set(number)
             self._metrics.unsettled.set(self._agent.unsettled())
-            if not self._analyzing and time.monotonic() - self._analyzed_at >= self._metadata_interval:
+            if not self._analyzing and asyncio.get_running_loop().time() - self._analyzed_at >= self._metadata_interval:
                 self._start(self._analyze())
 
     def _act(self) -> None:
-        for act in self._agent.take_acts(processes.boottime_ns()):
+        for act in self._agent.take_acts(self._clock()):
             self._do(act)
         self._idle.set()
 
@@ -547,7 +551,7 @@ class Worker:
             logger.warning("the host could not be looked at; the last view stays", extra={"reason": str(error)})
         finally:
             self._analyzing = False
-            self._analyzed_at = time.monotonic()
+            self._analyzed_at = asyncio.get_running_loop().time()
         self._act()
 
     async def _analysis(self) -> Analysis:
@@ -643,13 +647,17 @@ async def run(
     metadata_interval: float,
     drain_grace: float,
     static_metadata: Mapping[str, Any],
+    allow_tasks: Collection[str],
+    deny_tasks: Collection[str],
     metrics_listen: str,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT: the first drains it, the second stops it now; SIGHUP looks at the host.
 
     Raises:
-        MqworkerError: its directories are another's, its store is not there, the broker refuses it.
+        MqworkerError: its directories are another's, its store is not there, the broker refuses it, or it is to allow
+            or deny a task that nobody has.
     """
+    check_task_names(allow_tasks=allow_tasks, deny_tasks=deny_tasks)
     state = await asyncio.to_thread(WorkerState, state_dir)
     server = None
     lock = None
@@ -666,6 +674,8 @@ async def run(
             slots=slots,
             store_id=store.id,
             static_metadata=static_metadata,
+            allow_tasks=allow_tasks,
+            deny_tasks=deny_tasks,
             make_token=lambda: uuid.uuid4().hex,
             wall=time.time,
         )

@@ -30,7 +30,9 @@ from mqworker.agent import (
     StartRun,
     StopRunIn,
     Unspool,
+    check_task_names,
 )
+from mqworker.errors import SettingsError
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     SLOT_LAPSED,
@@ -80,7 +82,7 @@ def analysis(**metadata):
 class Driven:
     """Turn an agent's clock, and keep what it wants done."""
 
-    def __init__(self, *, slots=1, incarnation=1, **static):
+    def __init__(self, *, slots=1, incarnation=1, allow=(), deny=(), **static):
         self.tokens = itertools.count(1)
         self.now = START
         self.agent = Agent(
@@ -90,6 +92,8 @@ class Driven:
             slots=slots,
             store_id="store",
             static_metadata=static,
+            allow_tasks=allow,
+            deny_tasks=deny,
             make_token=lambda: f"t{next(self.tokens)}",
             wall=lambda: self.now / SECOND,
         )
@@ -134,8 +138,8 @@ class Driven:
         self.agent.verdict(Verdict(term=self.term if term is None else term, parts=list(parts)), self.now)
         self.do()
 
-    def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None):
-        request = Request(id=an_id(number), task=task, data=data or {})
+    def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None, requires=None):
+        request = Request(id=an_id(number), task=task, data=data or {}, requires=requires)
         self.agent.ticket(delivery or f"d{number}", Ticket(term=1, attempt=attempt, request=request))
 
     def claim(self, number=1, **given):
@@ -271,6 +275,39 @@ def test_the_administrators_word_counts_more_than_what_was_found():
     assert hello.metadata["tag"] == "blue"
 
 
+@pytest.mark.parametrize(
+    ("lists", "tasks", "denied"),
+    [
+        ({}, {"noop", "tagged"}, []),
+        ({"deny": ["noop"]}, {"tagged"}, ["noop"]),
+        ({"deny": ["Tagged", "noop"]}, set(), ["noop", "tagged"]),
+        ({"allow": ["NoOp"]}, {"noop"}, ["tagged"]),
+        ({"allow": ["noop", "tagged"], "deny": ["noop"]}, {"tagged"}, ["noop"]),
+        ({"deny": ["fresh"]}, {"noop", "tagged"}, []),  # which did not analyse cleanly, so it is not there to be denied
+    ],
+)
+def test_tasks_that_the_administrator_does_not_allow_are_not_offered_but_named(lists, tasks, denied):
+    driven = Driven(**lists)
+    driven.agent.analyzed(analysis())
+    driven.agent.connected("e1")
+    [hello] = driven.said(Hello)
+
+    assert (set(hello.tasks), hello.denied) == (tasks, denied)
+
+
+@pytest.mark.parametrize(
+    ("lists", "said"),
+    [
+        ({"allow_tasks": ["noop", "tagd"]}, r"worker\.allow_tasks.* noop, .*got 'tagd'; did you mean 'tagged'"),
+        ({"deny_tasks": ["no-such"]}, r"worker\.deny_tasks, which are .*noop.*, got 'no-such'$"),
+    ],
+)
+def test_a_slip_in_the_lists_of_tasks_is_an_error_that_names_the_setting_and_the_tasks(lists, said):
+    with pytest.raises(SettingsError, match=said):
+        check_task_names(**{"allow_tasks": [], "deny_tasks": [], **lists})
+    check_task_names(allow_tasks=["NOOP", "Tagged"], deny_tasks=["fresh"])
+
+
 def test_metadata_are_said_again_only_if_they_changed_and_then_under_a_higher_version(driven):
     driven.agent.analyzed(analysis())
     assert driven.said(Hello) == []
@@ -387,6 +424,40 @@ def test_a_ticket_that_it_must_not_run_is_refused_with_the_reason_and_its_metada
     assert beat_of(driven.beat()).claiming == []
     driven.hear(Void(request=refusal.request, attempt=1, token=refusal.token, reason="refused"))
     assert driven.take(Ack) == [Ack("d1")]
+
+
+@pytest.mark.parametrize(
+    ("lists", "why"),
+    [
+        ({"deny": ["noop"]}, "does not let it run the task noop: worker.deny_tasks names it"),
+        ({"allow": ["tagged"]}, "does not let it run the task noop: worker.allow_tasks does not name it"),
+    ],
+)
+def test_a_ticket_of_a_task_that_is_not_allowed_is_refused_with_the_setting(lists, why):
+    driven = Driven(**lists).up()
+    driven.ticket()
+    [refusal] = driven.said(Claim, Refusal)
+
+    assert isinstance(refusal, Refusal)
+    assert why in refusal.reason
+
+
+@pytest.mark.parametrize(
+    ("requires", "why"),
+    [
+        ({"required": ["tag"], "properties": {"tag": {"const": "blue"}}}, None),
+        ({"required": ["tag"], "properties": {"tag": {"const": "red"}}}, "do not satisfy the request's `requires`"),
+        ({"$ref": "#/nowhere"}, "the request's `requires` could not be judged: "),
+    ],
+)
+def test_what_a_request_itself_requires_is_judged_by_this_workers_own_metadata(requires, why):
+    """P6."""
+    driven = Driven(tag="blue").up()
+    driven.ticket(requires=requires)
+    [answer] = driven.said(Claim, Refusal)
+
+    assert isinstance(answer, Claim if why is None else Refusal)
+    assert why is None or why in answer.reason
 
 
 def test_claims_and_refusals_are_said_again_with_each_heartbeat_until_they_are_answered(two):

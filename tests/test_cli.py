@@ -116,7 +116,39 @@ def test_task_data_that_are_no_json_object_are_refused_before_anything_is_opened
     refused(cli("submit", "noop", *arguments, given=given), 2, said)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--requires", '{"required":'], "expected one JSON object from --requires: "),
+        (["--requires", "[]"], "expected one JSON object from --requires, got list"),
+        (["--requires", "@absent.json"], "expected a readable file at absent.json: No such file"),
+        (["--requires", "@own.json"], r"own\.json: \$\.properties\.x: unknown keyword .*did you mean 'minimum'\?"),
+        (["--requires", '{"cpus": {"minimum": 2}}'], '--requires: .*into "properties", and into "required"'),
+        (["--requires", '{"properties": {"x": {"pattern": "(a+)+$"}}}'], "inside an unbounded repeat"),
+        (["--group", "my group"], "expected --group to be at most 100 letters.*got 'my group'"),
+        (["--concurrency-key", ""], "expected --concurrency-key to be .*got ''"),
+        (["--take", "input=0b9de263:debian:source-package"], "expected --take /POINTER=ID:CATEGORY, like"),
+        (["--take", "/input/x=0b9de263"], "got '/input/x=0b9de263'"),
+        (["--take", "/input/x=0b9de263:nonsense"], "expected --take /POINTER=ID:CATEGORY"),
+    ],
+)
+def test_a_request_that_cannot_be_is_refused_before_anything_is_opened(cli, arguments, said):
+    (cli.home / "own.json").write_text('{"properties": {"x": {"minimun": 3}}}')
+
+    refused(cli("submit", "noop", *arguments), 2, said)
+
+
 # ---------------------------------------------------------------- settings and brokers
+
+
+def test_a_worker_does_not_start_with_a_slip_in_its_lists_of_tasks(cli):
+    for flag in ("--allow-task", "--deny-task"):
+        done = cli("--log-level", "error", "worker", flag, "noop", flag, "nop", "--state-dir", "state")
+
+        refused(
+            done, 3, rf"worker\.{flag[2:].replace('-', '_')}s, which are .*noop.*, got 'nop'; did you mean 'noop'\?"
+        )
+    assert not (cli.home / "state").exists()
 
 
 def test_a_wrong_setting_names_its_key_and_its_source(cli):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 import mqworker.ledger
+from mqworker import schema
 from mqworker.errors import IllegalMove, LedgerInvalid, LedgerLocked, LedgerUnavailable, SettingsError
 from mqworker.ledger import (
     PAGE,
@@ -25,30 +26,62 @@ from mqworker.ledger import (
     Grant,
     Import,
     ImportRefused,
+    LaneCount,
+    LaneRow,
     Ledger,
+    Move,
+    Moved,
+    Need,
     Offer,
+    Pause,
+    Rekey,
+    RequirementRow,
+    Resume,
     Return,
+    Stranded,
+    Wake,
+    Wanted,
 )
-from mqworker.lifecycle import FINAL, MOVES, Event, State
-from mqworker.messages import Artifact, FileEntry, ListArtifacts, ListRequests, Reason, Relation, Request
+from mqworker.lifecycle import FINAL, MOVES, Event, State, meets
+from mqworker.messages import (
+    After,
+    Artifact,
+    CountRequests,
+    FileEntry,
+    ListArtifacts,
+    ListRequests,
+    PauseView,
+    Reason,
+    Relation,
+    Request,
+    Take,
+)
 
 BAD_DATA = Reason(text="no such key", stage="configure")
 BROKEN = Reason(text="the compiler said no", stage="build", exit_code=2, status="failed", line="E: no")
 
 
 FIRST, OTHER = "t1", "t2"  # tokens of claims
+ACCEPTED = Accepted(seq=1, status="accepted", state=State.PENDING)
 
 
 def an_id(number=1):
     return f"00000000-0000-4000-8000-{number:012x}"
 
 
-def accept(number=1, *, at=1.0, rejected=None, **fields):
-    return Accept(request=Request(id=an_id(number), **{"task": "noop"} | fields), at=at, rejected=rejected)
+def accept(number=1, *, seq=None, at=1.0, rejected=None, requirement=1, inputs=(), **fields):
+    return Accept(
+        seq=number if seq is None else seq,
+        request=Request(id=an_id(number), **{"task": "noop"} | fields),
+        at=at,
+        rejected=rejected,
+        requirement=None if rejected else requirement,
+        inputs=inputs,
+    )
 
 
-def offer(number=1, attempt=1):
-    return Offer(request=an_id(number), attempt=attempt)
+def offer(number=1, attempt=1, seq=None):
+    return Offer(request=an_id(number), attempt=attempt, seq=number if seq is None else seq)
 
 
 def give_back(number=1, attempt=1):
@@ -79,6 +112,30 @@ def lost(number=1, attempt=1, token=FIRST):
 
 def abort(number=1):
     return AbortAsked(request=an_id(number), reason="not needed", at=7.0)
+
+
+def wake(number=1):
+    return Wake(request=an_id(number))
+
+
+def to_priority(priority, number=1):
+    return Move(request=an_id(number), priority=priority)
+
+
+def after(*numbers, need="success"):
+    return [After(request=an_id(number), need=need) for number in numbers]
+
+
+def take(number, into, category="test:thing"):
+    return Take(into=into, request=an_id(number), category=category)
+
+
+def run(number, **ending):
+    """Return the writes that take an accepted request through a run."""
+    return [offer(number), grant(number), end(number, **ending)]
+
+
+FAILS = {"result": "failure", "to": State.FAILURE, "reason": BROKEN}
 
 
 def artifact(handle="a", *relations, category="test:thing", files=("x",)):
@@ -121,6 +178,34 @@ def facts(ledger):
         return [*connection.connection.driver_connection.iterdump()]
 
 
+def alive(ledger):
+    """All requests of one requirement class that have not ended, the oldest first."""
+    found = {live.seq: live for live in (*ledger.held(), *ledger.members(1, 1_000_000))}
+    return [found[seq] for seq in sorted(found)]
+
+
+def waiting(ledger):
+    """The numbers of requests that can be offered, the oldest first; each lane's count must agree."""
+    lanes = ledger.lanes()
+    heads = ledger.heads([Wanted(*lane[:4], after=0, limit=1_000_000) for lane in lanes])
+    assert [lane.number for lane in lanes] == [len(found) for found in heads]
+    return sorted(live.seq for found in heads for live in found)
+
+
+def assert_consistent(ledger):
+    """Check what the ledger keeps twice: what a request waits for, and how much."""
+    with ledger._reading.connect() as connection:
+        wrong = connection.exec_driver_sql("""
+            SELECT id, state, unmet, count(d.after) FROM requests LEFT JOIN dependencies AS d ON d.request = seq
+            GROUP BY seq HAVING unmet != count(d.after) AND state = 'pending' OR state != 'pending' AND count(d.after)
+        """).all()
+        ended = connection.exec_driver_sql("""
+            SELECT d.after, state FROM dependencies AS d JOIN requests ON id = d.after
+            WHERE state NOT IN ('pending', 'offered', 'running')
+        """).all()
+        assert (wrong, ended) == ([], [])
+
+
 def only(ledger, number=1):
     [view], missing = ledger.view([an_id(number)])
     assert not missing
@@ -133,18 +218,19 @@ def only(ledger, number=1):
 def test_an_accepted_request_is_pending_and_waits_for_its_first_attempt(ledger):
     [result] = ledger.commit([accept(data={"n": [1, None]}, priority=3, at=1.5)])
 
-    assert result == Accepted(seq=1, status="accepted")
-    [live] = ledger.live()
+    assert result == ACCEPTED
+    [live] = ledger.members(1, 10)
     assert live.request == Request(id=an_id(), task="noop", data={"n": [1, None]}, priority=3)
     assert (live.state, live.attempt, live.tried, live.submitted) == (State.PENDING, 1, 0, 1.5)
     assert (live.worker, live.token, live.abort, live.not_before) == (None, None, None, None)
+    assert (live.requirement, live.inputs, live.unmet) == (1, (), 0)
 
 
 def test_the_same_submission_again_is_known_and_changes_nothing(ledger):
     ledger.commit([accept(data={"a": 1, "b": 2})])
     before = facts(ledger)
 
-    [result] = ledger.commit([accept(data={"b": 2, "a": 1}, at=99.0)])
+    [result] = ledger.commit([accept(seq=2, data={"b": 2, "a": 1}, at=99.0, requirement=2, inputs=(1,))])
 
     assert result == Accepted(seq=1, status="known")
     assert facts(ledger) == before
@@ -155,7 +241,7 @@ def test_the_same_id_with_other_content_is_a_conflict_and_changes_nothing(ledger
     ledger.commit([accept(data={"a": 1})])
     before = facts(ledger)
 
-    [result] = ledger.commit([accept(**{"data": {"a": 1}} | other)])
+    [result] = ledger.commit([accept(seq=2, **{"data": {"a": 1}} | other)])
 
     assert (result.seq, result.status) == (1, "conflict")
     assert an_id() in result.reason
@@ -171,16 +257,16 @@ def test_true_and_one_are_not_the_same_content(ledger):
 def test_a_rejected_request_is_kept_with_its_reason_and_stays_rejected(ledger):
     [first] = ledger.commit([accept(rejected=BAD_DATA)])
     before = facts(ledger)
-    [second] = ledger.commit([accept()])
+    [second] = ledger.commit([accept(seq=2)])
 
-    assert first == second == Accepted(seq=1, status="rejected", reason="no such key")
+    assert first == second == Accepted(seq=1, status="rejected", reason="no such key", state=State.REJECTED)
     assert facts(ledger) == before
     assert (only(ledger).state, only(ledger).reason) == ("rejected", BAD_DATA)
-    assert [*ledger.live()] == []
+    assert alive(ledger) == []
 
 
 def test_one_id_twice_in_one_set_is_one_request(ledger):
-    results = ledger.commit([accept(), accept(2), accept(), accept(2, priority=1)])
+    results = ledger.commit([accept(), accept(2), accept(seq=3), accept(2, seq=4, priority=1)])
 
     assert [(result.seq, result.status) for result in results] == [
         (1, "accepted"),
@@ -190,10 +276,20 @@ def test_one_id_twice_in_one_set_is_one_request(ledger):
     ]
 
 
-def test_age_is_the_order_of_arrival_also_behind_an_abort_that_came_too_early(ledger):
-    ledger.commit([abort(2), accept(2), accept(1)])
+def test_age_is_the_seq_that_was_given_and_the_newest_is_known(ledger):
+    assert ledger.newest() == 0
 
-    assert [live.request.id for live in ledger.live()] == [an_id(2), an_id(1)]
+    ledger.commit([abort(2), accept(2, seq=5), accept(1, seq=9), accept(3, seq=11, rejected=BAD_DATA)])
+
+    assert [(live.seq, live.request.id) for live in alive(ledger)] == [(5, an_id(2)), (9, an_id(1))]
+    assert ledger.newest() == 11
+
+
+def test_a_request_without_a_requirement_class_can_only_be_rejected(ledger):
+    with pytest.raises(IntegrityError):
+        ledger.commit([accept(requirement=None)])
+
+    assert ledger.newest() == 0
 
 
 # ---------------------------------------------------------------- moves
@@ -231,14 +327,16 @@ def test_an_abort_ends_what_does_not_run_and_marks_what_does(ledger, state):
     [result] = ledger.commit([abort()])
 
     view = only(ledger)
+    assert (result.task, result.attempt, result.freed, result.stranded) == ("noop", 1, (), ())
+    assert result.before_lane == (LaneRow(1, 0, "default", None, 1, True) if state is State.PENDING else None)
     if state in FINAL:
-        assert result == AbortResult(before=state, after=state)
+        assert (result.before, result.after) == (state, state)
         assert facts(ledger) == before
     elif state is State.RUNNING:
-        assert result == AbortResult(before=state, after=state)
+        assert (result.before, result.after) == (state, state)
         assert (view.state, view.abort, view.reason) == ("running", "not needed", None)
     else:
-        assert result == AbortResult(before=state, after=State.ABORTED)
+        assert (result.before, result.after) == (state, State.ABORTED)
         assert (view.state, view.ended, view.reason) == ("aborted", 7.0, Reason(text="not needed"))
 
 
@@ -264,8 +362,11 @@ def test_the_first_reason_of_an_abort_stays(ledger):
         (State.RUNNING, end(), Ended(status="recorded")),
         (State.RUNNING, end(artifacts=[artifact()]), Ended(status="recorded", artifacts={"a": 1})),
         (State.RUNNING, lost(), Ended(status="recorded")),
-        (State.RUNNING, abort(), AbortResult(before=State.RUNNING, after=State.RUNNING)),
-        (State.PENDING, abort(), AbortResult(before=State.ABORTED, after=State.ABORTED)),
+        (State.RUNNING, abort(), AbortResult(before=State.RUNNING, after=State.RUNNING, task="noop", attempt=1)),
+        (State.PENDING, abort(), AbortResult(before=State.ABORTED, after=State.ABORTED, task="noop", attempt=1)),
+        (State.PENDING, Pause(kind="task", name="noop", reason="", at=2.0), False),
+        (State.PENDING, Resume(kind="task", name="noop"), False),
+        (State.PENDING, Need(id=1, task="noop", fingerprint="f", reads="[]", data="{}", requires=None), False),
         (State.PENDING, Import(key="k", artifact=artifact(), at=1.0), 1),
     ],
 )
@@ -283,6 +384,11 @@ def test_a_write_that_is_done_twice_changes_nothing_the_second_time(ledger, stat
     ("state", "write", "answer"),
     [
         (State.PENDING, offer(attempt=2), False),
+        (State.PENDING, offer(seq=2), False),
+        (State.PENDING, wake(), False),
+        (State.SUCCESS, to_priority(1), Moved(live=None, before=None)),
+        (State.PENDING, to_priority(1, number=9), Moved(live=None, before=None)),
+        (State.SUCCESS, Rekey(to={1: 2, 9: 2}), 0),
         (State.OFFERED, give_back(attempt=2), False),
         (State.OFFERED, grant(attempt=2), "void"),
         (State.RUNNING, grant(token=OTHER), "void"),
@@ -315,7 +421,7 @@ def test_the_outcome_of_a_run_that_was_never_granted_is_unknown(ledger, write):
 def test_a_granted_request_shows_its_holder_and_its_attempt(ledger):
     ledger.commit(BRINGING[State.RUNNING])
 
-    [live] = ledger.live()
+    [live] = ledger.held()
     assert (live.state, live.attempt, live.worker, live.token) == (State.RUNNING, 1, "w1", "t1")
     [attempt] = only(ledger).attempts
     assert (attempt.number, attempt.worker, attempt.granted, attempt.result) == (1, "w1", 3.0, None)
@@ -334,11 +440,13 @@ def test_the_end_of_a_run_ends_its_request_with_its_reason(ledger):
 def test_a_lost_run_gives_its_request_a_new_attempt(ledger):
     ledger.commit([*BRINGING[State.RUNNING], lost()])
 
-    [live] = ledger.live()
+    [live] = ledger.held()
     assert (live.state, live.attempt, live.tried) == (State.PENDING, 2, 1)
     assert (live.worker, live.token, live.not_before) == (None, None, 20.0)
     assert only(ledger).granted is None
-    assert ledger.commit([offer(attempt=1), offer(attempt=2), grant(attempt=2, token=OTHER)]) == [
+    assert ledger.commit([offer(attempt=2), wake(), offer(), offer(attempt=2), grant(attempt=2, token=OTHER)]) == [
+        False,
+        True,
         False,
         True,
         "granted",
@@ -349,7 +457,7 @@ def test_a_lost_run_gives_its_request_a_new_attempt(ledger):
 def test_a_run_that_was_handed_back_does_not_count(ledger):
     ledger.commit([*BRINGING[State.RUNNING], end(result="handed_back", to=State.PENDING, counted=False)])
 
-    [live] = ledger.live()
+    [live] = ledger.members(1, 10)
     assert (live.state, live.attempt, live.tried) == (State.PENDING, 2, 0)
     assert only(ledger).attempts[0].counted is False
 
@@ -383,7 +491,7 @@ def test_a_set_that_ends_a_run_in_a_state_no_run_ends_in_is_not_written_at_all(l
 def test_one_set_can_take_a_request_through_its_whole_life(ledger):
     results = ledger.commit([accept(), offer(), give_back(), offer(), grant(), end()])
 
-    assert results[:5] == [Accepted(seq=1, status="accepted"), True, True, True, "granted"]
+    assert results[:5] == [ACCEPTED, True, True, True, "granted"]
     assert results[5] == Ended(status="recorded", state=State.SUCCESS)
 
 
@@ -406,12 +514,13 @@ def test_one_stale_write_among_many_fails_alone(ledger):
 def lives(number):
     """What can become of a request, each as the writes that a scheduler would do, and some that come out of place."""
     contradiction = [artifact("a", Relation(type="extends", target="nobody"))]
-    chain = [artifact("b", Relation(type="extends", target="a")), artifact("a")]
+    chain = [artifact("b", Relation(type="extends", target="a")), artifact("a", category="test:log")]
     started = [accept(number), offer(number), grant(number)]
+    again = [offer(number, 2), grant(number, 2, OTHER)]
     return [
         [*started, end(number, artifacts=chain)],
         [*started, end(number, artifacts=contradiction)],
-        [*started, lost(number), end(number), offer(number, 2), grant(number, 2, OTHER), end(number, 2, OTHER)],
+        [*started, lost(number), end(number), *again, wake(number), *again, end(number, 2, OTHER)],
         [*started, abort(number), end(number, to=State.ABORTED, result="aborted")],
         [accept(number), offer(number), abort(number), grant(number), give_back(number)],
         [abort(number), accept(number), offer(number), give_back(number), offer(number), grant(number)],
@@ -420,10 +529,25 @@ def lives(number):
     ]
 
 
+def dependent_lives(number, others):
+    """What can become of a request that comes after others."""
+    takes = [take(other, f"/from/{other}") for other in others]
+    return [
+        [accept(number, after=after(*others)), *run(number)],
+        [accept(number, after=after(*others, need="end")), *run(number, **FAILS), *run(number)],
+        [accept(number, take=takes), to_priority(3, number), *run(number, artifacts=[artifact()])],
+        [accept(number, after=after(*others)), abort(number), offer(number)],
+        [accept(number, after=after(*others)), Rekey(to={number: 2}), offer(number), wake(number)],
+    ]
+
+
 @st.composite
 def several_lives(draw):
-    """Three lives at once, some writes twice, cut into sets."""
+    """Five lives at once, some writes twice, cut into sets."""
     rest = [draw(st.sampled_from(lives(number))) for number in (1, 2, 3)]
+    for number in (4, 5, 6):
+        others = draw(st.lists(st.integers(1, number - 1), min_size=1, max_size=2, unique=True))
+        rest.append(draw(st.sampled_from(dependent_lives(number, others))))
     chosen = draw(st.randoms(use_true_random=False))
     writes = []
     while any(rest):
@@ -445,6 +569,7 @@ def test_a_set_of_writes_does_what_its_writes_do_one_by_one(sets):
         for writes in sets:
             assert together.commit(writes) == [single.commit([write])[0] for write in writes]
             assert facts(together) == facts(single)
+            assert_consistent(together)
 
 
 # ---------------------------------------------------------------- artifacts
@@ -531,7 +656,9 @@ def test_artifacts_are_found_by_request_by_category_and_by_id(ledger):
 
 def test_a_request_is_found_by_a_unique_beginning_of_its_id(ledger):
     ids = [f"{start}-0000-4000-8000-000000000000" for start in ("abcd1111", "abcd2222", "ffff0000")]
-    ledger.commit([Accept(request=Request(id=id_, task="noop"), at=1.0) for id_ in ids])
+    ledger.commit(
+        [Accept(seq=seq, request=Request(id=id_, task="noop"), at=1.0, requirement=1) for seq, id_ in enumerate(ids)]
+    )
 
     views, missing = ledger.view(["abcd2", "fff", "ffff", "abcd", "dead", ids[0], ids[2], ""])
 
@@ -555,27 +682,555 @@ def test_the_newest_requests_that_match_are_listed(ledger):
     assert ledger.counts() == {"pending": 2, "rejected": 1, "running": 1}
 
 
-def test_all_live_requests_are_read_in_order_of_age_while_others_are_written(ledger):
-    count = PAGE * 2 + 1
-    for start in range(0, count, PAGE):
-        ledger.commit([accept(number) for number in range(start, min(start + PAGE, count))])
-    ledger.commit([abort(5)])
+def test_requests_are_listed_and_counted_by_every_selection(ledger):
+    ledger.commit(
+        [
+            accept(1, at=10.0, group="ann"),
+            accept(2, at=20.0, group="bob", task="sbuild"),
+            accept(3, at=30.0, group="ann", task="sbuild"),
+            accept(4, at=40.0, group="ann", rejected=BAD_DATA),
+            accept(5, at=50.0, group="ann", task="sbuild"),
+            *run(3, **FAILS),
+            offer(5),
+            grant(5, worker="w5"),
+        ]
+    )
 
-    reading = ledger.live()
-    first = next(reading)
-    ledger.commit([offer(count - 1)])
-    rest = [*reading]
+    def seqs(**query):
+        found = [view.seq for view in ledger.list(ListRequests(**query))]
+        assert ledger.count(CountRequests(**query)) == len(found)
+        assert ledger.list(ListRequests(limit=1, **query)) == ledger.list(ListRequests(**query))[:1]
+        below = [view.seq for view in ledger.list(ListRequests(before=4, **query))]
+        assert below == [seq for seq in found if seq < 4]
+        return found
 
-    assert [one.seq for one in (first, *rest)] == [seq for seq in range(1, count + 1) if seq != 6]
-    assert rest[-1].state is State.OFFERED
+    assert seqs() == [5, 4, 3, 2, 1]
+    assert seqs(group="ann") == [5, 4, 3, 1]
+    assert seqs(group="ann", task="sbuild") == [5, 3]
+    assert seqs(submitted_before=30.0) == [2, 1]
+    assert seqs(states=["pending", "running", "pending"]) == [5, 2, 1]
+    assert seqs(states=["failure", "running", "pending"], group="ann", task="sbuild", submitted_before=50.0) == [3]
+    assert seqs(worker="w1") == [3]
+    assert seqs(worker="w5", states=["running", "success"], group="ann", submitted_before=60.0) == [5]
+    assert seqs(worker="w5", states=["failure"]) == []
+    assert seqs(group="nobody") == []
 
 
-def test_a_new_scheduler_does_not_read_requests_that_have_ended(ledger):
+# ---------------------------------------------------------------- lanes
+
+
+def test_requests_wait_in_lanes_and_leave_them_when_they_do_not_wait(ledger):
+    ledger.commit(
+        [
+            *(accept(number) for number in (1, 2, 3)),
+            *(accept(number, requirement=2, priority=7, group="ann", concurrency_key="k") for number in (4, 5)),
+            accept(6, requirement=2, priority=7, group="ann"),
+            accept(7, after=after(1)),
+            accept(8, rejected=BAD_DATA),
+        ]
+    )
+    assert {*ledger.lanes()} == {
+        LaneCount(1, 0, "default", None, 3),
+        LaneCount(2, 7, "ann", None, 1),
+        LaneCount(2, 7, "ann", "k", 2),
+    }
+
+    ledger.commit([offer(1), offer(2), grant(2), lost(2), abort(4), to_priority(-1, 6)])
+
+    assert {*ledger.lanes()} == {
+        LaneCount(1, 0, "default", None, 1),
+        LaneCount(2, -1, "ann", None, 1),
+        LaneCount(2, 7, "ann", "k", 1),
+    }
+    assert [(live.seq, live.state) for live in ledger.held()] == [(1, State.OFFERED), (2, State.PENDING)]
+
+    ledger.commit([give_back(1), wake(2)])
+
+    assert waiting(ledger) == [1, 2, 3, 5, 6]
+    assert ledger.held() == []
+
+
+def test_the_heads_of_a_lane_are_its_oldest_behind_what_is_known(ledger):
+    ledger.commit([accept(number, concurrency_key="k" if number % 2 else None) for number in range(1, 9)])
+
+    heads = ledger.heads(
+        [
+            Wanted(1, 0, "default", None, after=0, limit=2),
+            Wanted(1, 0, "default", None, after=4, limit=9),
+            Wanted(1, 0, "default", "k", after=0, limit=2),
+            Wanted(1, 0, "default", "other", after=0, limit=2),
+            Wanted(2, 0, "default", None, after=0, limit=2),
+        ]
+    )
+
+    assert [[live.seq for live in found] for found in heads] == [[2, 4], [6, 8], [1, 3], [], []]
+    assert heads[2][0].request == Request(id=an_id(1), task="noop", concurrency_key="k")
+
+
+def test_the_members_of_a_requirement_class_come_best_first_whatever_they_wait_for(ledger):
+    ledger.commit([*(accept(number) for number in range(1, 6)), accept(6, requirement=2)])
+    ledger.commit([offer(2), grant(2), lost(2), offer(3), accept(7, after=after(3)), to_priority(1, 7)])
+
+    assert [live.seq for live in ledger.members(1, 10)] == [7, 1, 2, 4, 5]
+    assert [live.seq for live in ledger.members(1, 2)] == [7, 1]
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.OFFERED, State.RUNNING])
+def test_a_moved_request_shows_its_present_priority_everywhere_and_is_still_the_same_submission(ledger, state):
+    ledger.commit(BRINGING[state])
+
+    [moved] = ledger.commit([to_priority(9)])
+
+    assert (moved.before, moved.live.request.priority, moved.live.state) == (0, 9, state)
+    assert only(ledger).request.priority == 9
+    assert ledger.list(ListRequests())[0].request.priority == 9
+    assert [live.request.priority for live in alive(ledger)] == [9]
+    assert ledger.commit([accept()]) == [Accepted(seq=1, status="known")]
+    assert ledger.commit([accept(priority=9)])[0].status == "conflict"
+
+
+def test_only_a_delayed_request_is_woken(ledger):
+    ledger.commit([accept(1), accept(2), offer(2), grant(2), lost(2), accept(3), *run(3)])
+
+    assert ledger.commit([wake(1), wake(2), wake(3), wake(4)]) == [False, True, False, False]
+    assert waiting(ledger) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("read", "index"),
+    [
+        ("_held", "requests_held"),
+        ("_lanes", "requests_lanes"),
+        ("_heads", "requests_lanes (requirement=? AND priority=? AND grp=? AND ckey=? AND seq>?)"),
+        ("_members", "requests_members (requirement=?)"),
+    ],
+)
+def test_what_a_scheduler_reads_is_found_by_an_index_and_not_sorted(ledger, read, index):
+    compiled = getattr(mqworker.ledger, read).compile(dialect=ledger._reading.dialect)
     with ledger._reading.connect() as connection:
-        compiled = mqworker.ledger._live.compile(connection)
-        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", (0, PAGE, 0)).all()
+        [plan] = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", (1,) * len(compiled.params)).all()
 
-    assert "requests_live" in plan[0][-1]
+    assert plan[-1].endswith(index)
+
+
+# ---------------------------------------------------------------- requirement classes and pauses
+
+
+def need(number, task="noop", requires=None):
+    return Need(id=number, task=task, fingerprint=f"f{number}", reads='["x"]', data='{"x":1}', requires=requires)
+
+
+def test_requirement_classes_are_kept_while_requests_of_theirs_live(path):
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        assert ledger.newest_requirement() == 0
+        results = ledger.commit([accept(1, requirement=2), need(1), need(2, requires="{}"), need(1)])
+        assert results[1:] == [True, True, False]
+        ledger.commit([need(3), accept(3, requirement=3), offer(3), need(4), accept(4, requirement=4), *run(4)])
+        ledger.commit([need(5)])
+        expected = [
+            RequirementRow(2, "noop", "f2", '["x"]', '{"x":1}', "{}"),
+            RequirementRow(3, "noop", "f3", '["x"]', '{"x":1}', None),
+        ]
+        assert ledger.requirements() == expected
+
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        assert ledger.requirements() == expected
+        assert ledger.newest_requirement() == 5  # is not given again, though nobody has it
+        assert ledger.commit([need(4), need(3), need(5)]) == [True, False, False]
+
+
+def test_live_requests_are_put_into_other_requirement_classes(ledger):
+    ledger.commit([*(accept(number) for number in range(1, 6)), accept(6, after=after(5)), offer(2), *run(3)])
+
+    results = ledger.commit([Rekey(to={1: 7, 2: 7, 3: 7, 6: 8, 99: 7}), Rekey(to={1: 9}), Rekey(to={})])
+
+    assert results == [3, 1, 0]
+    assert [only(ledger, number).requirement for number in range(1, 7)] == [9, 7, 1, 1, 1, 8]
+    assert [(lane.requirement, lane.number) for lane in sorted(ledger.lanes())] == [(1, 2), (9, 1)]
+
+
+def test_rekeying_happens_between_what_was_written_before_and_after_it(ledger):
+    results = ledger.commit([need(1), accept(1), Rekey(to={1: 2, 2: 2}), accept(2), Rekey(to={2: 3}), abort(2)])
+
+    assert (results[2], results[4]) == (1, 1)
+    assert [only(ledger, number).requirement for number in (1, 2)] == [2, 3]
+
+
+def test_pauses_are_kept_until_they_are_resumed(path):
+    first = Pause(kind="task", name="noop", reason="broken", at=1.0)
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        results = ledger.commit(
+            [
+                first,
+                Pause(kind="group", name="noop", reason="", at=2.0),
+                Pause(kind="task", name="noop", reason="still broken", at=3.0),
+                Pause(kind="worker", name="w1", reason="hot", at=4.0),
+                Resume(kind="worker", name="w1"),
+                Resume(kind="worker", name="w2"),
+            ]
+        )
+        assert results == [True, True, False, True, True, False]
+
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        assert ledger.pauses() == [
+            PauseView(kind="group", name="noop", reason="", since=2.0),
+            PauseView(kind="task", name="noop", reason="still broken", since=1.0),
+        ]
+        assert ledger.commit([Resume(kind="task", name="noop"), first]) == [True, True]
+
+
+# ---------------------------------------------------------------- what comes after others
+
+ENDING = {
+    State.SUCCESS: run(1),
+    State.FAILURE: run(1, **FAILS),
+    State.ERROR: run(1, result="error", to=State.ERROR, reason=BROKEN),
+    State.ABORTED: [abort(1)],
+}
+UNMET = {
+    State.FAILURE: "ended in failure",
+    State.ERROR: "ended in error",
+    State.ABORTED: "was aborted",
+    State.REJECTED: "was rejected",
+}
+
+
+def freed_and_stranded(results):
+    """The seqs that the results of a commit tell to be free, and to be stranded."""
+    told = [result for result in results if isinstance(result, Ended | AbortResult)]
+    return (
+        [live.seq for result in told for live in result.freed],
+        [one.seq for result in told for one in result.stranded],
+    )
+
+
+@pytest.mark.parametrize("need", ["success", "end"])
+@pytest.mark.parametrize("state", sorted(ENDING))
+def test_a_request_waits_for_another_and_is_freed_or_aborted_by_its_end(ledger, need, state):
+    [_, result] = ledger.commit([accept(1), accept(2, after=after(1, need=need))])
+    assert result == Accepted(seq=2, status="accepted", state=State.PENDING, unmet=1)
+    assert (only(ledger, 2).after, ledger.list(ListRequests())[0].after) == ([an_id(1)], [an_id(1)])
+    assert ledger.commit([offer(2)]) == [False]
+
+    told = freed_and_stranded(ledger.commit(ENDING[state]))
+
+    assert_consistent(ledger)
+    view = only(ledger, 2)
+    assert view.after == []
+    if need == "end" or state is State.SUCCESS:
+        assert (told, view.state, waiting(ledger)) == (([2], []), "pending", [2])
+        assert ledger.commit([offer(2)]) == [True]
+    else:
+        assert (told, view.state, waiting(ledger)) == (([], [2]), "aborted", [])
+        assert view.reason == Reason(text=f"needs {an_id(1)}, which {UNMET[state]}", stage="after")
+        assert view.ended == (7.0 if state is State.ABORTED else 6.0)
+
+
+@pytest.mark.parametrize("need", ["success", "end"])
+@pytest.mark.parametrize("state", [*sorted(ENDING), State.REJECTED])
+def test_what_has_ended_before_counts_at_once(ledger, need, state):
+    ledger.commit([accept(1, rejected=BAD_DATA)] if state is State.REJECTED else [accept(1), *ENDING[state]])
+
+    [result] = ledger.commit([accept(2, after=after(1, need=need))])
+
+    assert_consistent(ledger)
+    if need == "end" or state is State.SUCCESS:
+        assert result == Accepted(seq=2, status="accepted", state=State.PENDING)
+        assert waiting(ledger) == [2]
+    else:
+        reason = Reason(text=f"needs {an_id(1)}, which {UNMET[state]}", stage="after")
+        assert result == Accepted(seq=2, status="accepted", state=State.ABORTED, stranded=reason)
+        assert (only(ledger, 2).state, only(ledger, 2).reason, only(ledger, 2).ended) == ("aborted", reason, 1.0)
+        assert waiting(ledger) == []
+
+
+@pytest.mark.parametrize("others", [after(1), after(2), after(3, 9)], ids=["later", "itself", "unknown"])
+@pytest.mark.parametrize("how", ["after", "take"])
+def test_a_request_after_one_that_was_not_submitted_before_it_is_rejected(ledger, others, how):
+    ledger.commit([accept(3)])
+    fields = {"after": others} if how == "after" else {"take": [take(9, "/a")]}
+
+    results = ledger.commit([accept(2, **fields), accept(1)])
+
+    unknown = (fields.get("take") or others)[-1].request
+    assert (results[0].status, results[0].state, results[1].status) == ("rejected", State.REJECTED, "accepted")
+    assert unknown in results[0].reason
+    assert (only(ledger, 2).state, only(ledger, 2).reason.stage) == ("rejected", "after")
+    assert ledger.commit([accept(2, **fields)])[0].status == "rejected"  # though it is known by now
+    assert_consistent(ledger)
+
+
+def test_a_lost_attempt_of_another_is_not_its_end(ledger):
+    ledger.commit([accept(1), accept(2, after=after(1, need="end")), offer(1), grant(1)])
+
+    [ended] = ledger.commit([lost(1)])
+
+    assert (ended.state, ended.freed, ended.stranded) == (State.PENDING, (), ())
+    assert only(ledger, 2).after == [an_id(1)]
+    assert freed_and_stranded(ledger.commit([wake(1), offer(1, 2), grant(1, 2), end(1, 2)])) == ([2], [])
+
+
+def test_a_request_that_needs_two_waits_for_both(ledger):
+    ledger.commit([accept(1), accept(2), accept(3, after=after(2, 1))])
+    assert only(ledger, 3).after == [an_id(2), an_id(1)]
+
+    assert freed_and_stranded(ledger.commit(run(2))) == ([], [])
+    assert (only(ledger, 3).after, waiting(ledger)) == ([an_id(1)], [1])
+    assert freed_and_stranded(ledger.commit(run(1))) == ([3], [])
+
+
+def test_one_that_is_named_twice_is_one_need_and_the_stronger_one(ledger):
+    results = ledger.commit(
+        [
+            accept(1),
+            accept(2, after=[*after(1), *after(1, need="end")]),
+            accept(3, after=[*after(1, need="end"), *after(1)]),
+            accept(4, after=after(1, need="end"), take=[take(1, "/a")]),
+        ]
+    )
+    assert [result.unmet for result in results] == [0, 1, 1, 1]
+
+    assert freed_and_stranded(ledger.commit([abort(1)])) == ([], [2, 3, 4])
+    assert [only(ledger, number).reason.stage for number in (2, 3, 4)] == ["after"] * 3
+
+
+def test_an_abort_goes_through_a_chain_and_a_diamond_and_stops_where_an_end_is_enough(ledger, path):
+    ledger.commit(
+        [
+            accept(1),
+            accept(2, after=after(1)),
+            accept(3, after=after(1), priority=4, group="ann", concurrency_key="k", requirement=3),
+            accept(4, after=after(2, 3)),
+            accept(5, after=after(4, need="end")),
+            accept(6, after=after(5)),
+            accept(7, after=after(1, need="end")),
+        ]
+    )
+
+    [*_, ended] = ledger.commit(run(1, **FAILS))
+
+    assert [one.seq for one in ended.stranded] == [2, 3, 4]
+    assert ended.stranded[1] == Stranded(
+        seq=3,
+        id=an_id(3),
+        task="noop",
+        reason=Reason(text=f"needs {an_id(1)}, which ended in failure", stage="after"),
+        requirement=3,
+        priority=4,
+        group="ann",
+        key="k",
+    )
+    assert [(live.seq, live.unmet) for live in ended.freed] == [(5, 0), (7, 0)]
+    assert only(ledger, 4).reason.text == f"needs {an_id(2)}, which was aborted"
+    assert_consistent(ledger)
+    before = facts(ledger)
+    ledger.close()
+    with closing(Ledger.open(f"sqlite:///{path}")) as again:
+        assert [line for line in facts(again) if '"meta"' not in line] == [
+            line for line in before if '"meta"' not in line
+        ]
+        assert waiting(again) == [5, 7]
+        assert freed_and_stranded(again.commit(run(5))) == ([6], [])
+
+
+def test_an_abort_of_a_waiting_request_forgets_what_it_waited_for(ledger):
+    ledger.commit([accept(1), accept(2, after=after(1)), accept(3, after=after(2))])
+
+    [result] = ledger.commit([abort(2)])
+
+    assert (result.before, result.before_lane) == (State.PENDING, LaneRow(1, 0, "default", None, 2, False))
+    assert [one.seq for one in result.stranded] == [3]
+    assert only(ledger, 2).reason == Reason(text="not needed")
+    assert freed_and_stranded(ledger.commit(run(1))) == ([], [])
+    assert_consistent(ledger)
+
+
+def test_aborts_in_one_set_find_what_the_ones_before_them_did(ledger):
+    ledger.commit([accept(1), accept(2, after=after(1)), accept(3, after=after(2)), accept(4, after=after(3))])
+
+    results = ledger.commit([abort(3), abort(1), abort(2), abort(4)])
+
+    assert [result.before for result in results] == [State.PENDING, State.PENDING, State.ABORTED, State.ABORTED]
+    assert [[one.seq for one in result.stranded] for result in results] == [[4], [2], [], []]
+
+
+def test_a_submission_in_one_set_finds_what_the_end_before_it_did(ledger):
+    ledger.commit([accept(1), accept(2, after=after(1)), offer(1), grant(1)])
+
+    results = ledger.commit([accept(3, after=after(2)), end(1, **FAILS), accept(4, after=after(2)), offer(4)])
+
+    assert [results[0].state, results[2].state, results[3]] == [State.PENDING, State.ABORTED, False]
+    assert [one.seq for one in results[1].stranded] == [2, 3]
+
+
+def test_a_request_that_is_freed_in_a_set_can_be_offered_in_it(ledger):
+    ledger.commit([accept(1), offer(1), grant(1), accept(2, after=after(1)), accept(3, after=after(1))])
+
+    ended, moved, offered = ledger.commit([end(1), to_priority(5, 3), offer(2)])
+
+    assert [(live.seq, live.request.priority) for live in ended.freed] == [(2, 0), (3, 0)]
+    assert (moved.live.unmet, moved.live.request.priority, offered) == (0, 5, True)
+
+
+def test_an_outcome_that_comes_twice_frees_once(ledger):
+    ledger.commit([accept(1), accept(2, after=after(1)), offer(1), grant(1)])
+
+    results = ledger.commit([end(1), end(1)])
+
+    assert [[live.seq for live in result.freed] for result in results] == [[2], []]
+
+
+def test_many_that_come_after_one_are_settled_at_once(ledger):
+    count = PAGE + 10
+    ledger.commit([accept(1), *(accept(number, after=after(1)) for number in range(2, count))])
+
+    freed, stranded = freed_and_stranded(ledger.commit(run(1)))
+
+    assert (freed, stranded) == ([*range(2, count)], [])
+    assert waiting(ledger) == freed
+
+
+@st.composite
+def graphs(draw):
+    """Requests that come after earlier ones, and the order in which they are tried to be brought to an end."""
+    needs = [
+        draw(st.dictionaries(st.integers(1, number - 1), st.sampled_from(["success", "end"]), max_size=3))
+        if number > 1
+        else {}
+        for number in range(1, 9)
+    ]
+    order = draw(st.permutations(range(1, 9)))
+    endings = draw(st.lists(st.sampled_from(["success", "failure", "abort"]), min_size=8, max_size=8))
+    return needs, [*zip(order, endings, strict=True)], draw(st.integers(0, 8))
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs())
+def test_a_request_is_free_exactly_when_all_its_needs_are_met_and_aborted_when_one_cannot_be(graph):
+    needs, endings, early = graph
+    states = {}
+
+    def verdicts(number):
+        return [meets(kind, states.get(other, State.PENDING)) for other, kind in needs[number - 1].items()]
+
+    def settle():
+        for number in range(1, 9):  # all that one comes after is earlier
+            if number not in states and False in verdicts(number):
+                states[number] = State.ABORTED
+
+    def submission(number):
+        return accept(
+            number, after=[one for other, kind in needs[number - 1].items() for one in after(other, need=kind)]
+        )
+
+    with closing(Ledger.open("sqlite://")) as ledger:
+        ledger.commit([submission(number) for number in range(1, early + 1)])
+        for number, ending in [*endings, *endings]:
+            if number > early or number in states or (ending != "abort" and not all(verdicts(number))):
+                continue
+            before = {number: not all(verdicts(number)) for number in range(1, early + 1)}
+            how = {"success": run(number), "failure": run(number, **FAILS), "abort": [abort(number)]}[ending]
+            states[number] = State.ABORTED if ending == "abort" else State(ending)
+            gone = {*states}
+            settle()
+            freed, stranded = freed_and_stranded(ledger.commit(how))
+            assert sorted(stranded) == sorted(states.keys() - gone - {*range(early + 1, 9)})
+            assert freed == [
+                one for one, blocked in before.items() if blocked and one not in states and all(verdicts(one))
+            ]
+        settle()
+        ledger.commit([submission(number) for number in range(early + 1, 9)])
+        for number in range(1, 9):
+            view = only(ledger, number)
+            assert view.state == states.get(number, State.PENDING)
+            open_ = [other for other in needs[number - 1] if other not in states]
+            assert view.after == ([] if number in states else [an_id(other) for other in open_])
+        assert waiting(ledger) == [number for number in range(1, 9) if number not in states and all(verdicts(number))]
+        assert_consistent(ledger)
+
+
+# ---------------------------------------------------------------- artifacts of one as inputs of the next
+
+
+def test_an_artifact_of_one_request_gets_into_the_data_of_the_next(ledger, path):
+    data = {"source": 5, "a/b": {"~": {}}}
+    takes = [take(1, "/binary"), take(1, "/log/of/build", "test:log"), take(2, "/a~1b/~0/x~01")]
+    [_, _, accepted] = ledger.commit([accept(1), accept(2), accept(3, data=data, take=takes, inputs=(5, 2))])
+    assert (accepted.unmet, accepted.live) == (2, None)
+
+    ledger.commit(run(1, artifacts=[artifact("a"), artifact("b", category="test:log"), artifact("c", category="x:y")]))
+    [_, live] = ledger.members(1, 2)
+    assert (live.unmet, live.request.data["binary"], live.inputs) == (1, 1, (5, 2, 1))
+    [*_, ended] = ledger.commit(run(2, artifacts=[artifact("a")]))
+
+    filled = {"source": 5, "binary": 1, "log": {"of": {"build": 2}}, "a/b": {"~": {"x~1": 4}}}
+    assert [live.request.data for live in ended.freed] == [filled]
+    assert [live.inputs for live in ended.freed] == [(5, 2, 1, 4)]
+    assert only(ledger, 3).request.data == filled
+    assert ledger.commit([accept(3, data=data, take=takes)])[0].status == "known"
+    ledger.close()
+    with closing(Ledger.open(f"sqlite:///{path}")) as again:
+        assert again.members(1, 9) == [*ended.freed]
+
+
+def test_what_was_made_before_is_taken_at_once(ledger):
+    ledger.commit([accept(1), *run(1, artifacts=[artifact()]), accept(2)])
+    given = accept(3, data={"n": 1}, take=[take(1, "/x"), take(2, "/y")], inputs=(8,))
+
+    [result] = ledger.commit([given])
+
+    assert (result.state, result.unmet) == (State.PENDING, 1)
+    assert (result.live.request.data, result.live.inputs) == ({"n": 1, "x": 1}, (8, 1))
+    assert given.request.data == {"n": 1}
+    assert [result.live] == [live for live in ledger.members(1, 9) if live.seq == 3]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize(
+    ("made", "data", "said"),
+    [
+        ([], {}, "expected one artifact of category test:thing made by {}, got 0"),
+        ([artifact("a"), artifact("b")], {}, "expected one artifact of category test:thing made by {}, got 2"),
+        ([artifact("a", category="test:log")], {}, "got 0"),
+        ([artifact("a")], {"x": [1]}, "expected objects in the task data on the way to /x/y, got [1] at 'x'"),
+        ([artifact("a")], {"x": None}, "got null at 'x'"),
+    ],
+)
+def test_a_request_whose_artifact_cannot_be_had_is_aborted_with_the_reason(ledger, made, data, said, at_once):
+    first = [accept(1), *run(1, artifacts=made)]
+    second = accept(2, data=data, take=[take(1, "/x/y")])
+
+    if at_once:
+        ledger.commit(first)
+        [result] = ledger.commit([second])
+        assert result.stranded == only(ledger, 2).reason
+    else:
+        results = ledger.commit([first[0], second, *first[1:]])
+        assert results[-1].stranded[0].reason == only(ledger, 2).reason
+
+    view = only(ledger, 2)
+    assert (view.state, view.reason.stage) == ("aborted", "take")
+    assert said.format(an_id(1)) in view.reason.text
+    assert_consistent(ledger)
+
+
+def test_only_the_attempt_that_succeeded_counts_for_what_is_taken(ledger):
+    again = end(1, result="failure", to=State.PENDING, reason=BROKEN, artifacts=[artifact()])
+    ledger.commit([accept(1), accept(2, take=[take(1, "/x")]), offer(1), grant(1), again])
+
+    [*_, ended] = ledger.commit([offer(1, 2), grant(1, 2, OTHER), end(1, 2, OTHER, artifacts=[artifact()])])
+
+    assert [live.request.data for live in ended.freed] == [{"x": 2}]
+
+
+def test_what_is_taken_cannot_go_below_what_was_taken_before(ledger):
+    ledger.commit([accept(1), accept(2), accept(3, take=[take(1, "/x"), take(2, "/x/y")])])
+
+    ledger.commit([*run(1, artifacts=[artifact()]), *run(2, artifacts=[artifact()])])
+
+    view = only(ledger, 3)
+    assert "got 1 at 'x'" in view.reason.text
+    assert view.request.data == {"x": 1}
 
 
 # ---------------------------------------------------------------- the file
@@ -594,7 +1249,7 @@ def test_what_was_committed_is_there_after_opening_again(path):
     with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
         ledger.commit([*BRINGING[State.RUNNING], accept(2)])
     with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
-        assert [(live.request.id, live.state, live.token) for live in ledger.live()] == [
+        assert [(live.request.id, live.state, live.token) for live in alive(ledger)] == [
             (an_id(), State.RUNNING, "t1"),
             (an_id(2), State.PENDING, None),
         ]
@@ -616,7 +1271,7 @@ def test_a_ledger_may_be_used_in_another_thread_than_it_was_opened_in(ledger):
     thread.start()
     thread.join()
 
-    assert results == [Accepted(seq=1, status="accepted")]
+    assert results == [ACCEPTED]
     assert ledger.counts() == {"pending": 1}
 
 
@@ -679,6 +1334,16 @@ def test_a_ledger_of_another_schema_is_refused(path):
         Ledger.open(f"sqlite:///{path}")
 
 
+def test_a_ledger_of_the_first_schema_is_told_as_such(path):
+    with closing(sqlite3.connect(path)) as other, other:
+        for table in schema.EVER:
+            other.execute(f"CREATE TABLE {table} (key TEXT, value INTEGER)")
+        other.execute("INSERT INTO meta VALUES ('schema', 1), ('term', 7)")
+
+    with pytest.raises(LedgerInvalid, match="to have schema 2, got schema 1"):
+        Ledger.open(f"sqlite:///{path}")
+
+
 def test_an_opening_that_failed_holds_no_lock(path):
     path.write_text("This is a diary. " * 100)
     for _ in range(2):
@@ -691,7 +1356,7 @@ def test_an_opening_that_failed_holds_no_lock(path):
 
 def test_a_ledger_whose_making_was_cut_off_is_made_anew(path, monkeypatch):
     with monkeypatch.context() as cut:
-        cut.setattr(mqworker.ledger, "SCHEMA_VERSION", None)  # fails once all tables have been made
+        cut.setattr(schema, "SCHEMA_VERSION", None)  # fails once all tables have been made
         with pytest.raises(IntegrityError):
             Ledger.open(f"sqlite:///{path}")
 
@@ -789,11 +1454,34 @@ def test_a_killed_writer_leaves_every_answered_commit_whole(path):
             answered = int(lines[-1])
 
         with closing(Ledger.open(url)) as ledger:
-            states = {live.request.id: live.state for live in ledger.live()}
+            states = {live.request.id: live.state for live in alive(ledger)}
         assert set(states.values()) == {State.OFFERED}
         assert {an_id(number) for number in range(answered)} <= states.keys()
         assert len(states) % 3 == 0
         answered = len(states)
+
+
+def test_a_killed_writer_leaves_nothing_half_settled(path):
+    writing = """
+        ledger = Ledger.open(sys.argv[1])
+        for first in range(1, 100_000, 4):
+            one, two, three, four = range(first, first + 4)
+            ledger.commit([helpers.accept(one), helpers.accept(two, after=helpers.after(one))])
+            ledger.commit([helpers.accept(three, after=helpers.after(two)), helpers.offer(one), helpers.grant(one)])
+            ledger.commit([helpers.accept(four, after=helpers.after(three, need="end"))])
+            ledger.commit([helpers.end(one, **helpers.FAILS)])
+            print(first, flush=True)
+    """
+    with child(writing, f"sqlite:///{path}") as writer:
+        lines = [writer.stdout.readline() for _ in range(20)]
+        writer.send_signal(signal.SIGKILL)
+        answered = int([*lines, *writer.stdout.readlines()][-1])
+
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
+        assert_consistent(ledger)
+        answered_fours = range(4, answered + 4, 4)
+        assert {*answered_fours} <= {*waiting(ledger)}
+        assert ledger.count(CountRequests(states=["aborted"])) >= 2 * len(answered_fours)
 
 
 def test_a_full_disk_is_told_writes_nothing_and_is_survived(path):
@@ -845,7 +1533,7 @@ def test_a_disk_without_room_for_a_ledger_is_told_at_opening(tmp_path):
 
 
 def test_a_database_that_somebody_else_holds_is_told_and_used_when_it_is_free_again(path, monkeypatch):
-    monkeypatch.setattr(mqworker.ledger, "BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr("mqworker.ledger.BUSY_TIMEOUT", 0.05)
     with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
         before = facts(ledger)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -856,7 +1544,7 @@ def test_a_database_that_somebody_else_holds_is_told_and_used_when_it_is_free_ag
             assert facts(ledger) == before
             other.execute("ROLLBACK")
 
-        assert ledger.commit([accept()]) == [Accepted(seq=1, status="accepted")]
+        assert ledger.commit([accept()]) == [ACCEPTED]
 
 
 def test_a_damaged_file_is_told_as_such(path):
@@ -868,4 +1556,4 @@ def test_a_damaged_file_is_told_as_such(path):
         file.write(b"\xff" * (size - 8192))
 
     with pytest.raises(LedgerInvalid, match="backup"), closing(Ledger.open(f"sqlite:///{path}")) as ledger:
-        [*ledger.live()]
+        alive(ledger)

@@ -13,6 +13,7 @@ from mqworker.lifecycle import (
     end_attempt,
     lease_deadline_ns,
     lease_seconds,
+    meets,
     move,
 )
 
@@ -82,6 +83,21 @@ def test_a_request_runs_only_after_it_was_offered_and_ends_with_a_verdict_only_a
     assert [start for (start, _), to in MOVES.items() if to is State.RUNNING] == [State.OFFERED]
     for verdict in (State.SUCCESS, State.FAILURE, State.ERROR):
         assert [start for (start, _), to in MOVES.items() if to is verdict] == [State.RUNNING]
+
+
+# ---------------------------------------------------------------- what comes after others
+
+
+@pytest.mark.parametrize("need", ["success", "end"])
+@pytest.mark.parametrize("state", sorted(set(State) - FINAL))
+def test_a_request_that_has_not_ended_leaves_open_what_comes_after_it(need, state):
+    assert meets(need, state) is None
+
+
+@pytest.mark.parametrize("state", sorted(FINAL))
+def test_any_end_is_an_end_and_only_success_is_a_success(state):
+    assert meets("end", state) is True
+    assert meets("success", state) is (state is State.SUCCESS)
 
 
 # ---------------------------------------------------------------- how attempts end

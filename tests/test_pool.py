@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 
 from mqworker import task as task_room
-from mqworker.ledger import Accept, Grant, Ledger, Offer
+from mqworker.ledger import Accept, Grant, Ledger, Need, Offer
 from mqworker.lifecycle import State
 from mqworker.messages import (
     Abort,
@@ -20,6 +20,7 @@ from mqworker.messages import (
     Heartbeat,
     Hello,
     Introduce,
+    ListWorkers,
     Outcome,
     Outcomes,
     Probe,
@@ -39,6 +40,7 @@ from mqworker.messages import (
 )
 from mqworker.metrics import SchedulerMetrics
 from mqworker.pool import LEASE_MARGIN, SILENCE, Moment, Pool
+from mqworker.scheduler import kept_by, look_up
 from mqworker.task import Task
 from mqworker.topology import Topology
 
@@ -104,17 +106,17 @@ class Driven:
                     self.pool.outcomes(message, self.moment)
         self.pool.tick(self.moment)
         self.pool.offer(self.moment)
-        writes, wanted = self.pool.take_writes()
-        results = self.ledger.commit(writes)
+        writes, asks = self.pool.take_writes()
+        results, answers = self.ledger.commit(writes), look_up(self.ledger, asks)
         self.sets.append(writes)
         self.steady += commit_seconds
-        self.pool.committed(results, self.ledger.artifacts_by_id(wanted))
+        self.pool.committed(results, answers)
         self.queues |= {queue.name for queue in self.pool.declare}
         self.queues -= set(self.pool.delete)
         self.pool.declare, self.pool.delete = [], []
         for send in self.pool.take_sends():
             self._take(send)
-        return bool(writes)
+        return bool(writes or asks)
 
     def _take(self, send):
         match send.message:
@@ -174,7 +176,7 @@ class Driven:
         return self.pool.decorate(self.view(request)).waits
 
     def worker(self, name):
-        return next(one for one in self.pool.workers() if one.name == name)
+        return next(one for one in self.pool.workers(ListWorkers()) if one.name == name)
 
 
 class Peer:
@@ -386,7 +388,7 @@ def test_a_request_that_a_slot_waits_for_is_accepted_and_offered_in_one_transact
     one = driven.request()
     kinds = [[type(write) for write in writes] for writes in driven.sets if writes]
 
-    assert kinds == [[Accept, Offer]]
+    assert kinds == [[Need, Accept, Offer]]
     [(queue, ticket)] = driven.take_tickets()
     assert (queue, ticket.request.id, ticket.attempt, ticket.term) == (anna.queue, one, 1, 1)
     assert driven.states(one) == ["offered"]
@@ -434,10 +436,10 @@ def test_age_is_the_order_of_arrival_also_behind_rejected_requests_and_for_what_
     for _ in range(3):
         driven.request("noop", {"duration": -1})
     first, second, third = (driven.request() for _ in range(3))
+    assert [ticket.request.id for _, ticket in driven.take_tickets()] == [first]
     anna.refuse(first)
     anna.say(anna.hello(now="other"))  # with this metadata nobody has refused it
     driven.turn()
-    driven.take_tickets()
     anna.follow()
     order = []
     for _ in range(3):
@@ -456,7 +458,7 @@ def test_a_request_goes_only_where_it_can_run_and_explains_what_it_waits_for(dri
 
     queues = {ticket.request.id: queue for queue, ticket in driven.take_tickets()}
     assert queues == {wanted["red"]: red.queue, wanted["blue"]: blue.queue}
-    assert driven.waits(wanted["red"]) == "for a free slot"
+    assert driven.waits(wanted["red"]) == "is offered to a worker"
     assert driven.waits(wanted["green"]) == "no worker can run it"
     assert "can_run_on() raised KeyError" in driven.waits(wanted["raises"])
     green = Peer(driven, "green", colour="green").join()
@@ -891,7 +893,7 @@ def test_a_silent_worker_goes_offline_only_behind_a_probe_and_its_runs_keep_thei
 
     assert driven.worker("anna").state == "online"
     assert [part.queue is not None for part in anna.hear(Assign)][-1:] == [True]
-    assert driven.waits(two) == "for a free slot"
+    assert driven.waits(two) == "all that can run it are busy; it is next"
     assert anna.end(ref) == "recorded"
     assert [event.event for event in driven.events if isinstance(event, WorkerEvent)] == ["online", "offline", "online"]
 
@@ -1037,7 +1039,7 @@ def test_a_lost_run_is_tried_again_later_and_later_and_ends_in_error_with_its_hi
     one = driven.request()
     for attempt, delay in ((1, RETRY_DELAY), (2, 2 * RETRY_DELAY)):
         lose(driven, anna, one, attempt)
-        assert driven.waits(one) == "for its next attempt"
+        assert driven.waits(one) == "waits out the delay before its next attempt"
         driven.pass_time(delay - A_SECOND)
         assert driven.states(one) == ["pending"]
         anna.say(anna.beat())
@@ -1069,7 +1071,7 @@ def test_what_was_handed_back_leaves_all_attempts_to_what_comes_after(driven, an
     one = driven.request(max_attempts=2)
     anna.end(anna.run(one, 1), "handed_back")
     anna.end(anna.run(one, 2), "lost")
-    assert driven.waits(one) == "for its next attempt"
+    assert driven.waits(one) == "waits out the delay before its next attempt"
     driven.pass_time(RETRY_DELAY)
     anna.end(anna.run(one, 3), "lost")
 
@@ -1243,7 +1245,7 @@ def restart(driven):
     """Go on with what the ledger has, as the next term, and nothing else."""
     again = Driven(driven.ledger, term=driven.term + 1)
     again.submitted = driven.submitted
-    again.pool.restore(driven.ledger.live(), again.moment)
+    again.pool.restore(kept_by(driven.ledger), again.moment)
     again.turn()
     return again
 
@@ -1320,14 +1322,14 @@ def test_a_new_scheduler_waits_out_delays_and_goes_on_with_aborts_and_counts(dri
     again = Driven(driven.ledger, term=2)
     again.steady = driven.steady  # the same wall clock
     again.submitted = driven.submitted
-    again.pool.restore(driven.ledger.live(), again.moment)
+    again.pool.restore(kept_by(driven.ledger), again.moment)
     moved = Peer(again, slots=2)
     moved.seq = anna.seq
     moved.say(moved.hello(), moved.beat(ref))
     again.turn()
 
     assert len(moved.hear(Abort)) == 1
-    assert again.waits(one) == "for its next attempt"
+    assert again.waits(one) == "waits out the delay before its next attempt"
     [queue] = again.pool.class_queues()
     moved.queue = queue.name
     moved.say(moved.beat(ref))
@@ -1347,7 +1349,10 @@ def test_a_request_whose_task_is_gone_after_a_restart_waits_and_says_so(driven, 
     Peer(again, colour="red").join()
 
     assert again.states(one) == ["pending"]
-    assert again.waits(one) == "this scheduler cannot configure its task any more"
+    assert again.waits(one) == (
+        "this scheduler cannot configure its task any more: "
+        "expected the name of a task that this scheduler has, got 'coloured'"
+    )
     again.abort(one)
     again.turn()
     assert again.states(one) == ["aborted"]

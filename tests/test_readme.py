@@ -18,7 +18,7 @@ import typer
 from prometheus_client.metrics import MetricWrapperBase
 
 import mqworker
-from mqworker import errors, settings
+from mqworker import errors, requires, settings
 from mqworker.cli import application
 from mqworker.lifecycle import MOVES, Event, State
 from mqworker.messages import GetRequests, Receipt, Submit, decode
@@ -207,6 +207,16 @@ def test_every_line_to_type_is_a_command_line_that_is_understood():
             context = command.make_context("mqworker", left, parent=context)
             _, command, left = command.resolve_command(context, [*context._protected_args, *context.args])
         command.make_context("mqworker", left, parent=context)
+
+
+def test_the_requirements_to_type_can_be_used_and_hold_of_some_worker():
+    lines = [shlex.split(line, comments=True) for line in typed() if "--requires" in line]
+    schemas = [json.loads(words[words.index("--requires") + 1]) for words in lines]
+
+    assert schemas
+    assert [requires.problem(schema) for schema in schemas] == [None] * len(schemas)
+    assert all(requires.satisfied(schema, {"system:cpu_count": 8}) for schema in schemas)
+    assert not any(requires.satisfied(schema, {}) for schema in schemas)
 
 
 def test_every_variable_that_is_named_is_read():

@@ -11,18 +11,18 @@ from rich.console import Console
 
 from mqworker import screen
 from mqworker.messages import (
+    After,
     AttemptView,
     FileEntry,
     LogProgress,
     LogText,
-    Pool,
     Reason,
     RecordedArtifact,
     Request,
     RequestEvent,
     RequestView,
     RunProgress,
-    WorkerView,
+    Take,
 )
 
 NOW = 1_800_000_000.0
@@ -166,11 +166,64 @@ def test_a_waiting_request_says_for_what():
     assert re.search(r"Waits for +a free slot", text)
 
 
-def test_workers_artifacts_tasks_checks_and_the_pool_fit_80_columns():
-    worker = WorkerView(
-        name="w1", host="h", state="online", slots=2, tasks={f"task{n}": 1 for n in range(30)}, seen=NOW - 2
+def test_a_request_is_shown_with_what_it_was_given_and_without_what_it_was_not():
+    plain = drawn(screen.request_page(view(), NOW))
+    for name in ("Group", "Key", "Requires", "After", "Takes"):
+        assert not re.search(rf"^{name} ", plain, re.MULTILINE)
+
+    other = ID.replace("0123", "4567")
+    request = Request(
+        id=ID,
+        task="sbuild",
+        group="security",
+        concurrency_key="mirror",
+        requires={"required": ["gpu"]},
+        after=[After(request=other, need="end")],
+        take=[Take(into="/input/id", request=ID, category="debian:source")],
     )
-    refused = WorkerView(name="w2", host="h", state="refused", slots=2, reason="another store")
+    text = drawn(screen.request_page(view(request=request, state="pending", after=[other], waits="w"), NOW))
+
+    assert re.search(r"Group +security", text)
+    assert re.search(r"Key +mirror", text)
+    assert re.search(r'Requires +{"required": \["gpu"\]}', text)
+    assert re.search(rf"After +{other} \(end\), not yet\n +{ID} \(success\)$", text, re.MULTILINE)
+    assert re.search(rf"Takes +debian:source of {ID} into /input/id", " ".join(text.split()))
+
+
+def test_what_waits_is_listed_with_its_reason_in_full():
+    why = "all that can run it are busy; about 1,234 go first, and this is a long story"
+    views = [view(state="pending", worker=None, waits=why), view(state="offered", worker=None)]
+    text = drawn(screen.pending_table(views, NOW))
+
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[0].split("  ")[:1] == ["request"]
+    assert "this is a long story" in " ".join(text.split())
+    assert text.splitlines()[-1].split() == ["0123abcd", "sbuild", "1m40s", "offered"]
+    assert "priority" not in text
+    assert "group" not in text
+
+
+def test_what_waits_is_listed_with_priority_and_group_where_they_differ():
+    request = Request(id=ID, task="sbuild", priority=5, group="security")
+    text = drawn(screen.pending_table([view(request=request), view()], NOW))
+
+    assert text.splitlines()[0].split() == ["request", "task", "age", "priority", "group", "why", "it", "waits"]
+    assert text.splitlines()[1].split()[:5] == ["0123abcd", "sbuild", "1m40s", "5", "security"]
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 requests"), (1, "1 request"), (1234, "1,234 requests")])
+def test_numbers_of_things_are_words(count, text):
+    assert screen.many(count, "request") == text
+
+
+def test_a_long_command_says_nothing_where_nobody_has_a_terminal(capsys):
+    with screen.Counting("abort", 10) as counting:
+        counting.show(5)
+
+    assert capsys.readouterr() == ("", "")
+
+
+def test_artifacts_tasks_and_checks_fit_80_columns():
     artifact = RecordedArtifact(
         id=1,
         category="a:b",
@@ -179,7 +232,6 @@ def test_workers_artifacts_tasks_checks_and_the_pool_fit_80_columns():
         files=[FileEntry(path="f" * 90, size=1, sha256="0" * 64)],
     )
     tables = [
-        screen.worker_table([worker, refused], NOW),
         screen.artifact_table([artifact]),
         screen.artifact_page(artifact),
         screen.task_table([("noop", 1, "what " * 40), ("other", None, "")]),
@@ -188,18 +240,14 @@ def test_workers_artifacts_tasks_checks_and_the_pool_fit_80_columns():
 
     for table in tables:
         assert max(map(len, drawn(table).splitlines())) <= 80
-    assert "another store" in drawn(tables[0])
-    assert "f" * 50 in drawn(tables[2])
-    assert "-> advice" in drawn(tables[4])
-    pool = Pool(term=1, version="1", store="s", requests={"running": 2, "error": 0}, workers=1, classes=2)
-    assert screen.pool_line(pool) == "1 worker in 2 classes; requests: 2 running"
+    assert "f" * 50 in drawn(tables[1])
+    assert "-> advice" in drawn(tables[3])
 
 
 def test_markup_in_foreign_text_is_text():
     assert "[red]x[/red]" in drawn(screen.request_page(view(reason=Reason(text="[red]x[/red]"), state="error"), NOW))
     assert "[b]" in drawn(screen.artifact_table([RecordedArtifact(id=1, category="a:b", name="[b]")]))
     assert "[b]" in drawn(screen.request_table([view(worker="[b]")], NOW))
-    assert "[b]" in drawn(screen.worker_table([WorkerView(name="[b]", host="h", state="online", slots=1)], NOW))
     assert "[b]" in drawn(screen.check_table([("ok", "broker", "[b]", "")]))
 
 

@@ -132,6 +132,23 @@ def test_an_unknown_variable_is_an_error_only_if_it_looks_like_a_slip():
         ({"scheduler.metrics_listen": "9107"}, {}, "", r"scheduler\.metrics_listen \(from --metrics-listen\)"),
         ({}, {"MQWORKER_WORKER_METADATA": "{"}, "", r"JSON object for worker\.metadata \(from MQWORKER_WORKER_META"),
         ({}, {}, "worker = 3", r"expected a table \[worker\] in .*a\.toml, got 3"),
+        ({"scheduler.no_worker_after": 0}, {}, "", r"scheduler\.no_worker_after \(from --no-worker-after\).*> 0"),
+        (
+            {},
+            {"MQWORKER_SCHEDULER_GROUP_WEIGHTS": "a=2"},
+            "",
+            r"JSON object for scheduler\.group_weights \(from MQWORKER_SCHEDULER_GROUP_WEIGHTS\)",
+        ),
+        ({}, {"MQWORKER_SCHEDULER_GROUP_WEIGHTS": "[2]"}, "", r"scheduler\.group_weights \(from .*got \[2\]"),
+        ({}, {}, "scheduler.group_weights = {a = 1, b = 0, c = 2}", r"scheduler\.group_weights \(from .*got {'b': 0}"),
+        ({}, {}, "scheduler.group_weights = {a = nan}", r"scheduler\.group_weights \(from .*got {'a': nan}"),
+        ({}, {}, "scheduler.group_weights = {a = inf}", r"scheduler\.group_weights \(from .*got {'a': inf}"),
+        ({}, {}, 'scheduler.group_weights = {"*" = 2}', r"scheduler\.group_weights \(from .*got {'\*': 2}"),
+        ({}, {}, "scheduler.concurrency_limits = {a = 0}", r"scheduler\.concurrency_limits \(from .*>= 1.*{'a': 0}"),
+        ({}, {}, "scheduler.concurrency_limits = {a = 1.5}", r"scheduler\.concurrency_limits \(from .*{'a': 1\.5}"),
+        ({}, {}, 'scheduler.concurrency_limits = {"a b" = 1}', r"scheduler\.concurrency_limits \(from .*{'a b': 1}"),
+        ({"worker.allow_tasks": [1]}, {}, "", r"worker\.allow_tasks \(from --allow-task\)"),
+        ({}, {}, 'worker.deny_tasks = "noop"', r"worker\.deny_tasks \(from .*a\.toml\).*got 'noop'"),
     ],
 )
 def test_a_wrong_value_names_its_key_its_source_and_itself(tmp_path, flags, environ, text, said):
@@ -167,6 +184,40 @@ def test_tags_and_metadata_come_from_text_and_from_tables(tmp_path):
         "site:rack": 5,
         "system:tags": ["small", "hdd"],
     }
+
+
+def test_weights_and_limits_come_from_tables_and_from_json(tmp_path):
+    text = '[scheduler.group_weights]\nrelease = 3\n[scheduler.concurrency_limits]\n"*" = 4\nmirror = 2\n'
+    config = write(tmp_path / "a.toml", text)
+
+    given = load({}, {}, config=config).settings.scheduler
+    assert given.group_weights == {"release": 3.0}
+    assert given.concurrency_limits == {"*": 4, "mirror": 2}
+    environ = {
+        "MQWORKER_SCHEDULER_GROUP_WEIGHTS": '{"night": 0.5}',
+        "MQWORKER_SCHEDULER_CONCURRENCY_LIMITS": '{"disk": 7}',
+    }
+    given = load({}, environ, config=config).settings.scheduler
+    assert given.group_weights == {"night": 0.5}
+    assert given.concurrency_limits == {"disk": 7}
+
+
+def test_without_settings_groups_are_equal_keys_have_no_limit_of_their_own_and_every_task_is_allowed():
+    settings = load({}, {}).settings
+
+    assert (settings.scheduler.group_weights, settings.scheduler.concurrency_limits) == ({}, {})
+    assert settings.scheduler.no_worker_after == 300.0
+    assert (settings.worker.allow_tasks, settings.worker.deny_tasks) == ([], [])
+
+
+def test_lists_of_tasks_come_from_flags_from_text_and_from_the_file(tmp_path):
+    config = write(tmp_path / "a.toml", '[worker]\nallow_tasks = ["a"]\ndeny_tasks = ["b"]\n')
+    environ = {"MQWORKER_WORKER_ALLOW_TASKS": "c, d"}
+
+    loaded = load({"worker.deny_tasks": ["e"]}, environ, config=config)
+    assert (loaded.settings.worker.allow_tasks, loaded.settings.worker.deny_tasks) == (["c", "d"], ["e"])
+    assert loaded.sources["worker.deny_tasks"] == "--deny-task"
+    assert load({}, {}, config=config).settings.worker.deny_tasks == ["b"]
 
 
 def test_two_workers_on_one_host_get_two_state_directories():

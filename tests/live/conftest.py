@@ -1,5 +1,6 @@
 """A real pool for tests: schedulers and workers as processes of their own, on a real broker."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -7,18 +8,66 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
+import msgspec
 import pika
 import pytest
 
+from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.client import Client
 from mqworker.errors import Unanswered
-from mqworker.messages import RequestView
+from mqworker.messages import (
+    AbortRequests,
+    ArtifactList,
+    Capability,
+    CapabilityList,
+    CountRequests,
+    Explain,
+    Explanation,
+    FileEntry,
+    GetCapabilities,
+    GetPool,
+    GetRequests,
+    ImportArtifact,
+    ListArtifacts,
+    ListPauses,
+    ListRequests,
+    ListWorkers,
+    LogText,
+    Pause,
+    PauseList,
+    PauseView,
+    Pool,
+    Problem,
+    Query,
+    Receipt,
+    Receipted,
+    RecordedArtifact,
+    RefreshWorkers,
+    Reprioritise,
+    Request,
+    RequestCount,
+    RequestEvent,
+    RequestList,
+    RequestView,
+    Resume,
+    RetryRequest,
+    Submit,
+    WorkerList,
+    WorkerView,
+    decode,
+    encode,
+)
 from mqworker.store import Store
+from mqworker.topology import Topology
 
 TASKS = Path(__file__).parent / "taskbox"
 PATIENCE = 180.0  # seconds; nothing here takes a third of it, unless the machine is very busy
@@ -233,3 +282,215 @@ def final(client: Client, *ids: str) -> list[RequestView]:
 @pytest.fixture(name="final", scope="session")
 def final_fixture():
     return final
+
+
+class FakeScheduler:
+    """Answer like a scheduler, from memory; `deaf` drops what comes, `mute_receipts` so many receipts."""
+
+    def __init__(self, url: str, prefix: str) -> None:
+        self.url, self.topology = url, Topology(prefix)
+        self.views: dict[str, RequestView] = {}
+        self.artifacts: list[RecordedArtifact] = []
+        self.workers = [WorkerView(name="w1", host="h", state="online", slots=2)]
+        self.classes: list[Capability] = []
+        self.pauses: dict[tuple[str, str], PauseView] = {}
+        self.explanation: Explanation | None = None
+        self.submits: list[Submit] = []
+        self.queries: list[Query] = []
+        self.deaf = False
+        self.mute_receipts = 0
+        self.quiet_events = False
+        self.store_id = "none"
+        self.before_answer: Callable[[Query], None] = lambda _: None
+
+    def __enter__(self) -> Self:
+        ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)))
+        self.thread.start()
+        assert ready.wait(PATIENCE)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join()
+
+    async def _live(self, ready: threading.Event) -> None:
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        self.link = Link(self.url, name="fake scheduler", plan=self._plan)
+        running = asyncio.create_task(self.link.run())
+        await self.link.wait_up(PATIENCE)
+        ready.set()
+        await self.stop.wait()
+        await self.link.close()
+        await running
+
+    def _plan(self, _epoch: str) -> Plan:
+        consumers = (
+            Consumer(queue=self.topology.submit, on_delivery=self._on_submit),
+            Consumer(queue=self.topology.api, on_delivery=self._on_query),
+        )
+        return Plan(exchanges=self.topology.exchanges(), queues=self.topology.queues(), consumers=consumers)
+
+    def _on_submit(self, delivery: Delivery) -> None:
+        self.link.ack(delivery)
+        if self.deaf:
+            return
+        submit = decode(delivery.body, Submit)
+        self.submits.append(submit)
+        results = [self._accept(request) for request in submit.requests]
+        if self.mute_receipts:
+            self.mute_receipts -= 1
+            return
+        self._reply(delivery, Receipt(term=1, results=results[::-1]))
+
+    def _accept(self, request: Request) -> Receipted:
+        if request.task == "nope":
+            return Receipted(id=request.id, status="rejected", reason="'nope' is not a registered task_name")
+        if request.id in self.views:
+            same = self.views[request.id].request == request
+            return Receipted(id=request.id, status="known" if same else "conflict")
+        self.add(request)
+        return Receipted(id=request.id, status="accepted")
+
+    def add(self, request: Request | None = None, **facts) -> str:
+        """Have a request that nobody has submitted here; returns its id."""
+        request = request or Request(id=str(uuid.uuid4()), task="noop")
+        given = {"state": "pending", "attempt": 0, "submitted": 1.0, **facts}
+        self.views[request.id] = RequestView(seq=len(self.views) + 1, request=request, **given)
+        return request.id
+
+    def _on_query(self, delivery: Delivery) -> None:
+        self.link.ack(delivery)
+        if self.deaf:
+            return
+        query = decode(delivery.body, Query)
+        self.queries.append(query)
+        self.before_answer(query)
+        self._reply(delivery, self._answer(query))
+
+    def _answer(self, query: Query):
+        match query:
+            case GetRequests(ids=ids):
+                return self._found(ids)
+            case AbortRequests(ids=ids, reason=reason):
+                for view in self._found(ids).requests:
+                    if view.state in {"pending", "offered"}:
+                        self._change(view, state="aborted")
+                    elif view.state == "running":
+                        self._change(view, abort=reason)
+                return self._found(ids)
+            case Reprioritise(ids=ids, priority=priority):
+                for view in self._found(ids).requests:
+                    if view.state in {"pending", "offered", "running"}:
+                        self._change(view, request=msgspec.structs.replace(view.request, priority=priority))
+                return self._found(ids)
+            case ListRequests(limit=limit, before=before, oldest=oldest):
+                views = [view for view in self._selected(query) if before is None or view.seq < before]
+                return RequestList(requests=(views if oldest else views[::-1])[:limit])
+            case CountRequests():
+                return RequestCount(number=len(self._selected(query)))
+            case RetryRequest(id=old, new_id=new):
+                if self.views[old].state in {"pending", "offered", "running"}:
+                    return Problem(kind="conflict", text=f"request {old} is pending: it has not ended")
+                self._accept(msgspec.structs.replace(self.views[old].request, id=new))
+                return RequestList(requests=[self.views[new]])
+            case Pause(kind=kind, name=name, reason=reason):
+                self.pauses[kind, name] = PauseView(kind=kind, name=name, reason=reason, since=1.0)
+                return PauseList(pauses=[*self.pauses.values()])
+            case Resume(kind=kind, name=name):
+                self.pauses.pop((kind, name), None)
+                return PauseList(pauses=[*self.pauses.values()])
+            case ListPauses():
+                return PauseList(pauses=[*self.pauses.values()])
+            case Explain(id=asked):
+                return self.explanation or Problem(kind="not_found", text=f"no request {asked}")
+            case GetCapabilities(limit=limit, after=after):
+                classes = [one for one in self.classes if after is None or one.name > after]
+                return CapabilityList(classes=classes[:limit], requirements=3, escaped=1)
+            case ListWorkers(limit=limit, after=after):
+                workers = [worker for worker in self.workers if after is None or worker.name > after]
+                return WorkerList(workers=workers[:limit])
+            case RefreshWorkers():
+                return WorkerList(workers=self.workers)
+            case ListArtifacts(ids=ids):
+                found = [a for a in self.artifacts if not ids or a.id in ids]
+                return ArtifactList(artifacts=found, missing=[i for i in ids if i not in {a.id for a in found}])
+            case ImportArtifact(artifact=artifact):
+                if artifact.category == "debian:nope":
+                    return Problem(kind="artifact_invalid", text="no such category")
+                return ArtifactList(artifacts=[self.add_artifact(artifact.category, artifact.name, artifact.files)])
+            case GetPool():
+                states = Counter(view.state for view in self.views.values())
+                return Pool(term=1, version="0", store=self.store_id, requests=dict(states), workers=1, classes=1)
+
+    def _found(self, ids: list[str]) -> RequestList:
+        known = {asked: asked if asked in self.views else self._full(asked) for asked in ids}
+        return RequestList(
+            requests=[self.views[full] for full in known.values() if full],
+            missing=[asked for asked, full in known.items() if not full],
+        )
+
+    def _full(self, beginning: str) -> str | None:
+        return next((id_ for id_ in self.views if id_.startswith(beginning)), None)
+
+    def _selected(self, query: ListRequests | CountRequests) -> list[RequestView]:
+        return [
+            view
+            for view in self.views.values()
+            if (not query.states or view.state in query.states)
+            and query.task in {None, view.request.task}
+            and query.group in {None, view.request.group}
+            and query.worker in {None, view.worker}
+            and (query.submitted_before is None or view.submitted < query.submitted_before)
+        ]
+
+    def _change(self, view: RequestView, **facts) -> None:
+        self.views[view.request.id] = msgspec.structs.replace(view, **facts)
+
+    def _reply(self, delivery: Delivery, message) -> None:
+        self.link.publish(
+            exchange="",
+            key=delivery.reply_to,
+            body=encode(message),
+            kind="",
+            correlation_id=delivery.correlation_id,
+            mandatory=False,
+            persistent=False,
+        )
+
+    def add_artifact(self, category: str, name: str, files: list[FileEntry]) -> RecordedArtifact:
+        self.artifacts.append(
+            RecordedArtifact(id=len(self.artifacts) + 1, category=category, name=name, files=list(files))
+        )
+        return self.artifacts[-1]
+
+    def tell(self, exchange: str, key: str, message) -> None:
+        def publish() -> None:
+            self.link.publish(exchange=exchange, key=key, body=encode(message), kind="", mandatory=False)
+
+        self.loop.call_soon_threadsafe(publish)
+
+    def move(self, request: str, state: str) -> None:
+        view = self.views[request] = msgspec.structs.replace(self.views[request], state=state, attempt=1)
+        event = RequestEvent(
+            term=1, time=2.0, request=request, task=view.request.task, state=state, event="succeed", attempt=1
+        )
+        if not self.quiet_events:
+            self.tell(self.topology.events, f"request.{view.request.task}.{state}", event)
+
+    def log(self, request: str, text: str, seq: int = 1) -> None:
+        message = LogText(request=request, attempt=1, worker="w1", time=2.0, seq=seq, text=text)
+        self.tell(self.topology.logs, request, message)
+
+
+@pytest.fixture
+def fake_scheduler() -> type[FakeScheduler]:
+    """Hand the class to tests: they cannot import this file."""
+    return FakeScheduler
+
+
+@pytest.fixture
+def scheduler(amqp_url, prefix) -> Iterator[FakeScheduler]:
+    """A scheduler that answers from memory, on a real broker."""
+    with FakeScheduler(amqp_url, prefix) as fake:
+        yield fake

@@ -1,6 +1,5 @@
 """The client against a real broker and a small scheduler of our own that answers, or does not."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -11,12 +10,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Self
 
 import msgspec
 import pytest
 
-from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.client import BATCH_BYTES, Client
 from mqworker.errors import (
     ArtifactInvalid,
@@ -33,36 +30,23 @@ from mqworker.errors import (
 )
 from mqworker.messages import (
     AbortRequests,
-    ArtifactList,
+    After,
+    Capability,
+    Explain,
+    Explanation,
     FileEntry,
-    GetPool,
     GetRequests,
-    ImportArtifact,
-    ListArtifacts,
-    ListRequests,
-    ListWorkers,
     LogProgress,
-    LogText,
-    Pool,
-    Problem,
-    Query,
-    Receipt,
-    Receipted,
-    RecordedArtifact,
     RefreshWorkers,
     Request,
-    RequestEvent,
-    RequestList,
     RequestView,
-    RetryRequest,
-    Submit,
-    WorkerList,
+    StuckEvent,
+    Take,
+    WorkerEvent,
     WorkerView,
-    decode,
     encode,
 )
 from mqworker.store import Store
-from mqworker.topology import Topology
 
 pytestmark = pytest.mark.live
 
@@ -75,147 +59,6 @@ def until(condition) -> None:
     while not condition():
         assert time.monotonic() < end, "the condition did not come true"
         time.sleep(0.01)
-
-
-class FakeScheduler:
-    """Answer like a scheduler, from memory; `deaf` drops what comes, `mute_receipts` so many receipts."""
-
-    def __init__(self, url: str, prefix: str) -> None:
-        self.url, self.topology = url, Topology(prefix)
-        self.views: dict[str, RequestView] = {}
-        self.artifacts: list[RecordedArtifact] = []
-        self.submits: list[Submit] = []
-        self.queries: list[Query] = []
-        self.deaf = False
-        self.mute_receipts = 0
-        self.quiet_events = False
-        self.store_id = "none"
-
-    def __enter__(self) -> Self:
-        ready = threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._live(ready)))
-        self.thread.start()
-        assert ready.wait(DEADLINE)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join()
-
-    async def _live(self, ready: threading.Event) -> None:
-        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        self.link = Link(self.url, name="fake scheduler", plan=self._plan)
-        running = asyncio.create_task(self.link.run())
-        await self.link.wait_up(DEADLINE)
-        ready.set()
-        await self.stop.wait()
-        await self.link.close()
-        await running
-
-    def _plan(self, _epoch: str) -> Plan:
-        consumers = (
-            Consumer(queue=self.topology.submit, on_delivery=self._on_submit),
-            Consumer(queue=self.topology.api, on_delivery=self._on_query),
-        )
-        return Plan(exchanges=self.topology.exchanges(), queues=self.topology.queues(), consumers=consumers)
-
-    def _on_submit(self, delivery: Delivery) -> None:
-        self.link.ack(delivery)
-        if self.deaf:
-            return
-        submit = decode(delivery.body, Submit)
-        self.submits.append(submit)
-        results = [self._accept(request) for request in submit.requests]
-        if self.mute_receipts:
-            self.mute_receipts -= 1
-            return
-        self._reply(delivery, Receipt(term=1, results=results[::-1]))
-
-    def _accept(self, request: Request) -> Receipted:
-        if request.task == "nope":
-            return Receipted(id=request.id, status="rejected", reason="'nope' is not a registered task_name")
-        if request.id in self.views:
-            same = self.views[request.id].request == request
-            return Receipted(id=request.id, status="known" if same else "conflict")
-        self.views[request.id] = RequestView(
-            seq=len(self.views) + 1, request=request, state="pending", attempt=0, submitted=1.0
-        )
-        return Receipted(id=request.id, status="accepted")
-
-    def _on_query(self, delivery: Delivery) -> None:
-        self.link.ack(delivery)
-        if self.deaf:
-            return
-        query = decode(delivery.body, Query)
-        self.queries.append(query)
-        self._reply(delivery, self._answer(query))
-
-    def _answer(self, query: Query):
-        match query:
-            case GetRequests(ids=ids) | AbortRequests(ids=ids):
-                found = [v for i, v in self.views.items() if any(i.startswith(asked) for asked in ids)]
-                missing = [asked for asked in ids if not any(i.startswith(asked) for i in self.views)]
-                return RequestList(requests=found, missing=missing)
-            case ListRequests(states=states, limit=limit):
-                views = [v for v in self.views.values() if not states or v.state in states]
-                return RequestList(requests=views[::-1][:limit])
-            case RetryRequest(id=old, new_id=new):
-                if self.views[old].state == "pending":
-                    return Problem(kind="rejected", text=f"request {old} is pending: it has not ended")
-                self._accept(msgspec.structs.replace(self.views[old].request, id=new))
-                return RequestList(requests=[self.views[new]])
-            case ListWorkers() | RefreshWorkers():
-                return WorkerList(workers=[WorkerView(name="w1", host="h", state="online", slots=2)])
-            case ListArtifacts(ids=ids):
-                found = [a for a in self.artifacts if not ids or a.id in ids]
-                return ArtifactList(artifacts=found, missing=[i for i in ids if i not in {a.id for a in found}])
-            case ImportArtifact(artifact=artifact):
-                if artifact.category == "debian:nope":
-                    return Problem(kind="artifact_invalid", text="no such category")
-                return ArtifactList(artifacts=[self.add_artifact(artifact.category, artifact.name, artifact.files)])
-            case GetPool():
-                return Pool(term=1, version="0", store=self.store_id, requests={}, workers=1, classes=1)
-
-    def _reply(self, delivery: Delivery, message) -> None:
-        self.link.publish(
-            exchange="",
-            key=delivery.reply_to,
-            body=encode(message),
-            kind="",
-            correlation_id=delivery.correlation_id,
-            mandatory=False,
-            persistent=False,
-        )
-
-    def add_artifact(self, category: str, name: str, files: list[FileEntry]) -> RecordedArtifact:
-        self.artifacts.append(
-            RecordedArtifact(id=len(self.artifacts) + 1, category=category, name=name, files=list(files))
-        )
-        return self.artifacts[-1]
-
-    def tell(self, exchange: str, key: str, message) -> None:
-        def publish() -> None:
-            self.link.publish(exchange=exchange, key=key, body=encode(message), kind="", mandatory=False)
-
-        self.loop.call_soon_threadsafe(publish)
-
-    def move(self, request: str, state: str) -> None:
-        view = self.views[request] = msgspec.structs.replace(self.views[request], state=state, attempt=1)
-        event = RequestEvent(
-            term=1, time=2.0, request=request, task=view.request.task, state=state, event="succeed", attempt=1
-        )
-        if not self.quiet_events:
-            self.tell(self.topology.events, f"request.{view.request.task}.{state}", event)
-
-    def log(self, request: str, text: str, seq: int = 1) -> None:
-        message = LogText(request=request, attempt=1, worker="w1", time=2.0, seq=seq, text=text)
-        self.tell(self.topology.logs, request, message)
-
-
-@pytest.fixture
-def scheduler(amqp_url, prefix) -> Iterator[FakeScheduler]:
-    with FakeScheduler(amqp_url, prefix) as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -258,6 +101,32 @@ def test_a_submitted_request_has_its_receipt(client, scheduler):
     )
 
 
+def test_a_request_says_whose_it_is_what_it_needs_and_what_it_comes_after(client, scheduler):
+    first, second = client.submit("noop"), client.submit("noop")
+    schema = {"required": ["system:cpu_count"]}
+
+    request = client.submit(
+        "noop",
+        group="night",
+        concurrency_key="mirror",
+        requires=schema,
+        after=[first, second[:8], After(request=second[:8], need="end")],
+        take=[Take(into="/input/id", request=first[:8], category="debian:upload")],
+    )
+
+    assert scheduler.views[request].request == Request(
+        id=request,
+        task="noop",
+        group="night",
+        concurrency_key="mirror",
+        requires=schema,
+        after=[After(request=first), After(request=second), After(request=second, need="end")],
+        take=[Take(into="/input/id", request=first, category="debian:upload")],
+    )
+    with pytest.raises(NotFound, match="nobody"):
+        client.submit("noop", after=["nobody"])
+
+
 def test_submitting_the_same_again_is_the_same_request_and_other_content_is_a_conflict(client, scheduler):
     request = client.submit("noop", {"duration": 2})
 
@@ -279,6 +148,11 @@ def test_a_rejected_request_is_an_error_with_the_schedulers_reason(client):
         ({"id": "5"}, r"\$\.id"),
         ({"max_attempts": 0}, "max_attempts"),
         ({"data": {"x": object()}}, "object"),
+        ({"group": "my group"}, r"\$\.group"),
+        ({"concurrency_key": ""}, r"\$\.concurrency_key"),
+        ({"requires": {"require": ["x"]}}, "`requires`: .* did you mean 'required'"),
+        ({"requires": {"$ref": "http://x/y"}}, "nothing is fetched"),
+        ({"take": [Take(into="x", request=str(uuid.uuid4()), category="a:b")]}, r"\$\.take\[0\]\.into"),
         ({"data": {"x": "a" * 5_000_000}}, "import large data as an artifact"),
     ],
 )
@@ -316,14 +190,14 @@ def test_a_lost_receipt_is_asked_for_again_with_the_same_ids(client, scheduler, 
     assert len(scheduler.views) == 1
 
 
-def test_without_a_scheduler_a_submission_says_that_the_broker_has_it(amqp_url, prefix):
+def test_without_a_scheduler_a_submission_says_that_the_broker_has_it(amqp_url, prefix, fake_scheduler):
     with Client(amqp_url, prefix=prefix, timeout=0.5) as client:
         with pytest.raises(Unanswered, match=r"the broker has request .* \(confirmed\), but no scheduler has recorded"):
             client.submit("noop")
         with pytest.raises(Unanswered, match="no scheduler answers"):
             client.pool()
 
-    with FakeScheduler(amqp_url, prefix) as scheduler:
+    with fake_scheduler(amqp_url, prefix) as scheduler:
         until(lambda: scheduler.views)
 
 
@@ -358,7 +232,7 @@ def test_an_abort_names_what_is_not_there(client, scheduler):
 
 def test_a_retry_is_a_new_request_and_only_of_an_ended_one(client, scheduler):
     request = client.submit("noop", {"duration": 1})
-    with pytest.raises(Rejected, match="has not ended"):
+    with pytest.raises(Conflict, match="has not ended"):
         client.retry(request)
 
     scheduler.move(request, "failure")
@@ -373,6 +247,162 @@ def test_workers_and_pool_are_told(client, scheduler):
     assert [worker.name for worker in client.refresh_workers(["w1"])] == ["w1"]
     assert scheduler.queries[-1] == RefreshWorkers(names=["w1"])
     assert client.pool().workers == 1
+
+
+# ---------------------------------------------------------------- many requests at a time
+
+
+def test_any_number_of_requests_is_selected_page_by_page_newest_first(client, scheduler):
+    ids = [scheduler.add(submitted=float(n)) for n in range(2500)]
+    scheduler.add(Request(id=str(uuid.uuid4()), task="other"))
+
+    assert [view.request.id for view in client.select(task="noop")] == ids[::-1]
+    asked = [query.limit for query in scheduler.queries]
+    assert asked[0] == 100
+    assert len(asked) < 6
+    assert [view.request.id for view in client.select(task="noop", limit=150)] == ids[::-1][:150]
+    assert [view.request.id for view in client.select(task="noop", before=3)] == ids[1::-1]
+    assert list(client.select(task="none")) == []
+
+
+def test_large_requests_come_in_small_answers(client, scheduler):
+    for _ in range(130):
+        scheduler.add(Request(id=str(uuid.uuid4()), task="noop", data={"x": "a" * 50_000}))
+
+    assert len(list(client.select())) == 130
+    assert [query.limit for query in scheduler.queries] == [100, 20, 20]
+
+
+def test_requests_are_counted_and_selected_by_what_they_have_in_common(client, scheduler):
+    def request(**given) -> Request:
+        return Request(id=str(uuid.uuid4()), **{"task": "noop", **given})
+
+    now = time.time()
+    old = scheduler.add(request(), submitted=now - 7200)
+    young = scheduler.add(request(), submitted=now - 60)
+    theirs = scheduler.add(request(group="theirs"), submitted=now, state="running", worker="w1")
+    other = scheduler.add(request(task="other"), submitted=now, state="success")
+
+    for given, expected in (
+        ({}, [other, theirs, young, old]),
+        ({"older_than": 3600}, [old]),
+        ({"older_than": 3600, "submitted_before": now - 9000}, []),
+        ({"submitted_before": now - 30}, [young, old]),
+        ({"group": "theirs"}, [theirs]),
+        ({"worker": "w1"}, [theirs]),
+        ({"task": "other"}, [other]),
+        ({"states": ["pending", "running"]}, [theirs, young, old]),
+    ):
+        assert [view.request.id for view in client.select(**given)] == expected
+        assert client.count(**given) == len(expected)
+    assert [view.request.id for view in client.list(group="theirs", submitted_before=now + 1)] == [theirs]
+    assert [view.request.id for view in client.list(oldest=True, limit=2)] == [old, young]
+
+
+def test_many_are_aborted_and_reprioritised_in_sets(client, scheduler):
+    ids = [scheduler.add() for _ in range(2300)]
+
+    assert [view.request.priority for view in client.reprioritise(ids, 7)] == [7] * 2300
+    sets = [len(query.ids) for query in scheduler.queries]
+    assert (sum(sets), max(sets) <= 1000, len(sets) < 6) == (2300, True, True)
+    assert {view.state for view in client.abort(ids, "enough")} == {"aborted"}
+    with pytest.raises(NotFound, match=r"nobody.*the other 1 have it"):
+        client.reprioritise([ids[0], "nobody"], 1)
+
+
+def test_a_retry_with_an_id_of_ones_own_is_done_once(client, scheduler):
+    request, new_id = scheduler.add(state="failure"), str(uuid.uuid4())
+
+    assert [client.retry(request, new_id=new_id) for _ in range(2)] == [new_id] * 2
+    assert len(scheduler.views) == 2
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (lambda client: client.reprioritise(["x"], 5000), "priority"),
+        (lambda client: client.pause("task", "two words"), r"pause.*\$\.name"),
+        (lambda client: client.pause("host", "w1"), "kind"),
+        (lambda client: client.list(states=["bogus"]), "bogus"),
+        (lambda client: client.explain_task("noop", {"x": object()}), "object"),
+    ],
+)
+def test_what_the_scheduler_could_not_read_is_refused_before_it_is_sent(client, scheduler, ask, said):
+    with pytest.raises(Rejected, match=said):
+        ask(client)
+    assert scheduler.queries == []
+
+
+# ---------------------------------------------------------------- the pool
+
+
+def test_pauses_come_and_go(client):
+    assert client.pauses() == []
+    [pause] = client.pause("worker", "w1", "disk full")
+    assert (pause.kind, pause.name, pause.reason) == ("worker", "w1", "disk full")
+    assert client.pauses() == client.pause("worker", "w1", "disk full")
+    assert client.resume("worker", "w1") == client.resume("worker", "w1") == []
+
+
+def test_a_request_is_explained_by_a_beginning_of_its_id_and_one_that_is_none_by_its_data(client, scheduler):
+    request = scheduler.add()
+    scheduler.explanation = Explanation(
+        task="noop", verdict="v", workers=0, steps=[], able=0, idle=0, busy=0, paused=0, offline=0, refused=0
+    )
+
+    assert client.explain(request[:8]).verdict == "v"
+    assert scheduler.queries[-1] == Explain(id=request)
+    client.explain_task("noop", {"duration": 1}, {"required": ["x"]})
+    assert scheduler.queries[-1] == Explain(task="noop", data={"duration": 1}, requires={"required": ["x"]})
+    with pytest.raises(NotFound):
+        client.explain("00000000")
+
+
+def test_thousands_of_workers_and_classes_come_in_several_answers(client, scheduler):
+    name = "w{:04}".format
+    big = {"x": "a" * 20_000}
+    scheduler.workers = [WorkerView(name=name(n), host="h", state="online", slots=1, metadata=big) for n in range(450)]
+    scheduler.classes = [
+        Capability(
+            name=name(n), queue="q", workers=1, examples=[], shared=big, tasks=[], requirements=1, idle=0, lookahead=0,
+            out=0, backlog=0,
+        )
+        for n in range(450)
+    ]  # fmt: skip
+
+    assert [worker.name for worker in client.workers()] == [name(n) for n in range(450)]
+    told = client.capabilities()
+    assert [one.name for one in told.classes] == [name(n) for n in range(450)]
+    assert (told.requirements, told.escaped) == (3, 1)
+    assert max(query.limit for query in scheduler.queries) == 100
+    assert len(scheduler.queries) > 8
+
+
+def test_events_of_all_kinds_are_followed_in_sets(client, scheduler):
+    topology, request = scheduler.topology, str(uuid.uuid4())
+    stuck = StuckEvent(
+        term=1, time=2.0, task="noop", requirement=1, since=1.0, number=1, requests=[request], reason="nobody"
+    )
+    worker = WorkerEvent(term=1, time=2.0, worker="w1", event="online")
+    with closing(client.follow_events(quiet=0.05)) as stream:
+        scheduler.tell(topology.events, topology.request_event_key("noop", "stuck"), stuck)
+        scheduler.tell(topology.events, topology.worker_event_key("online"), worker)
+        heard = []
+        while len(heard) < 2:
+            heard += next(stream)
+        assert heard == [stuck, worker]
+        assert next(stream) == []  # as time passes
+
+
+def test_what_is_stuck_does_not_disturb_who_follows_logs(client, scheduler):
+    request = client.submit("noop")
+    stuck = StuckEvent(
+        term=1, time=2.0, task="noop", requirement=1, since=1.0, number=1, requests=[request], reason="nobody"
+    )
+    with closing(client.follow_logs()) as stream:
+        scheduler.tell(scheduler.topology.events, "request.noop.stuck", stuck)
+        scheduler.log(request, "one\n")
+        assert next(stream).text == "one\n"
 
 
 # ---------------------------------------------------------------- waiting and following
@@ -573,9 +603,9 @@ def test_a_closed_client_says_so(amqp_url, prefix):
         client.pool()
 
 
-def test_queries_waits_and_streams_survive_a_restart_of_the_broker(private_node):
+def test_queries_waits_and_streams_survive_a_restart_of_the_broker(private_node, fake_scheduler):
     node = private_node(plugins=())
-    with FakeScheduler(node.url, "p") as scheduler, Client(node.url, prefix="p", timeout=120) as client:
+    with fake_scheduler(node.url, "p") as scheduler, Client(node.url, prefix="p", timeout=120) as client:
         request = client.submit("noop")
         scheduler.quiet_events = True  # it ends while nobody can hear it
         stream = client.follow_logs(request)

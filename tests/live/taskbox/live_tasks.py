@@ -19,7 +19,12 @@ class Journal(Task):
     TASK_VERSION = 1
     TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
         "type": "object",
-        "properties": {"journal": {"type": "string"}, "gate": {"type": "string"}, "tag": {"type": "string"}},
+        "properties": {
+            "journal": {"type": "string"},
+            "gate": {"type": "string"},
+            "tag": {"type": "string"},
+            "label": {"type": "string"},
+        },
         "required": ["journal"],
         "additionalProperties": False,
     }
@@ -30,7 +35,14 @@ class Journal(Task):
         return "tag" not in self.data or self.data["tag"] in worker_metadata.get("system:tags", [])
 
     def _note(self, what: str) -> None:
-        line = json.dumps({"what": what, "pid": os.getpid(), "ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME)})
+        line = json.dumps(
+            {
+                "what": what,
+                "pid": os.getpid(),
+                "ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
+                "label": self.data.get("label"),
+            }
+        )
         fd = os.open(self.data["journal"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(fd, line.encode() + b"\n")
         os.fsync(fd)
@@ -43,6 +55,38 @@ class Journal(Task):
             if self.wait_aborted(0.02):
                 return False
         self._note("end")
+        return True
+
+
+class Link(Task):
+    """Make an artifact that has one word more than the one that it was given."""
+
+    TASK_VERSION = 1
+    TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "word": {"type": "string"},
+            "input": {"type": "object", "properties": {"id": {"type": "integer", "minimum": 1}}},
+            "fail": {"type": "boolean"},
+        },
+        "required": ["word"],
+        "additionalProperties": False,
+    }
+    INPUT_ARTIFACT_CATEGORY = "test:chain"
+
+    def input_artifact_ids(self) -> list[int]:
+        return [self.data["input"]["id"]] if "input" in self.data else []
+
+    def _execute(self) -> bool:
+        if self.data.get("fail"):
+            return False
+        words = ""
+        for number in self.input_artifact_ids():
+            self.world.fetch_artifact(number, self.world.work_directory)
+            words = (self.world.work_directory / "words").read_text()
+        path = self.world.work_directory / "new"
+        path.write_text(f"{words}{self.data['word']} ")
+        self.world.upload_artifact(category="test:chain", name="chain", data={}, files={"words": path})
         return True
 
 

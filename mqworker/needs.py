@@ -1,0 +1,94 @@
+"""What a request needs of other requests: which, in what order, when it is met, and what it takes from them.
+
+Pure; knows requests and states, no ledger and no artifacts but their ids.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mqworker.errors import TakeInvalid
+from mqworker.messages import Request
+
+Need = Literal["success", "end"]
+
+
+def needs(request: Request) -> dict[str, Need]:
+    """Return the requests that have to end before this one may be offered; taking from one needs its success."""
+    found: dict[str, Need] = {}
+    for after in request.after:
+        if found.get(after.request) != "success":
+            found[after.request] = after.need
+    for take in request.take:
+        found[take.request] = "success"
+    return found
+
+
+def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
+    """Order requests that come together so that each stands behind those that it needs.
+
+    Returns the positions in that order, and what is wrong with those that need each other in a circle; these, and what
+    needs them, stand at the end.
+    """
+    position = {request.id: number for number, request in enumerate(requests)}
+    wanted = [[position[id_] for id_ in needs(request) if id_ in position] for request in requests]
+    if not any(wanted):
+        return list(range(len(requests))), {}
+    followers: dict[int, list[int]] = {}
+    missing = []
+    for number, before in enumerate(wanted):
+        missing.append(len(before))
+        for one in before:
+            followers.setdefault(one, []).append(number)
+    order = [number for number, count in enumerate(missing) if not count]
+    for number in order:  # it grows as it goes
+        for follower in followers.get(number, ()):
+            missing[follower] -= 1
+            if not missing[follower]:
+                order.append(follower)
+    left = [number for number, count in enumerate(missing) if count]
+    problems = {}
+    for number in left:
+        circle = _circle(number, wanted, missing)
+        if circle:
+            names = " needs ".join(requests[one].id for one in circle)
+            problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
+    return [*order, *left], problems
+
+
+def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int]) -> list[int]:
+    """Return the way from a request back to itself; nothing if there is none."""
+    came_from: dict[int, int] = {}
+    reached = [start]
+    for number in reached:  # it grows as it goes
+        for one in wanted[number]:
+            if not missing[one] or one in came_from:
+                continue
+            came_from[one] = number
+            if one == start:
+                way = [start]
+                while came_from[way[-1]] != start:
+                    way.append(came_from[way[-1]])
+                return [start, *way[:0:-1], start]
+            reached.append(one)
+    return []
+
+
+def bind(data: Mapping[str, Any], pointer: str, value: object) -> dict[str, Any]:
+    """Return task data with a value at a JSON Pointer (RFC 6901); objects on the way are made where there are none.
+
+    Raises:
+        TakeInvalid: what is on the way is no object.
+    """
+    bound = copy.deepcopy(dict(data))
+    *parents, last = (part.replace("~1", "/").replace("~0", "~") for part in pointer.removeprefix("/").split("/"))
+    place = bound
+    for part in parents:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise TakeInvalid(
+                f"expected an object at {part!r} on the way of {pointer!r} into the task data, got something else; "
+                "name another place in it"
+            )
+    place[last] = value
+    return bound

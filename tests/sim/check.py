@@ -1,0 +1,590 @@
+"""The promises, checked from outside: by messages, the ledger's file, the slots and the plain programs alone."""
+
+import json
+import sqlite3
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mqworker.messages import Outcomes, Receipt, Report, Submit, Ticket, Verdict, decode
+from tests.sim import programs
+from tests.sim.loop import START
+
+FINAL = frozenset({"success", "failure", "error", "aborted", "rejected"})
+LEGAL = {
+    None: {"pending", "rejected", "aborted"},
+    "pending": {"offered", "aborted"},
+    "offered": {"pending", "running", "aborted"},
+    "running": {"pending", "success", "failure", "error", "aborted"},
+}
+REFS = ("running", "claiming", "unsettled", "void")
+IDLE_SECONDS = 0.1  # P5
+STALE_MARGIN = 5.0
+ROWS = "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, body FROM requests"
+ATTEMPTS = "SELECT request, number, token, worker, result, counted, late FROM attempts"
+
+
+class Violation(NamedTuple):
+    promise: str
+    text: str
+
+
+class Row(NamedTuple):
+    """A request as the ledger's file has it."""
+
+    id: str
+    seq: int
+    state: str
+    attempt: int
+    tried: int
+    worker: str | None
+    token: str | None
+    priority: int
+    not_before: float | None
+    reason: str | None
+    body: str
+
+
+class Facts(NamedTuple):
+    """What a worker has said of itself."""
+
+    at: float  # when the scheduler's process got it
+    version: int
+    metadata: dict
+    tasks: dict
+
+
+@dataclass
+class Turn:
+    """One set that the scheduler has committed, with offers in it."""
+
+    offers: list
+    accepted: dict  # id to its place among the writes
+    places: dict  # offered id to its place
+    before: dict
+    after: dict
+    previous: float  # when the set before it was committed
+    judged_at: float  # before this
+    queues: dict = field(default_factory=dict)
+
+
+class Check:
+    """Watch everything, and remember the first promise that is broken."""
+
+    def __init__(self, world):
+        self.world = world
+        self.loop = world.loop
+        self.violation = None
+        self.rows = {}
+        self.requests = {}  # id to the request as it was submitted
+        self.touched = {}  # request or host's name to when something last happened to it
+        self.alive = {}  # request to {token: host's name} of its runs
+        self.began = {}  # token to when its run began
+        self.killed = set()  # tokens of runs that did not end by themselves, nor by their lease
+        self.outcomes = {}  # token to the outcome that was spooled
+        self.claims = {}  # token to the metadata versions it was claimed with
+        self.said = {}  # (worker, version) to Facts: all that was ever said
+        self.facts = {}  # worker to what the scheduler of now was told
+        self.assigned = {}  # worker to queue, by the scheduler of now
+        self.heard = {}  # worker's process to (term, queue): the newest word it has had
+        self.tickets = {}  # host to deliveries in hand
+        self.refused = {}  # request to {(worker, version)} that the scheduler has settled
+        self.due = {}  # request to when its delay is over
+        self.turn = None
+        self.committed_at = 0.0
+        self.offered_at = {}
+        self.receipts = set()
+        self.terms = 0
+        self._answers = {}
+        self._file = None
+        self._news = 0  # rises with everything that may change who is eligible
+        self._eligible = {}  # host's name to (news, rows)
+        self._brief = {}
+
+    # ------------------------------------------------------------ telling
+
+    def fail(self, promise, text):
+        if self.violation is None:
+            self.violation = Violation(promise, text)
+            self.world.note("CHECK", f"{promise}: {text}")
+            self.loop.stopped = True
+
+    def _tell(self, process, how, parts):
+        """Note a message, unless it says the same as the one before."""
+        text = f"{how}: {_brief(parts)}"
+        if self._brief.get(text.partition(":")[0] + process.name) != text:
+            self._brief[text.partition(":")[0] + process.name] = text
+            self.world.note(process.name, text)
+
+    def _touch(self, name):
+        self.touched[name] = self.loop.now
+        self._news += 1
+
+    def can_run(self, request, metadata, tasks, key):
+        """Ask the program of a request about a worker; `key` stands for the worker's facts."""
+        known = self._answers.get((request.id, key))
+        if known is None:
+            known = request.task in tasks and programs.says(request.task, request.data, metadata)
+            self._answers[request.id, key] = known
+        return known
+
+    def pure(self, request):
+        return not programs.Task._sub_tasks[request.task].hidden
+
+    # ------------------------------------------------------------ the ledger
+
+    def open(self, path):
+        self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    def close(self):
+        self._file.close()
+
+    def read(self):
+        return {row[0]: Row(*row) for row in self._file.execute(ROWS)}
+
+    def attempts(self):
+        return {(row[0], row[1]): row for row in self._file.execute(ATTEMPTS)}
+
+    def opened(self, term):
+        """Take the start of a scheduler."""
+        if term <= self.terms:
+            self.fail("term", f"a new scheduler has term {term}, after {self.terms}")
+        self.terms = term
+        self.facts.clear()
+        self.assigned.clear()
+        self.turn = None
+        self.committed_at = self.loop.now
+        wall = self.world.scheduler_wall()
+        for row in self.rows.values():
+            if row.not_before is not None:
+                later = self.loop.now + max(0.0, row.not_before - wall)
+                self.due[row.id] = max(self.due.get(row.id, 0.0), later)
+
+    def committed(self, writes, results, judged_at):
+        """Take a set that was committed, with its results; it was judged before `judged_at`."""
+        before, after = self.rows, self.read()
+        self.rows = after
+        turn = Turn(
+            offers=[],
+            accepted={},
+            places={},
+            before=before,
+            after=after,
+            previous=self.committed_at,
+            judged_at=judged_at,
+        )
+        for place, (write, result) in enumerate(zip(writes, results, strict=True)):
+            match type(write).__name__:
+                case "Accept":
+                    turn.accepted.setdefault(write.request.id, place)
+                case "Offer" if result:
+                    turn.offers.append(write)
+                    turn.places[write.request] = place
+                    self.offered_at[write.request] = self.loop.now
+                case "Grant" if result == "granted":
+                    self._granted(write)
+                case "End" if result.state is not None:
+                    self._ended_in_ledger(write, before.get(write.request), after.get(write.request))
+        for id_, row in after.items():
+            old = before.get(id_)
+            if old is None or old != row:
+                self._changed(old, row, turn)
+        for id_ in before:
+            if id_ not in after:
+                self.fail("P1", f"request {id_} is gone from the ledger")
+        self.turn = turn if turn.offers else None
+        self.committed_at = self.loop.now
+
+    def _changed(self, old, row, turn):
+        self._touch(row.id)
+        state = None if old is None else old.state
+        if self.world.trace is not None:
+            self.world.note("ledger", f"{row.id[-4:]} {state} -> {row.state} attempt {row.attempt} on {row.worker}")
+        if state in FINAL:
+            self.fail("P3", f"request {row.id} was final ({old}) and is now {row}")
+        elif state != row.state and row.state not in LEGAL[state] and not self._legal_in_one(state, row, turn):
+            self.fail("P3", f"request {row.id} went from {state} to {row.state}")
+        if old is not None and (row.attempt < old.attempt or row.tried < old.tried):
+            self.fail("P3", f"request {row.id} went back to attempt {row.attempt}, tried {row.tried}, from {old}")
+        if row.state in FINAL - {"success"} and not (row.reason and json.loads(row.reason).get("text")):
+            self.fail("P3", f"request {row.id} is {row.state} without a reason")
+        if row.state in FINAL and row.state != "rejected":
+            for token in self.alive.get(row.id, {}):
+                self.fail("P2", f"request {row.id} is {row.state}, but its run {token} lives")
+        if row.not_before is not None and (old is None or old.not_before != row.not_before):
+            self.due[row.id] = self.loop.now + row.not_before - self.world.scheduler_wall()
+
+    @staticmethod
+    def _legal_in_one(state, row, turn):
+        """Several moves of one request can be in one set."""
+        reached = {state}
+        for _ in range(6):
+            reached |= {to for at in reached for to in LEGAL.get(at, ())}
+        return row.state in reached and (state is not None or row.id in turn.accepted)
+
+    def _granted(self, write):
+        request = self.requests[write.request]
+        versions = sorted(self.claims.get(write.token, ()))
+        said = [self.said[write.worker, version] for version in versions]
+        if not any(self.can_run(request, one.metadata, one.tasks, (write.worker, one.version)) for one in said):
+            self.fail("P6", f"{write.request} was granted to {write.worker}, whose metadata {said} it refuses")
+
+    def _ended_in_ledger(self, write, old, row):
+        if old is not None and old.state == "running" and old.token != write.token:
+            self.fail("P3", f"the outcome of run {write.token} ended {write.request}, which run {old.token} has")
+        if write.token in self.alive.get(write.request, {}) and row.state != "running":
+            name = self.alive[write.request][write.token]
+            self.fail("P2", f"{write.request} has ended ({write.result}) in the ledger while it runs on {name}")
+        calm = self.world.calm or self.began.get(write.token, 0.0) > self.world.quiet_from
+        if write.result == "lost" and calm and write.token not in self.killed:
+            self.fail("P2", f"run {write.token} of {write.request} was lost in a healthy pool: {write.reason}")
+
+    # ------------------------------------------------------------ slots
+
+    def started(self, host, order):
+        """Take the order to start a run, at the moment that the agent gives it."""
+        request = self.requests[order.request.id]
+        self._touch(host.name)
+        if order.request.data != request.data or order.request.task != request.task:
+            self.fail("P1", f"{request} became {order.request}")
+        if not programs.says(request.task, request.data, host.seen[0]) or request.task not in host.seen[1]:
+            self.fail("P6", f"{request.id} starts on {host.name}, which it refuses: {host.seen[0]}")
+        if self.pure(request) is False and host.name in programs.Task._sub_tasks[request.task].hidden:
+            self.fail("P6", f"{request.id} starts on {host.name}, which refuses it by its own view")
+        if order.deadline_ns <= host.boottime_ns():
+            self.fail("P2", f"{request.id} starts on {host.name} behind its lease")
+
+    def runs_now(self, host, order):
+        """Take the start of a run in a slot."""
+        self._touch(host.name)
+        id_, token = order.request.id, order.directory
+        others = self.alive.setdefault(id_, {})
+        if others:
+            self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {others}")
+        others[token] = host.name
+        self.began[token] = self.loop.now
+        self.world.note(host.name, f"runs {id_[-4:]} as {token}")
+
+    def ended(self, host, order, word, *, lapsed=False):
+        """Take the end of a run in a slot; no word: it was killed, or it has lapsed."""
+        self._touch(host.name)
+        self.alive.get(order.request.id, {}).pop(order.directory, None)
+        if word is None and not lapsed:
+            self.killed.add(order.directory)
+        self.world.note(host.name, f"has ended {order.directory}: {'killed' if word is None else word.result}")
+
+    def spooled(self, outcome):
+        self.outcomes[outcome.token] = outcome
+
+    def unspooled(self, host, ref):
+        outcome = self.outcomes[ref.token]
+        fault = self._unrecorded(outcome, self.attempts())
+        if fault is not None:
+            self.fail("P4", f"{host.name} lets go of an outcome that the ledger does not have: {fault}")
+
+    @staticmethod
+    def _unrecorded(outcome, attempts):
+        row = attempts.get((outcome.request, outcome.attempt))
+        if row is None or row[2] != outcome.token:
+            return f"no attempt of {outcome}"
+        if row[4] == outcome.result or (row[4] == "lost" and row[6] is not None):
+            return None
+        if row[4] == "error" and outcome.artifacts:
+            return None
+        return f"{row} of {outcome}"
+
+    # ------------------------------------------------------------ messages
+
+    def published(self, process, message):
+        """Take what a process sends, at the moment that it does."""
+        world = self.world
+        match message.kind:
+            case "ticket":
+                ticket = decode(message.body, Ticket)
+                if self.turn is not None:
+                    self.turn.queues[ticket.request.id, ticket.attempt] = message.key
+                    self.loop.after_step = self._judge_turn
+                if world.trace is not None:
+                    world.note(process.name, f"offers {ticket.request.id[-4:]}/{ticket.attempt} in {message.key}")
+            case "verdict":
+                verdict = decode(message.body, Verdict)
+                worker = message.key.partition(".")[0]
+                for part in verdict.parts:
+                    kind = type(part).__name__
+                    if kind == "Assign":
+                        self.assigned[worker] = part.queue
+                        self._touch(worker)
+                    elif kind == "Void" and part.reason == "refused":
+                        for version in self.claims.get(part.token, ()):
+                            self.refused.setdefault(part.request, set()).add((worker, version))
+                if world.trace is not None:
+                    self._tell(process, f"tells {message.key}", verdict.parts)
+            case "report":
+                report = decode(message.body, Report)
+                for part in report.parts:
+                    kind = type(part).__name__
+                    if kind in ("Claim", "Refusal"):
+                        self.claims.setdefault(part.token, set()).add(part.metadata_version)
+                    elif kind == "Hello":
+                        self.said[report.worker, part.metadata_version] = Facts(
+                            self.loop.now, part.metadata_version, part.metadata, part.tasks
+                        )
+                if world.trace is not None:
+                    self._tell(process, "reports", report.parts)
+            case "outcomes":
+                outcomes = decode(message.body, Outcomes).outcomes
+                for outcome in outcomes:
+                    if outcome.token not in world.hosts[process.name].spool:
+                        self.fail("P4", f"{process.name} sends {outcome}, which is not on its disk")
+                if world.trace is not None:
+                    world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes]}")
+
+    def delivered(self, process, delivery):
+        """Take what a process gets, at the moment that it does."""
+        match delivery.kind:
+            case "ticket":
+                self.tickets.setdefault(process.name, set()).add((delivery.epoch, delivery.tag))
+                self._touch(process.name)
+            case "verdict":
+                verdict = decode(delivery.body, Verdict)
+                term, queue, _ = self.heard.get(process, (0, None, None))
+                if verdict.term >= term:
+                    for part in verdict.parts:
+                        if type(part).__name__ == "Assign":
+                            queue = part.queue
+                    self.heard[process] = (verdict.term, queue, delivery.epoch)
+            case "report" if process.role == "scheduler":
+                report = decode(delivery.body, Report)
+                for part in report.parts:
+                    if type(part).__name__ == "Hello":
+                        facts = Facts(self.loop.now, part.metadata_version, part.metadata, part.tasks)
+                        known = self.facts.setdefault(report.worker, [])
+                        if not known or known[-1].version <= facts.version:
+                            if not known or known[-1].version != facts.version:
+                                self._touch(report.worker)
+                            known.append(facts)
+                            del known[:-6]
+
+    def consumes(self, process, queue):
+        """Take that a worker begins to consume."""
+        term, assigned, _ = self.heard.get(process, (0, None, None))
+        if queue != assigned:
+            self.fail("term", f"{process.name} consumes {queue}, but the newest word, of term {term}, was {assigned}")
+
+    def settled(self, process, delivery, acked):
+        """Take that a process acknowledges a message, or gives it back."""
+        match delivery.kind:
+            case "ticket":
+                self.tickets.setdefault(process.name, set()).discard((delivery.epoch, delivery.tag))
+                self._touch(process.name)
+            case "submit" if acked:
+                for request in decode(delivery.body, Submit).requests:
+                    if request.id not in self.rows:
+                        self.fail("P1", f"a submission of {request.id} is acknowledged, but not in the ledger")
+            case "outcomes" if acked:
+                attempts = self.attempts()
+                for outcome in decode(delivery.body, Outcomes).outcomes:
+                    fault = self._unrecorded(outcome, attempts)
+                    if fault is not None:
+                        self.fail("P4", f"an outcome is acknowledged, but not in the ledger: {fault}")
+
+    def put_aside(self, process, delivery, reason):
+        self.fail("wire", f"{process.name} could not read {delivery.kind}: {reason}")
+
+    def receipted(self, receipt: Receipt):
+        for one in receipt.results:
+            self.receipts.add(one.id)
+            if one.id not in self.rows:
+                self.fail("P1", f"{one} was receipted, but is not in the ledger")
+            elif (self.rows[one.id].state == "rejected") != (one.status == "rejected"):
+                self.fail("P1", f"{one} was receipted, but the ledger has {self.rows[one.id]}")
+
+    # ------------------------------------------------------------ P8, and matching
+
+    def _possible(self, worker, turn):
+        """Return what the scheduler may have known of a worker when it judged a turn."""
+        known = self.facts.get(worker, ())
+        before = [facts for facts in known if facts.at <= turn.previous]
+        return [*before[-1:], *(facts for facts in known if facts.at > turn.previous)]
+
+    def _judge_turn(self):
+        turn, self.turn = self.turn, None
+        if turn is None:
+            return
+        members = {}
+        for worker, queue in self.assigned.items():
+            members.setdefault(queue, []).append(worker)
+        waiting = {
+            id_: row
+            for id_, row in turn.after.items()
+            if row.state == "pending" and self._waits(turn.before.get(id_), row, turn)
+        }
+        for offer in turn.offers:
+            waiting[offer.request] = turn.after[offer.request]
+        for offer in turn.offers:
+            row = waiting.pop(offer.request)
+            queue = turn.queues.get((offer.request, offer.attempt))
+            workers = members.get(queue, [])
+            if queue is None or not workers or not self.pure(self.requests[row.id]):
+                continue
+            facts = {worker: self._possible(worker, turn) for worker in workers}
+            self._judge_match(row, queue, facts)
+            for other in waiting.values():
+                if self._better(other, row) and self._all_can(other, facts) and self._known(other, offer, turn):
+                    self.fail(
+                        "P8",
+                        f"{row.id} (priority {row.priority}, seq {row.seq}) was offered in {queue} while the better"
+                        f" {other.id} (priority {other.priority}, seq {other.seq}) waited",
+                    )
+
+    def _waits(self, old, row, turn):
+        if row.not_before is not None and not self._is_due(row, self.loop.now - turn.judged_at):
+            return False
+        return row.id in turn.accepted if old is None else old.state == "pending"
+
+    def _is_due(self, row, ago=0.0):
+        """Say whether a request's delay is surely over, or was some time ago."""
+        margin = ago + 1.0
+        return (
+            self.due.get(row.id, 0.0) + margin < self.loop.now and row.not_before + margin < self.world.scheduler_wall()
+        )
+
+    @staticmethod
+    def _better(other, row):
+        return (-other.priority, other.seq) < (-row.priority, row.seq)
+
+    @staticmethod
+    def _known(other, offer, turn):
+        return turn.accepted.get(other.id, -1) < turn.places[offer.request]
+
+    def _all_can(self, row, facts):
+        request = self.requests[row.id]
+        if not self.pure(request) or any(worker in facts for worker, _ in self.refused.get(row.id, ())):
+            return False
+        return all(
+            possible and all(self.can_run(request, one.metadata, one.tasks, (worker, one.version)) for one in possible)
+            for worker, possible in facts.items()
+        )
+
+    def _judge_match(self, row, queue, facts):
+        request = self.requests[row.id]
+        able = {
+            worker: [one for one in possible if self.can_run(request, one.metadata, one.tasks, (worker, one.version))]
+            for worker, possible in facts.items()
+        }
+        if all(facts.values()) and not any(able.values()):
+            self.fail("match", f"{row.id} was offered in {queue}, of whose workers {sorted(facts)} none can run it")
+        refused = self.refused.get(row.id, set())
+        for worker, possible in facts.items():
+            if len(possible) == 1 and (worker, possible[0].version) in refused:
+                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it as it is")
+
+    # ------------------------------------------------------------ P5, and what must not stay as it is
+
+    def look(self):
+        """Look for an idle slot beside a request that it could run, in a quiet pool."""
+        now = self.loop.now
+        quiet = self.world.quiet_from
+        if now < quiet + IDLE_SECONDS:
+            return
+        for host in self.world.hosts.values():
+            self._look_at(host, quiet)
+        for row in self.rows.values():
+            if row.state == "offered":
+                since = max(self.touched[row.id], quiet)
+                if now - since > self.world.scenario.offer_timeout + STALE_MARGIN:
+                    self.fail("credit", f"{row.id} is offered since {self.offered_at.get(row.id)}, and nobody takes it")
+
+    def _look_at(self, host, quiet):
+        process = host.process
+        if process is None or process.dead or host.draining or host.seen is None:
+            return
+        known = self._eligible.get(host.name)
+        if known is None or known[0] != self._news:
+            known = self._eligible[host.name] = (self._news, self._eligible_on(host))
+        for row, since in known[1]:
+            both = max(since, quiet)
+            if self.loop.now - both > IDLE_SECONDS and (row.not_before is None or self._is_due(row)):
+                self.fail("P5", f"{row.id} waits beside an idle slot of {host.name} since {both - START:.3f}")
+
+    def _eligible_on(self, host):
+        """List the requests that a host with an idle slot could run, and since when that is so."""
+        epochs = {link.epoch for link in host.process.links}
+        in_hand = sum(epoch in epochs for epoch, _ in self.tickets.get(host.name, ()))
+        known = self.facts.get(host.name)
+        if host.idle() <= in_hand or not known or known[-1].metadata != host.metadata or host.seen[0] != host.metadata:
+            return []
+        facts = known[-1]
+        touched = max(self.touched[host.name], facts.at)
+        return [
+            (row, max(touched, self.touched[row.id]))
+            for row in self.rows.values()
+            if row.state == "pending"
+            and self.pure(self.requests[row.id])
+            and (host.name, facts.version) not in self.refused.get(row.id, ())
+            and self.can_run(self.requests[row.id], facts.metadata, facts.tasks, (host.name, facts.version))
+        ]
+
+    def settled_down(self):
+        """Say whether nothing is left to be done."""
+        return (
+            all(row.state in FINAL or self._may_wait(row) for row in self.rows.values())
+            and not self.world.client.waiting
+            and not any(host.spool for host in self.world.hosts.values())
+        )
+
+    def last(self):
+        """Look at what is left when everything has had time to heal."""
+        self.rows = self.read()
+        attempts = self.attempts()
+        for host in self.world.hosts.values():
+            for outcome in host.spool.values():
+                self.fail("P4", f"{host.name} still has {outcome} in its spool")
+        for outcome in self.outcomes.values():
+            fault = self._unrecorded(outcome, attempts)
+            if fault is not None:
+                self.fail("P4", f"an outcome was lost: {fault}")
+        for id_ in self.world.client.accepted:
+            if id_ not in self.rows:
+                self.fail("P1", f"{id_} was receipted, and is not in the ledger")
+        for id_ in self.world.client.waiting:
+            self.fail("P1", f"{id_} was never receipted")
+        counted = {}
+        for (id_, _), row in attempts.items():
+            counted[id_] = counted.get(id_, 0) + (row[5] and row[4] not in (None, "handed_back"))
+        for row in self.rows.values():
+            request = self.requests[row.id]
+            if row.tried != counted.get(row.id, 0) or row.tried > request.max_attempts:
+                self.fail("P3", f"{row} was tried {counted.get(row.id, 0)} times, of at most {request.max_attempts}")
+            if row.state not in FINAL and not self._may_wait(row):
+                self.fail("P3", f"{row.id} is still {row.state} at the end: {row}")
+
+    def _may_wait(self, row):
+        """Say whether a request waits with reason: by the scheduler's or by its own word, no worker can run it."""
+        request = self.requests[row.id]
+        hidden = programs.Task._sub_tasks[request.task].hidden
+        return row.state == "pending" and (
+            "scheduler" in hidden
+            or not any(
+                host.process is not None
+                and not host.process.dead
+                and host.name not in hidden
+                and request.task in host.tasks
+                and programs.says(request.task, request.data, host.metadata)
+                for host in self.world.hosts.values()
+            )
+        )
+
+
+def _brief(parts):
+    """Say in a line what a message says."""
+    return "; ".join(
+        f"{type(part).__name__}("
+        + ", ".join(
+            f"{name}={[one.token for one in getattr(part, name)] if name in REFS else getattr(part, name)!r}"
+            for name in part.__struct_fields__
+            if name not in ("host", "store", "version", "metadata", "inputs", "seq", "since")
+            and getattr(part, name) not in (None, [], {})
+        )
+        + ")"
+        for part in parts
+    )

@@ -1,0 +1,57 @@
+"""Show that the simulator bites: break a copy of the tree in each known way, and find the seed that notices."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCHES = Path(__file__).parent / "mutants"
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.mutants", description=__doc__)
+    parser.add_argument("names", nargs="*", help="only these; else all")
+    parser.add_argument("--seeds", default="1-400", help="look in these, until the first that fails")
+    given = parser.parse_args()
+    patches = sorted(PATCHES.glob("*.patch"))
+    if given.names:
+        patches = [patch for patch in patches if patch.stem in given.names]
+    missed = [patch.stem for patch in patches if not _caught(patch, given.seeds)]
+    print(f"{len(patches)} ways to break it, {len(missed)} unnoticed: {', '.join(missed) or 'none'}")
+    sys.exit(bool(missed))
+
+
+def _caught(patch, seeds):
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mqworker-mutant-") as directory:
+        copy = Path(directory)
+        for part in ("mqworker", "tasks", "tests/sim"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        applied = subprocess.run(
+            ["git", "apply", "--whitespace=nowarn", str(patch)], cwd=copy, capture_output=True, text=True, check=False
+        )
+        if applied.returncode:
+            print(f"{patch.stem}: does not apply any more: {applied.stderr.strip()}", flush=True)
+            return False
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.sim", "--seeds", seeds, "--quick"],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    told = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
+    print(f"{patch.stem}: {patch.read_text().partition(chr(10))[0]}")
+    noticed = told[0][:200] if told else f"UNNOTICED {done.stderr.strip()[-300:]}"
+    print(f"    {noticed}  ({time.monotonic() - began:.0f} s)", flush=True)
+    return bool(told)
+
+
+if __name__ == "__main__":
+    main()
