@@ -53,6 +53,7 @@ BUSY: Final = 0.9  # of the workers are at work when a scheduler starts
 AT_ONCE: Final = 200  # reports in one set when all workers come back
 ACCEPTED_AT_ONCE: Final = 10_000  # requests in one set of the ledger while a backlog is made
 IN_A_MESSAGE: Final = 100  # requests that are submitted together
+PACE: Final = 0.01  # seconds between two slots that come free: else the pool takes builds for tasks of no length
 TOPOLOGY: Final = Topology("b")
 SHARED_ROOMS: Final = ("_matching", "_dispatch", "_requirements")
 
@@ -124,6 +125,12 @@ class Spent:
         return done
 
 
+    def add(self, other: "Spent") -> None:
+        """Add what something else took."""
+        self.cpu += other.cpu
+        self.wall += other.wall
+
+
 class Watched:
     """Stand in for a room of the pool, and count the seconds that the pool spends in it."""
 
@@ -165,8 +172,8 @@ class Bench:
         opened, joined, followed = Spent(), Spent(), Spent()
         self.driver: Driver = opened.on(lambda: self._open(url))
         for held in self.driver.kept.held:
-            peer = self.peers[held.worker or ""]
-            peer.adopt(held.request.id, held.attempt, held.token or "")
+            if held.worker is not None:
+                self.peers[held.worker].adopt(held.request.id, held.attempt, held.token or "")
         peers = list(self.peers.values())
         offered: float | None = None
         for start in range(0, workers, AT_ONCE):
@@ -231,11 +238,13 @@ class Bench:
 
     # ------------------------------------------------------------ what is measured
 
-    def measure(self) -> None:
+    def measure(self, backlog: int) -> None:
         """Let each thing happen, many times, and keep what it took."""
         self.measuring = True
+        while self.driver.pool._dispatch.waiting() < backlog:  # workers who were idle have taken some
+            self.driver.settle([encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))])
+            self._deliver()
         self._new_and_free()
-        self._together()
         self._joins()
         self._changes()
         self._heartbeats()
@@ -249,6 +258,7 @@ class Bench:
         self.figures["memory"] = memory()
         self._shares()
         self._plain()
+        self._together()  # last, for it makes the backlog longer
 
     def request(self, kind: Kind | None = None, id_: str | None = None) -> Request:
         """Make a request that nobody has submitted."""
@@ -275,7 +285,7 @@ class Bench:
         """New requests and free slots by turns, so that the backlog stays as long as it is."""
         cpu: dict[str, list[float]] = {"new": [], "free": [], "claim": []}
         wall: dict[str, list[float]] = {"new": [], "free": [], "claim": []}
-        filled = emptied = 0
+        emptied = 0
         for _ in range(self.rounds):
             new, free, claim = Spent(), Spent(), Spent()
             freed = 0
@@ -287,13 +297,15 @@ class Bench:
                 peer = self.peers[self.dice.choice(self.names)]
                 if peer.run is None:
                     continue
-                freed += 1
-                body = encode(peer.end())
-                free.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
-                tickets = [message for _, message in self.driver.sent if isinstance(message, Ticket)]
                 emptied += 1
+                self.driver.steady += PACE
+                body = encode(peer.end())
+                spent = Spent()
+                spent.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
+                tickets = [message for _, message in self.driver.sent if isinstance(message, Ticket)]
                 if len(tickets) == 1:
-                    filled += 1
+                    freed += 1
+                    free.add(spent)
                     self.driver.sent.clear()
                     body = encode(peer.claim(tickets[0].request.id, tickets[0].attempt))
                     claim.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
@@ -303,12 +315,13 @@ class Bench:
                 wall[name].append(spent.wall / self.operations)
         for name in cpu:
             self.figures[name] = [median(cpu[name]), median(wall[name])]
-        self.figures["filled"] = [filled, emptied]
+        self.figures["filled"] = self.rounds * self.operations / emptied
 
     def _together(self) -> None:
         def happen() -> tuple[Sequence[bytes], Callable[[], None]]:
             return [encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))], self._quietly
 
+        self.operations = 1
         self._many("new together", happen, IN_A_MESSAGE)
 
     def _joins(self) -> None:
@@ -417,6 +430,7 @@ class Bench:
             peer = self.peers[self.dice.choice(self.names)]
             if peer.run is None:
                 continue
+            self.driver.steady += PACE
             body = encode(peer.end())
             total[0] = 0.0
             self.driver.settle([body])
@@ -456,6 +470,7 @@ class Bench:
         for start in range(0, len(requests), IN_A_MESSAGE):
             self.driver.settle([encode(Submit(requests=requests[start : start + IN_A_MESSAGE]))], offer=False)
         running = [peer for peer in self.peers.values() if peer.run is not None]
+        self.dice.shuffle(running)
         for peer in running[int(BUSY * len(self.peers)) :]:
             self.driver.settle([encode(peer.end())], offer=False)
         self.driver.ledger.close()
@@ -485,7 +500,7 @@ def grow(url: str, *, to: int, stage: int, workers: int, number_of_kinds: int) -
     spent = Spent()
     if not ledger.held():
         writes: list[Any] = []
-        for number in range(int(BUSY * workers)):
+        for number in dice.sample(range(workers), int(BUSY * workers)):
             one = able_kind(dice, wanted, metadata(number))
             if one is None:
                 continue
@@ -549,7 +564,7 @@ def stage_of(given: argparse.Namespace) -> dict[str, Any]:
     bench = Bench(url, rounds=given.rounds, operations=given.operations, **size)
     bench.stage = given.stage
     if given.stage:
-        bench.measure()
+        bench.measure(backlog)
     bench.close(stage=given.stage + 1)
     file = Path(given.directory) / "ledger.db"
     return {"backlog": backlog, "grown": grown, "file": file.stat().st_size, **bench.figures}
