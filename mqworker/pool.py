@@ -430,9 +430,7 @@ class Pool:
         if one.escaped:
             self._change(self._matching.escape(one.id))
 
-    def _question(
-        self, one: RequirementClass, draft: Draft, denied: frozenset[tuple[str, int]] = frozenset()
-    ) -> Question:
+    def _question(self, one: RequirementClass, draft: Draft) -> Question:
         def learn(reads: Sequence[Read]) -> bool:
             if one.open:
                 self._requirements.extend(one, reads)
@@ -441,7 +439,7 @@ class Pool:
                 self._divided[one.id] = one
             return one.open
 
-        return replace(self._examiner.question(one, draft, learn), denied=denied)
+        return self._examiner.question(one, draft, learn)
 
     def _note_escapes(self) -> None:
         """Ask each request for itself whose class has answered in two ways."""
@@ -781,7 +779,7 @@ class Pool:
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
-        self._dispatch.granted(claim.request)
+        self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
@@ -825,7 +823,8 @@ class Pool:
         entry.own = (entry.one.id, entry.request.id, len(denied))
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        self._change(self._matching.need(entry.own, self._question(entry.one, draft, denied)))
+        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, question))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -1280,7 +1279,7 @@ class Pool:
         )
 
     def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of a request that is not here: nothing is learned of it."""
+        """Return the question of one request alone: nothing is learned of it."""
         passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
         return self._examiner.question(passing, draft, lambda _reads: True)
 
