@@ -454,20 +454,20 @@ class Pool:
         """Give requests of a class that was divided, or whose task has changed, the classes that are theirs now."""
         if not rows:  # what is left of it does not wait
             for entry in [entry for entry in self._entries.values() if entry.one is old]:
-                self._reclass(entry.seq, entry.request, entry)
+                self._reclass(entry.seq, entry.request, entry, bound=True)
             del self._divided[old.id]
             self._end_class(old)
             return
         for row in rows:
             there = self._entries.get(row.request.id)
-            one = self._reclass(row.seq, row.request, there)
+            one = self._reclass(row.seq, row.request, there, bound=not row.unmet)
             if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
-        one = self._class_of(self._examiner.examine(request))
+        one = self._class_of(self._examiner.examine(request, bound=bound))
         self._write(Rekey(to={seq: one.id}), lambda _: None)
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
@@ -510,9 +510,9 @@ class Pool:
 
     # ------------------------------------------------------------ submissions
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data."""
-        return self._examiner.examine(request)
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; `bound`: with what it takes from others in it."""
+        return self._examiner.examine(request, bound=bound)
 
     def submit(
         self,
@@ -601,7 +601,8 @@ class Pool:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
-            self._reclass(row.seq, row.request, entry)
+            self._reclass(row.seq, row.request, entry, bound=True)
+            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
         self._place(entry)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
@@ -814,7 +815,7 @@ class Pool:
         hello = self._workers[worker].hello
         if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
-        draft = self._examiner.examine(entry.request)
+        draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         if entry.own is not None:
@@ -1425,7 +1426,7 @@ class Pool:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
-            one = self._class_of(self._examiner.examine(row.request))
+            one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._write(Rekey(to={row.seq: one.id}), lambda _: None)
         return self._new_entry(
             _Entry(
