@@ -430,9 +430,7 @@ class Pool:
         if one.escaped:
             self._change(self._matching.escape(one.id))
 
-    def _question(
-        self, one: RequirementClass, draft: Draft, denied: frozenset[tuple[str, int]] = frozenset()
-    ) -> Question:
+    def _question(self, one: RequirementClass, draft: Draft) -> Question:
         def learn(reads: Sequence[Read]) -> bool:
             if one.open:
                 self._requirements.extend(one, reads)
@@ -441,7 +439,7 @@ class Pool:
                 self._divided[one.id] = one
             return one.open
 
-        return replace(self._examiner.question(one, draft, learn), denied=denied)
+        return self._examiner.question(one, draft, learn)
 
     def _note_escapes(self) -> None:
         """Ask each request for itself whose class has answered in two ways."""
@@ -456,20 +454,20 @@ class Pool:
         """Give requests of a class that was divided, or whose task has changed, the classes that are theirs now."""
         if not rows:  # what is left of it does not wait
             for entry in [entry for entry in self._entries.values() if entry.one is old]:
-                self._reclass(entry.seq, entry.request, entry)
+                self._reclass(entry.seq, entry.request, entry, bound=True)
             del self._divided[old.id]
             self._end_class(old)
             return
         for row in rows:
             there = self._entries.get(row.request.id)
-            one = self._reclass(row.seq, row.request, there)
+            one = self._reclass(row.seq, row.request, there, bound=not row.unmet)
             if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
-        one = self._class_of(self._examiner.examine(request))
+        one = self._class_of(self._examiner.examine(request, bound=bound))
         self._write(Rekey(to={seq: one.id}), lambda _: None)
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
@@ -512,9 +510,9 @@ class Pool:
 
     # ------------------------------------------------------------ submissions
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data."""
-        return self._examiner.examine(request)
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; `bound`: with what it takes from others in it."""
+        return self._examiner.examine(request, bound=bound)
 
     def submit(
         self,
@@ -603,7 +601,8 @@ class Pool:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
-            self._reclass(row.seq, row.request, entry)
+            self._reclass(row.seq, row.request, entry, bound=True)
+            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
         self._place(entry)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
@@ -781,7 +780,7 @@ class Pool:
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
-        self._dispatch.granted(claim.request)
+        self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
@@ -816,7 +815,7 @@ class Pool:
         hello = self._workers[worker].hello
         if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
-        draft = self._examiner.examine(entry.request)
+        draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         if entry.own is not None:
@@ -825,7 +824,8 @@ class Pool:
         entry.own = (entry.one.id, entry.request.id, len(denied))
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        self._change(self._matching.need(entry.own, self._question(entry.one, draft, denied)))
+        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, question))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -1282,7 +1282,7 @@ class Pool:
         )
 
     def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of a request that is not here: nothing is learned of it."""
+        """Return the question of one request alone: nothing is learned of it."""
         passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
         return self._examiner.question(passing, draft, lambda _reads: True)
 
@@ -1428,7 +1428,7 @@ class Pool:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
-            one = self._class_of(self._examiner.examine(row.request))
+            one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._write(Rekey(to={row.seq: one.id}), lambda _: None)
         return self._new_entry(
             _Entry(

@@ -21,7 +21,7 @@ from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import NOBODY, Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
-from mqworker.lifecycle import FINAL
+from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     AbortRequests,
@@ -524,8 +524,9 @@ class Scheduler:
             if view is not None
             else Request(id=NOBODY, task=query.task or "", data=query.data, requires=query.requires)
         )
-        draft = self._pool.examine(request)
-        if draft.problem is not None:
+        bound = view is not None and not view.after and view.state not in (State.ABORTED, State.REJECTED)
+        draft = self._pool.examine(request, bound=bound)
+        if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.explanation(draft, view)
 
