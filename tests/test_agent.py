@@ -103,8 +103,8 @@ class Driven:
         self.agent.connected("e1")
         for number in range(self.slots):
             self.agent.slot_said(number, SlotReady())
-        self.do()
-        self.hear(Assign(queue="q"))
+        [report] = self.take(PublishReport)
+        self.hear(Assign(queue="q"), Alive(seq=report.report.seq))
         self.do()
         self.take()
         return self
@@ -269,6 +269,22 @@ def test_the_administrators_word_counts_more_than_what_was_found():
     [hello] = driven.said(Hello)
 
     assert hello.metadata["tag"] == "blue"
+
+
+def test_a_hello_is_said_again_with_each_heartbeat_until_one_is_answered(driven):
+    driven.agent.analyzed(analysis(tag="red"))
+    first = driven.take(PublishReport)[-1].report.seq
+    again = driven.beat()
+    driven.hear(Alive(seq=first - 1))
+    once_more = driven.beat()
+    driven.hear(Alive(seq=again.seq))
+    known = driven.beat()
+
+    assert [any(isinstance(part, Hello) for part in one.parts) for one in (again, once_more, known)] == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("value", [True, 1.0, "1"])
