@@ -88,7 +88,7 @@ class Check:
         self.assigned = {}  # worker to queue, by the scheduler of now
         self.heard = {}  # worker's process to (term, queue): the newest word it has had
         self.tickets = {}  # host to deliveries in hand
-        self.refused = {}  # request to {(worker, version)} that the scheduler has settled
+        self.refused = {}  # request to {(worker, version): tokens} of refusals that the scheduler has settled
         self.due = {}  # request to when its delay is over
         self.turn = None
         self.committed_at = 0.0
@@ -152,6 +152,7 @@ class Check:
         self.terms = term
         self.facts.clear()
         self.assigned.clear()
+        self.refused.clear()  # a scheduler remembers them, and the ledger does not
         self.turn = None
         self.committed_at = self.loop.now
         wall = self.world.scheduler_wall()
@@ -316,7 +317,8 @@ class Check:
                         self._touch(worker)
                     elif kind == "Void" and part.reason == "refused":
                         for version in self.claims.get(part.token, ()):
-                            self.refused.setdefault(part.request, set()).add((worker, version))
+                            runs = self.refused.setdefault(part.request, {}).setdefault((worker, version), set())
+                            runs.add(part.token)
                 if world.trace is not None:
                     self._tell(process, f"tells {message.key}", verdict.parts)
             case "report":
@@ -477,10 +479,11 @@ class Check:
             self.fail("match", f"{row.id} was offered in {queue}, of whose workers {sorted(facts)} none can run it")
 
     def _judge_refusals(self, row, queue, facts):
-        refused = self.refused.get(row.id, set())
+        refused = self.refused.get(row.id, {})
         for worker, possible in facts.items():
-            if len(possible) == 1 and (worker, possible[0].version) in refused:
-                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it as it is")
+            # Once may be in vain: the offer was taken back before the refusal came.
+            if len(possible) == 1 and len(refused.get((worker, possible[0].version), ())) > 1:
+                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it twice")
 
     # ------------------------------------------------------------ P5, and what must not stay as it is
 
