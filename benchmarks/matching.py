@@ -124,7 +124,6 @@ class Spent:
         self.wall += time.perf_counter() - wall
         return done
 
-
     def add(self, other: "Spent") -> None:
         """Add what something else took."""
         self.cpu += other.cpu
@@ -265,7 +264,9 @@ class Bench:
         self.made += 1
         return request_of(self.dice, kind or self.dice.choice(self.kinds), self.made, id_)
 
-    def _many(self, name: str, happen: Callable[[], tuple[Sequence[bytes], Callable[[], None]]], divide: int = 1) -> None:
+    def _many(
+        self, name: str, happen: Callable[[], tuple[Sequence[bytes], Callable[[], None]]], divide: int = 1
+    ) -> None:
         """Have something happen in each round; keep the median round's seconds for one of it."""
         cpu, wall = [], []
         for _ in range(self.rounds):
@@ -348,9 +349,7 @@ class Bench:
         self._many("change unread", changing(lambda _: {"load": self.dice.random(), "uptime": self.dice.random()}))
         self._many(
             "change read",
-            changing(
-                lambda now: {"free_disk": now["system:free_disk"] + 4096, "memory": now["system:memory"] + 4096}
-            ),
+            changing(lambda now: {"free_disk": now["system:free_disk"] + 4096, "memory": now["system:memory"] + 4096}),
         )
         gib = 1024**3
         self._many(
@@ -404,7 +403,9 @@ class Bench:
             ask("explain a known kind", of_data)
             ask("explain an impossible kind", lambda: of_data(memory=5000 + self.dice.randrange(1000)))
             ask("explain a new kind", lambda: of_data(memory=self.dice.randrange(3, 100)))
-            ask("capabilities", lambda: pool.capabilities(GetCapabilities(limit=VIEWS_IN_AN_ANSWER), self.driver.moment))
+            ask(
+                "capabilities", lambda: pool.capabilities(GetCapabilities(limit=VIEWS_IN_AN_ANSWER), self.driver.moment)
+            )
         self.figures["questions"] = {
             name: {
                 "median": [median(cpu for cpu, _ in each), median(wall for _, wall in each)],
