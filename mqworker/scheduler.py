@@ -144,7 +144,7 @@ class Scheduler:
             no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
-        self._returned: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
@@ -292,8 +292,8 @@ class Scheduler:
 
     async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []
-        returned, self._returned = self._returned, []
-        for call in returned:
+        calls, self._calls = self._calls, []
+        for call in calls:
             call()
         settled: list[Delivery] = []
         for delivery in inbox:
@@ -324,8 +324,13 @@ class Scheduler:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
         writes, asks = self._pool.take_writes()
 
+        results: Sequence[Any] | None = None
+
         def commit() -> tuple[Sequence[Any], Answers]:
-            return self._ledger.commit(writes), look_up(self._ledger, asks)
+            nonlocal results
+            if results is None:  # once: it stands, also if the reading behind it has to be tried again
+                results = self._ledger.commit(writes)
+            return results, look_up(self._ledger, asks)
 
         done: tuple[Sequence[Any], Answers] | None = None
         began = time.monotonic()
@@ -376,7 +381,7 @@ class Scheduler:
             return
         self._metrics.not_published.inc()
         if send.returned is not None:
-            self._returned.append(send.returned)
+            self._calls.append(send.returned)
             self._awake.set()
 
     # ------------------------------------------------------------ reading
@@ -559,7 +564,7 @@ class Scheduler:
             if not future.done():  # who asked may be gone: the scheduler is stopping
                 future.set_result(result)
 
-        ask(settle)
+        self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
 
