@@ -548,18 +548,22 @@ class Pool:
                 continue
             one = self._class_of(draft)
             entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
-            fresh = later = None
+            fresh = later = behind = None
             if needs(request):
                 later = entry
             elif request.id not in self._entries:
-                fresh = self._new_entry(entry)
-                self._place(fresh)  # so that it can be offered in the transaction that accepts it
+                # Placed at once, so that it can be offered in the transaction that accepts it.
+                if self._place(self._new_entry(entry)):
+                    fresh = entry
+                else:
+                    behind = entry
             self._write(
                 Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
                 partial(
                     self._accepted,
                     request=request,
                     fresh=fresh,
+                    behind=behind,
                     later=later,
                     moment=moment,
                     settle=partial(settle, index),
@@ -574,13 +578,14 @@ class Pool:
         moment: Moment,
         settle: Callable[[Receipted], None],
         fresh: _Entry | None = None,
+        behind: _Entry | None = None,
         later: _Entry | None = None,
     ) -> None:
-        if fresh is not None and result.status != "accepted":  # the ledger knew it
-            if self._entries.get(request.id) is fresh:
+        if result.status != "accepted":  # the ledger knew it
+            if fresh is not None and self._entries.get(request.id) is fresh:
                 self._forget(fresh)
-            else:
-                self._dispatch.absent(fresh.lane, fresh.seq)
+            if behind is not None:
+                self._dispatch.absent(behind.lane, behind.seq)
         if result.status == "accepted":
             self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
         elif result.status == "rejected":
@@ -961,7 +966,8 @@ class Pool:
         """Stop a request wherever it is."""
 
         def settled(result: AbortResult) -> None:
-            entry = self._entries.get(request)
+            stood = result.before_lane
+            entry = self._entries.get(request) if stood is None else self._entry_with(request, stood.seq)
             if result.after is State.ABORTED and result.before is not State.ABORTED:
                 one = _Named(id=request, task=result.task or "")
                 attempt = result.attempt or 1
@@ -970,8 +976,7 @@ class Pool:
                 )
                 if entry is not None:
                     self._forget(entry)
-                elif result.before_lane is not None and result.before_lane.waiting:
-                    stood = result.before_lane
+                elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._blocked -= 1
@@ -989,7 +994,7 @@ class Pool:
 
         def settled(moved: Moved) -> None:
             live = moved.live
-            entry = self._entries.get(request)
+            entry = None if live is None else self._entry_with(request, live.seq)
             if entry is not None:
                 waits = self._dispatch.waits(request)
                 if waits:
@@ -1445,9 +1450,18 @@ class Pool:
         )
 
     def _new_entry(self, entry: _Entry) -> _Entry:
+        self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
         self._uses[entry.one.id].entries += 1
         return entry
+
+    def _entry_with(self, request: str, seq: int) -> _Entry | None:
+        """Return what is in memory of a request that the ledger has; a doubled submission of it makes way."""
+        entry = self._entries.get(request)
+        if entry is None or entry.seq == seq:
+            return entry
+        self._forget(entry)
+        return None
 
     def _drop_entry(self, entry: _Entry) -> None:
         """Let go of a request; the ledger has it."""
@@ -1470,10 +1484,12 @@ class Pool:
         entry.due = due
         self._delayed.add(entry.request.id)
 
-    def _place(self, entry: _Entry) -> None:
-        """Let a request wait for a slot: in memory, or behind those of its lane that are."""
-        if not self._dispatch.wait(entry.request.id, entry.lane, entry.seq):
+    def _place(self, entry: _Entry) -> bool:
+        """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""
+        kept = self._dispatch.wait(entry.request.id, entry.lane, entry.seq)
+        if not kept:
             self._drop_entry(entry)
+        return kept
 
     def _return(self, entry: _Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))

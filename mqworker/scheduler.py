@@ -144,7 +144,7 @@ class Scheduler:
             no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
-        self._returned: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
@@ -292,8 +292,8 @@ class Scheduler:
 
     async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []
-        returned, self._returned = self._returned, []
-        for call in returned:
+        calls, self._calls = self._calls, []
+        for call in calls:
             call()
         settled: list[Delivery] = []
         for delivery in inbox:
@@ -383,7 +383,7 @@ class Scheduler:
             return
         self._metrics.not_published.inc()
         if send.returned is not None:
-            self._returned.append(send.returned)
+            self._calls.append(send.returned)
             self._awake.set()
 
     # ------------------------------------------------------------ reading
@@ -566,7 +566,7 @@ class Scheduler:
             if not future.done():  # who asked may be gone: the scheduler is stopping
                 future.set_result(result)
 
-        ask(settle)
+        self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
 
