@@ -167,7 +167,7 @@ class _Held:
     seq: int
     group: _Group
     key: _Key | None
-    capability_class: "_Class | None"  # it is offered to; None: it runs
+    capability_class: "_Class | None"  # it is offered to; None: it runs, or its class is gone
     since: float
 
 
@@ -707,7 +707,7 @@ class Dispatch:
         self._unattended[one] = None
 
     def remove_class(self, name: str) -> list[str]:
-        """End a class; return the requests whose offers it had, which neither wait nor are out until they are told."""
+        """End a class; return the requests whose offers it had, which count as offered until they are told of."""
         one = self._classes.pop(name)
         self._partition += 1
         self._unstarve(one)
@@ -719,7 +719,7 @@ class Dispatch:
             self._supplies[worker].capability_class = None
         out = sorted(one.out)
         for request in out:
-            self._release(request, self._out.pop(request))
+            self._take_back(request, self._out[request])  # a claim that came before may be granted yet
         self._dirty.pop(one, None)
         return out
 

@@ -529,6 +529,8 @@ def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_co
 
     assert dispatch.remove_class("a") == ["r1"]
     assert dispatch.offered_to("r1") is None
+    assert dispatch.held_by(lane(key="one")) == "limit"  # a claim of it may be granted yet
+    dispatch.forget("r1")
     assert dispatch.stale(1e9, 10) == []
     assert dispatch.held_by(lane(key="one")) is None
     dispatch.add_class("b")
@@ -537,6 +539,17 @@ def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_co
     assert dispatch.offers(0.0) == []
     dispatch.supply("w1", capability_class="b", slots=1, busy=())
     assert dispatch.offers(0.0) == [Offer("r2", "b")]
+
+
+def test_what_was_offered_to_a_class_that_is_gone_may_run_and_its_place_is_never_free(dispatch):
+    wait(dispatch, "r1", "r2", key="one")
+    dispatch.offers(0.0)
+    dispatch.remove_class("a")
+    assert dispatch.granted("r1")
+
+    assert dispatch.held_by(lane(key="one")) == "limit"
+    dispatch.forget("r1")
+    assert dispatch.held_by(lane(key="one")) is None
 
 
 def test_slots_that_are_fewer_than_what_sits_in_them_take_no_credit_from_others(dispatch):

@@ -65,6 +65,20 @@ def test_a_run_whose_class_went_with_its_claim_counts_towards_its_key_still(limi
     assert limited.pool._dispatch.shares()["default"][0] == 1
 
 
+def test_nobody_else_gets_the_place_of_a_run_that_is_granted_while_its_class_goes(limited):
+    anna, bert = Peer(limited, colour="red").join(), Peer(limited, "bert", colour="blue").join()
+    first = limited.request("coloured", {"colour": "red"}, concurrency_key="one")
+    anna.follow()
+    second = limited.request("coloured", {"colour": "blue"}, concurrency_key="one")
+    bert.follow()
+    assert limited.states(first, second) == ["offered", "pending"]
+    anna.claim(first)
+    anna.say(anna.hello(colour="green"))
+    limited.turn()
+
+    assert limited.states(first, second) == ["running", "pending"]
+
+
 # ---------------------------------------------------------------- behind the heads
 
 
