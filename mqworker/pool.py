@@ -673,6 +673,9 @@ class Pool:
                 )
             )
         )
+        own = self._matching.class_of(worker.name)
+        if own is not None:
+            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
@@ -808,6 +811,9 @@ class Pool:
         )
 
     def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+        if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
+            self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
+            return
         entry = self._entries.get(refusal.request)
         if entry is not None and entry.attempt == refusal.attempt and entry.state is State.OFFERED:
             if self._matching.can_run(worker.name, entry.requirement):
@@ -817,8 +823,7 @@ class Pool:
 
     def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
-        hello = self._workers[worker].hello
-        if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
+        if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})

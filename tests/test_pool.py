@@ -355,6 +355,29 @@ def test_a_claim_by_metadata_that_the_scheduler_has_not_seen_waits_for_a_hello(d
 # ---------------------------------------------------------------- refusals
 
 
+def test_a_refusal_by_metadata_that_the_scheduler_has_not_seen_waits_for_a_hello(driven, anna, bert):
+    one = driven.request()
+    hello = anna.hello(now="other")
+    anna.refuse(one)
+    driven.turn()
+    assert [type(part) for part in anna.hear()] == [Introduce]
+    assert driven.states(one) == ["offered"]
+    anna.say(hello)
+    anna.refuse(one)
+    driven.turn()
+
+    assert [part.token for part in anna.hear(Void)] == ["refused"]
+    assert [ticket.request.id for _, ticket in driven.take_tickets()] == [one, one], "now it goes to another"
+
+
+def test_each_hello_has_its_class_queue_made_again_for_it_may_have_gone(driven, anna):
+    driven.queues.clear()
+    anna.say(anna.hello())
+    driven.turn()
+
+    assert driven.queues == {anna.queue}
+
+
 def test_a_refused_request_goes_to_another_worker_and_not_back_to_who_refused_it(driven, anna, bert):
     one = driven.request()
     anna.refuse(one)
