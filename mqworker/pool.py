@@ -383,13 +383,13 @@ class Pool:
     # ------------------------------------------------------------ requirement classes
 
     def _recall(self, row: RequirementRow) -> None:
-        """Take back a requirement class; if its task has changed since, its requests are placed anew."""
+        """Take back a requirement class; if its task has changed since, or is unfit, its requests are placed anew."""
         before = Kind(task=row.task, fingerprint=row.fingerprint, requires=row.requires or "", whole=False)
         one = RequirementClass(
             id=row.id, kind=before, data=msgspec.json.decode(row.data), reads=reads_from(row.reads), open=False
         )
         draft = self._examiner.recall(one)
-        if draft.kind._replace(whole=False) == before:
+        if draft.kind._replace(whole=False) == before and draft.problem is None:  # one unfit speaks for no other
             one.kind = draft.kind
         else:
             one.divided = True
