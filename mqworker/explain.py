@@ -16,6 +16,7 @@ from mqworker.tracking import MISSING, Ask, Edit, Key, advise, token
 MAX_TRIED: Final = 4  # workers for which a change of metadata is sought
 MAX_ADVICE: Final = 3  # changes that are told
 MAX_SHOWN: Final = 5  # values that a step names, and names of workers that a class shows
+PAUSED: Final = "all that can run it are paused"
 
 
 @dataclass(kw_only=True)
@@ -93,7 +94,7 @@ def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
     if standing.busy:
         return busy(ahead)
     if standing.paused:
-        return "all that can run it are paused"
+        return PAUSED
     if standing.refused:
         return "all that could run it have declined it"
     if standing.offline:
@@ -109,6 +110,11 @@ def nobody(failing: str | None) -> str:
 def busy(ahead: int) -> str:
     """Say in one line where in line a request is."""
     return "all that can run it are busy; " + (f"about {ahead} go first" if ahead else "it is next")
+
+
+def limited(key: str | None) -> str:
+    """Say in one line that a concurrency key holds a request back."""
+    return f"as many run with the concurrency key {key} as may"
 
 
 def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
