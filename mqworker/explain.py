@@ -16,6 +16,7 @@ from mqworker.tracking import MISSING, Ask, Edit, Key, advise, token
 MAX_TRIED: Final = 4  # workers for which a change of metadata is sought
 MAX_ADVICE: Final = 3  # changes that are told
 MAX_SHOWN: Final = 5  # values that a step names, and names of workers that a class shows
+DECLINED: Final = "every worker that could run it has declined it"
 PAUSED: Final = "all that can run it are paused"
 
 
@@ -96,7 +97,7 @@ def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
     if standing.paused:
         return PAUSED
     if standing.refused:
-        return "all that could run it have declined it"
+        return DECLINED
     if standing.offline:
         return "all that could run it are offline"
     return nobody(failing)
@@ -109,7 +110,9 @@ def nobody(failing: str | None) -> str:
 
 def busy(ahead: int) -> str:
     """Say in one line where in line a request is."""
-    return "all that can run it are busy; " + (f"about {ahead} go first" if ahead else "it is next")
+    return "all that can run it are busy; " + (
+        "it is next" if not ahead else f"about {ahead} go{'es' if ahead == 1 else ''} first"
+    )
 
 
 def limited(key: str | None) -> str:

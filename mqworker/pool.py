@@ -343,7 +343,7 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.classes())
+        return tuple(self._topology.class_queue(name) for name in self._matching.names())
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
@@ -674,6 +674,9 @@ class Pool:
                 )
             )
         )
+        own = self._matching.class_of(worker.name)
+        if own is not None:
+            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
@@ -729,8 +732,8 @@ class Pool:
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
-        live = {one.name for one in self.class_queues()}
-        if queue.startswith(f"{self._topology.work}.") and queue not in live:  # a worker may name any queue
+        before, separator, name = queue.partition(f"{self._topology.work}.")
+        if not before and separator and name not in self._matching.names():  # a worker may name any queue
             self.delete.append(queue)
 
     def _lease_held(self, request: str) -> _Lease | None:
@@ -809,6 +812,9 @@ class Pool:
         )
 
     def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+        if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
+            self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
+            return
         entry = self._entries.get(refusal.request)
         if entry is not None and entry.attempt == refusal.attempt and entry.state is State.OFFERED:
             if self._matching.can_run(worker.name, entry.requirement):
@@ -818,8 +824,7 @@ class Pool:
 
     def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
-        hello = self._workers[worker].hello
-        if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
+        if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
@@ -1223,6 +1228,8 @@ class Pool:
             return held
         request, requirement = view.request, one.id if entry is None else entry.requirement
         if not self._matching.capable_classes(requirement):
+            if entry is not None and entry.own is not None:
+                return explain.DECLINED
             return explain.nobody(self._matching.errors(requirement))
         lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
         if self._dispatch.held_by(lane) is not None:

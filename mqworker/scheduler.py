@@ -325,18 +325,21 @@ class Scheduler:
         writes, asks = self._pool.take_writes()
 
         results: Sequence[Any] | None = None
+        answers: Answers | None = None
 
-        def commit() -> tuple[Sequence[Any], Answers]:
-            nonlocal results
-            if results is None:  # once: it stands, also if the reading behind it has to be tried again
+        def commit() -> None:
+            nonlocal results, answers
+            if results is None:  # else it was the look that failed: what is committed is not to be done twice
                 results = self._ledger.commit(writes)
-            return results, look_up(self._ledger, asks)
+            answers = look_up(self._ledger, asks)
 
-        done: tuple[Sequence[Any], Answers] | None = None
+        if not writes and not asks:
+            self._pool.committed([], Answers())
+            return
         began = time.monotonic()
-        while done is None:
+        while answers is None:
             try:
-                done = await self._in_ledger_thread(commit) if writes or asks else ([], Answers())
+                await self._in_ledger_thread(commit)
             except LedgerUnavailable as error:
                 self._ledger_well = False
                 self._metrics.commit_failures.inc()
@@ -348,9 +351,8 @@ class Scheduler:
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
-        if writes or asks:
-            self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(*done)
+        self._awake.set()  # what came free is offered at once, and not at the next tick
+        self._pool.committed(results or [], answers)
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""

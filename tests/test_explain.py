@@ -49,7 +49,7 @@ def test_the_verdict_is_what_is_nearest_to_running():
         "it can run now",
         "all that can run it are busy; about 2 go first",
         "all that can run it are paused",
-        "all that could run it have declined it",
+        "every worker that could run it has declined it",
         "all that could run it are offline",
         "no worker can run it",
     ]

@@ -355,6 +355,29 @@ def test_a_claim_by_metadata_that_the_scheduler_has_not_seen_waits_for_a_hello(d
 # ---------------------------------------------------------------- refusals
 
 
+def test_a_refusal_by_metadata_that_the_scheduler_has_not_seen_waits_for_a_hello(driven, anna, bert):
+    one = driven.request()
+    hello = anna.hello(now="other")
+    anna.refuse(one)
+    driven.turn()
+    assert [type(part) for part in anna.hear()] == [Introduce]
+    assert driven.states(one) == ["offered"]
+    anna.say(hello)
+    anna.refuse(one)
+    driven.turn()
+
+    assert [part.token for part in anna.hear(Void)] == ["refused"]
+    assert [ticket.request.id for _, ticket in driven.take_tickets()] == [one, one], "now it goes to another"
+
+
+def test_each_hello_has_its_class_queue_made_again_for_it_may_have_gone(driven, anna):
+    driven.queues.clear()
+    anna.say(anna.hello())
+    driven.turn()
+
+    assert driven.queues == {anna.queue}
+
+
 def test_a_refused_request_goes_to_another_worker_and_not_back_to_who_refused_it(driven, anna, bert):
     one = driven.request()
     anna.refuse(one)
@@ -376,7 +399,7 @@ def test_a_refusal_counts_for_this_request_and_these_metadata_alone(driven, anna
     one = driven.request()
     anna.refuse(one)
     driven.turn()
-    assert driven.waits(one) == "no worker can run it"
+    assert driven.waits(one) == "every worker that could run it has declined it"
     same = driven.request()  # the very same data
     anna.end(anna.run(same))
     assert driven.states(one, same) == ["pending", "success"]
@@ -399,7 +422,7 @@ def test_a_refusal_by_two_workers_in_one_set_is_remembered_of_both(driven, anna,
         peer.follow()
 
     assert driven.states(one) == ["pending"]
-    assert driven.waits(one) == "no worker can run it"
+    assert driven.waits(one) == "every worker that could run it has declined it"
     Peer(driven, "cora").join()
     assert driven.states(one) == ["offered"]
 

@@ -51,7 +51,9 @@ def test_each_reason_to_wait_is_told_in_a_line(limited):
     group = red(limited, group="theirs")
     pause(limited, "group", "theirs")
     assert limited.waits(keyed) == "as many run with the concurrency key one as may"
-    assert limited.waits(next_one) == "all that can run it are busy; about 1 go first"  # as the key may be free by then
+    assert (
+        limited.waits(next_one) == "all that can run it are busy; about 1 goes first"
+    )  # as the key may be free by then
     assert limited.waits(later) == "all that can run it are busy; about 2 go first"
     assert limited.waits(nobody) == "no worker can run it"
     assert limited.waits(raises) == "no worker can run it: can_run_on() raised KeyError: 'no such colour'"
@@ -95,7 +97,7 @@ def test_an_explanation_tells_impossible_from_busy_paused_declined_and_offline(d
     anna.refuse(two)
     driven.turn()
     found = explain(driven, two)
-    assert (found.verdict, found.refused, found.able) == ("all that could run it have declined it", 1, 0)
+    assert (found.verdict, found.refused, found.able) == ("every worker that could run it has declined it", 1, 0)
     anna.say(Bye(reason="tired"))
     driven.turn()
     found = explain(driven, two)
