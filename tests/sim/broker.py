@@ -68,6 +68,7 @@ class Broker:
         self.bindings = {}
         self.connections = []
         self.echo = 0.0  # the share of messages that come a second time
+        self.losing = 0.0  # the share of tickets that are confirmed, and lost with the node that had them
         self.lags = {}  # process name to the longest delay of its messages, in seconds
         self._opened = 0
         self._random = random.Random(f"{seed} broker")
@@ -222,6 +223,9 @@ class Broker:
             text = f"the broker returned the message for {message.key}: 312 NO_ROUTE"
             connection.confirm(number, text if mandatory else None)
             return
+        if message.kind == "ticket" and self.losing and self._random.random() < self.losing:
+            connection.confirm(number, None)
+            return
         for name in routed:
             self._enqueue(name, message)
         if self.echo and self._random.random() < self.echo:
@@ -302,6 +306,12 @@ class Connection:
             return
         when = self._up_free = max(self._up_free, self.broker.loop.now + self._latency())
         self.broker.loop.call_at(when, self.arrive_up, call, args, context=NOBODY)
+
+    def reset(self):
+        """End with the client's process: what it has sent arrives first, however long that is on its way."""
+        if self.open_there and not self.cut:
+            when = self._up_free = max(self._up_free, self.broker.loop.now + 0.001)
+            self.broker.loop.call_at(when, self.broker.drop, self, "reset", context=NOBODY)
 
     def arrive_up(self, call, args):
         if self.cut or not self.open_there:
@@ -487,8 +497,7 @@ class Link:
         connection = self.connection
         if connection is not None and connection.open_here:
             connection.open_here = connection.is_up = False
-            if connection.open_there and not connection.cut:
-                self.broker.loop.call_later(0.001, self.broker.drop, connection, "reset", context=NOBODY)
+            connection.reset()
 
     # ------------------------------------------------------------ what comes
 
