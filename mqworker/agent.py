@@ -333,6 +333,9 @@ class Agent:
         self._consuming: str | None = None
         self._draining = False
         self._hello_wanted = self._beat_wanted = False
+        self._hello_since: int | None = (
+            None  # the first heartbeat with what has to be known; None: answered, or not said
+        )
         self._stage_news = False
         self._beaten_ns = 0
         self.refused: str | None = None  # why the scheduler does not want this worker
@@ -370,7 +373,8 @@ class Agent:
     def analyzed(self, analysis: Analysis) -> None:
         """Take a fresh look at the host; the administrator's word counts more than what was found."""
         metadata = {**analysis.metadata, **self._static_metadata}
-        if self._analysis is not None and metadata == self._metadata and analysis.tasks == self._analysis.tasks:
+        same = msgspec.json.encode(metadata) == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
+        if self._analysis is not None and same and analysis.tasks == self._analysis.tasks:
             return
         self._analysis = analysis
         self._metadata = metadata
@@ -522,6 +526,8 @@ class Agent:
         self._progress(run, stage="start", fraction=None)
 
     def _alive(self, alive: Alive) -> None:
+        if self._hello_since is not None and alive.seq >= self._hello_since:
+            self._hello_since = None
         beat = self._beats.get(alive.seq)
         if beat is None:
             return
@@ -764,10 +770,12 @@ class Agent:
         if self._epoch is None or self._analysis is None:
             return
         parts: list[ReportPart] = []
+        beat = self._beat_wanted
         if self._hello_wanted:
+            self._hello_since = self._seq + 1
+        if self._hello_wanted or (beat and self._hello_since is not None):
             self._hello_wanted = False
             parts.append(self._hello(self._analysis))
-        beat = self._beat_wanted
         if beat:
             self._beat_wanted = self._stage_news = False
             self._beaten_ns = now_ns

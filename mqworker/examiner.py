@@ -47,14 +47,17 @@ class Examiner:
         self._fingerprints: dict[type[Task], str] = {}
         self._attributes: dict[type[Task], frozenset[str]] = {}
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data; costs a construction and a validation."""
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; costs a construction and a validation.
+
+        `bound` says that what it takes is in its data already; else ids of no artifact stand in for it.
+        """
         if not Task.is_valid_task_name(request.task):
             return _unfit(request, f"expected the name of a task that this scheduler has, got {request.task!r}")
         if request.requires is not None and (problem := requires_problem(request.requires)) is not None:
             return _unfit(request, f"requires: {problem}")
         task_class = Task.class_from_name(request.task)
-        takes = {LAST_PLACEHOLDER - number: take for number, take in enumerate(request.take)}
+        takes = {} if bound else {LAST_PLACEHOLDER - number: take for number, take in enumerate(request.take)}
         given = request.data
         try:
             for placeholder, take in takes.items():

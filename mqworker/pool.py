@@ -430,9 +430,7 @@ class Pool:
         if one.escaped:
             self._change(self._matching.escape(one.id))
 
-    def _question(
-        self, one: RequirementClass, draft: Draft, denied: frozenset[tuple[str, int]] = frozenset()
-    ) -> Question:
+    def _question(self, one: RequirementClass, draft: Draft) -> Question:
         def learn(reads: Sequence[Read]) -> bool:
             if one.open:
                 self._requirements.extend(one, reads)
@@ -441,7 +439,7 @@ class Pool:
                 self._divided[one.id] = one
             return one.open
 
-        return replace(self._examiner.question(one, draft, learn), denied=denied)
+        return self._examiner.question(one, draft, learn)
 
     def _note_escapes(self) -> None:
         """Ask each request for itself whose class has answered in two ways."""
@@ -456,20 +454,20 @@ class Pool:
         """Give requests of a class that was divided, or whose task has changed, the classes that are theirs now."""
         if not rows:  # what is left of it does not wait
             for entry in [entry for entry in self._entries.values() if entry.one is old]:
-                self._reclass(entry.seq, entry.request, entry)
+                self._reclass(entry.seq, entry.request, entry, bound=True)
             del self._divided[old.id]
             self._end_class(old)
             return
         for row in rows:
             there = self._entries.get(row.request.id)
-            one = self._reclass(row.seq, row.request, there)
+            one = self._reclass(row.seq, row.request, there, bound=not row.unmet)
             if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
-        one = self._class_of(self._examiner.examine(request))
+        one = self._class_of(self._examiner.examine(request, bound=bound))
         self._write(Rekey(to={seq: one.id}), lambda _: None)
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
@@ -512,9 +510,9 @@ class Pool:
 
     # ------------------------------------------------------------ submissions
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data."""
-        return self._examiner.examine(request)
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; `bound`: with what it takes from others in it."""
+        return self._examiner.examine(request, bound=bound)
 
     def submit(
         self,
@@ -550,18 +548,22 @@ class Pool:
                 continue
             one = self._class_of(draft)
             entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
-            fresh = later = None
+            fresh = later = behind = None
             if needs(request):
                 later = entry
             elif request.id not in self._entries:
-                fresh = self._new_entry(entry)
-                self._place(fresh)  # so that it can be offered in the transaction that accepts it
+                # Placed at once, so that it can be offered in the transaction that accepts it.
+                if self._place(self._new_entry(entry)):
+                    fresh = entry
+                else:
+                    behind = entry
             self._write(
                 Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
                 partial(
                     self._accepted,
                     request=request,
                     fresh=fresh,
+                    behind=behind,
                     later=later,
                     moment=moment,
                     settle=partial(settle, index),
@@ -576,13 +578,14 @@ class Pool:
         moment: Moment,
         settle: Callable[[Receipted], None],
         fresh: _Entry | None = None,
+        behind: _Entry | None = None,
         later: _Entry | None = None,
     ) -> None:
-        if fresh is not None and result.status != "accepted":  # the ledger knew it
-            if self._entries.get(request.id) is fresh:
+        if result.status != "accepted":  # the ledger knew it
+            if fresh is not None and self._entries.get(request.id) is fresh:
                 self._forget(fresh)
-            else:
-                self._dispatch.absent(fresh.lane, fresh.seq)
+            if behind is not None:
+                self._dispatch.absent(behind.lane, behind.seq)
         if result.status == "accepted":
             self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
         elif result.status == "rejected":
@@ -603,7 +606,8 @@ class Pool:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
-            self._reclass(row.seq, row.request, entry)
+            self._reclass(row.seq, row.request, entry, bound=True)
+            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
         self._place(entry)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
@@ -669,6 +673,9 @@ class Pool:
                 )
             )
         )
+        own = self._matching.class_of(worker.name)
+        if own is not None:
+            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
@@ -781,7 +788,7 @@ class Pool:
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
-        self._dispatch.granted(claim.request)
+        self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
@@ -804,6 +811,9 @@ class Pool:
         )
 
     def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+        if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
+            self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
+            return
         entry = self._entries.get(refusal.request)
         if entry is not None and entry.attempt == refusal.attempt and entry.state is State.OFFERED:
             if self._matching.can_run(worker.name, entry.requirement):
@@ -813,10 +823,9 @@ class Pool:
 
     def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
-        hello = self._workers[worker].hello
-        if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
+        if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
-        draft = self._examiner.examine(entry.request)
+        draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         if entry.own is not None:
@@ -825,7 +834,8 @@ class Pool:
         entry.own = (entry.one.id, entry.request.id, len(denied))
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        self._change(self._matching.need(entry.own, self._question(entry.one, draft, denied)))
+        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, question))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -961,7 +971,8 @@ class Pool:
         """Stop a request wherever it is."""
 
         def settled(result: AbortResult) -> None:
-            entry = self._entries.get(request)
+            stood = result.before_lane
+            entry = self._entries.get(request) if stood is None else self._entry_with(request, stood.seq)
             if result.after is State.ABORTED and result.before is not State.ABORTED:
                 one = _Named(id=request, task=result.task or "")
                 attempt = result.attempt or 1
@@ -970,8 +981,7 @@ class Pool:
                 )
                 if entry is not None:
                     self._forget(entry)
-                elif result.before_lane is not None and result.before_lane.waiting:
-                    stood = result.before_lane
+                elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._blocked -= 1
@@ -989,7 +999,7 @@ class Pool:
 
         def settled(moved: Moved) -> None:
             live = moved.live
-            entry = self._entries.get(request)
+            entry = None if live is None else self._entry_with(request, live.seq)
             if entry is not None:
                 waits = self._dispatch.waits(request)
                 if waits:
@@ -1282,7 +1292,7 @@ class Pool:
         )
 
     def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of a request that is not here: nothing is learned of it."""
+        """Return the question of one request alone: nothing is learned of it."""
         passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
         return self._examiner.question(passing, draft, lambda _reads: True)
 
@@ -1428,7 +1438,7 @@ class Pool:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
-            one = self._class_of(self._examiner.examine(row.request))
+            one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._write(Rekey(to={row.seq: one.id}), lambda _: None)
         return self._new_entry(
             _Entry(
@@ -1445,9 +1455,18 @@ class Pool:
         )
 
     def _new_entry(self, entry: _Entry) -> _Entry:
+        self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
         self._uses[entry.one.id].entries += 1
         return entry
+
+    def _entry_with(self, request: str, seq: int) -> _Entry | None:
+        """Return what is in memory of a request that the ledger has; a doubled submission of it makes way."""
+        entry = self._entries.get(request)
+        if entry is None or entry.seq == seq:
+            return entry
+        self._forget(entry)
+        return None
 
     def _drop_entry(self, entry: _Entry) -> None:
         """Let go of a request; the ledger has it."""
@@ -1470,10 +1489,12 @@ class Pool:
         entry.due = due
         self._delayed.add(entry.request.id)
 
-    def _place(self, entry: _Entry) -> None:
-        """Let a request wait for a slot: in memory, or behind those of its lane that are."""
-        if not self._dispatch.wait(entry.request.id, entry.lane, entry.seq):
+    def _place(self, entry: _Entry) -> bool:
+        """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""
+        kept = self._dispatch.wait(entry.request.id, entry.lane, entry.seq)
+        if not kept:
             self._drop_entry(entry)
+        return kept
 
     def _return(self, entry: _Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))

@@ -3,7 +3,8 @@
 Pure: it opens nothing and fetches nothing; a reference stays within its schema. Schemas come from strangers, so one is
 used only if `problem()` finds nothing: it must end soon on any worker's metadata, and a slip must not make it mean
 "any worker". Metadata may be any mapping that says it is a dict; of it, only what a schema asks for is read, since who
-hands it in may count the reads: `anyOf`, `not` and the like are ours here, because jsonschema's print the whole.
+hands it in may count the reads: `anyOf`, `minimum`, `contains` and the like are ours here, because jsonschema's print
+the whole, or look at each item.
 
 JSON Schema says nothing of what is not there: `{"properties": {"system:cpu_count": {"minimum": 8}}}` lets a worker
 pass that has no such key. Who needs it there says so: `"required": ["system:cpu_count"]`.
@@ -12,9 +13,10 @@ pass that has no such key. Who needs it there says so: `"required": ["system:cpu
 import difflib
 import json
 import math
+import operator
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -146,9 +148,55 @@ def _dependent(validator: Any, schemas: dict[str, Any], instance: Any, _schema: 
         yield ValidationError("not valid under all of the dependent schemas")
 
 
+def _bound(fails: Callable[[Any, Any], bool]) -> Callable[..., Iterator[ValidationError]]:
+    def keyword(validator: Any, bound: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+        if validator.is_type(instance, "number") and fails(instance, bound):
+            yield ValidationError(f"beyond {bound!r}")
+
+    return keyword
+
+
+def _enum(validator: Any, values: list[Any], instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    if not any(_holds(validator, {"const": one}, instance) for one in values):
+        yield ValidationError(f"not one of {values!r}")
+
+
+def _contains(validator: Any, schema: Any, instance: Any, whole: Any) -> Iterator[ValidationError]:
+    words = _words_of(schema)
+    if words is None or "minContains" in whole or "maxContains" in whole:
+        yield from Draft202012Validator.VALIDATORS["contains"](validator, schema, instance, whole)
+    elif validator.is_type(instance, "array") and not any(word in instance for word in words):
+        yield ValidationError(f"contains none of {words!r}")
+
+
+def _words_of(schema: Any) -> list[str] | None:
+    """Return the strings that a schema lets pass, if it does nothing else: to look for these is no look at the rest."""
+    match schema:
+        case {"const": word, **more} if not more:
+            words = [word]
+        case {"enum": list(words), **more} if not more:
+            pass
+        case _:
+            return None
+    return words if all(isinstance(word, str) for word in words) else None
+
+
 _Validator: Final[Any] = extend(
     Draft202012Validator,
-    {"allOf": _all_of, "anyOf": _any_of, "oneOf": _one_of, "not": _not, "if": _if, "dependentSchemas": _dependent},
+    {
+        "allOf": _all_of,
+        "anyOf": _any_of,
+        "oneOf": _one_of,
+        "not": _not,
+        "if": _if,
+        "dependentSchemas": _dependent,
+        "minimum": _bound(operator.lt),
+        "maximum": _bound(operator.gt),
+        "exclusiveMinimum": _bound(operator.le),
+        "exclusiveMaximum": _bound(operator.ge),
+        "enum": _enum,
+        "contains": _contains,
+    },
 )
 _nothing: Final[Registry[Any]] = Registry()  # beside the draft itself; without it jsonschema would fetch from the web
 _meta: Final[Any] = Draft202012Validator(Draft202012Validator.META_SCHEMA, registry=_nothing)

@@ -21,7 +21,7 @@ from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import NOBODY, Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
-from mqworker.lifecycle import FINAL
+from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     AbortRequests,
@@ -144,7 +144,7 @@ class Scheduler:
             no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
-        self._returned: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
@@ -292,8 +292,8 @@ class Scheduler:
 
     async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []
-        returned, self._returned = self._returned, []
-        for call in returned:
+        calls, self._calls = self._calls, []
+        for call in calls:
             call()
         settled: list[Delivery] = []
         for delivery in inbox:
@@ -383,7 +383,7 @@ class Scheduler:
             return
         self._metrics.not_published.inc()
         if send.returned is not None:
-            self._returned.append(send.returned)
+            self._calls.append(send.returned)
             self._awake.set()
 
     # ------------------------------------------------------------ reading
@@ -524,8 +524,9 @@ class Scheduler:
             if view is not None
             else Request(id=NOBODY, task=query.task or "", data=query.data, requires=query.requires)
         )
-        draft = self._pool.examine(request)
-        if draft.problem is not None:
+        bound = view is not None and not view.after and view.state not in (State.ABORTED, State.REJECTED)
+        draft = self._pool.examine(request, bound=bound)
+        if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.explanation(draft, view)
 
@@ -565,7 +566,7 @@ class Scheduler:
             if not future.done():  # who asked may be gone: the scheduler is stopping
                 future.set_result(result)
 
-        ask(settle)
+        self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
 

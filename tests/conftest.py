@@ -10,24 +10,27 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
 import pytest
 
 from mqworker import debianhost
+from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.privatenode import PrivateNode, find_programs
+from mqworker.task import Task
 from mqworker.topology import Topology
+from tests.driving import Driven, Peer
 
 IMAGE = "rabbitmq:4-management"
 
@@ -388,3 +391,53 @@ def chroot(tmp_path_factory) -> dict[str, str]:
     except (HostUnfit, OutsideError) as error:
         missing(what, str(error))
     return {"distribution": suite, "host_architecture": architecture}
+
+
+# ---------------------------------------------------------------- pools without a broker
+
+
+@pytest.fixture
+def coloured() -> Iterator[type[Task]]:
+    """A task that only tests have; what its data name wrong raises in the scheduler."""
+    task_room.load_tasks()
+    kept = dict(Task._sub_tasks)
+
+    class Coloured(Task):
+        LEASE = 20.0
+        TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
+            "type": "object",
+            "properties": {"colour": {"type": "string"}, "inputs": {"type": "array"}},
+        }
+        INPUT_ARTIFACT_CATEGORY = "test:wood"
+
+        def input_artifact_ids(self) -> list[int]:
+            return list(self.data.get("inputs", []))
+
+        def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+            if self.data.get("colour") == "raises":
+                raise KeyError("no such colour")
+            return worker_metadata.get("colour") == self.data.get("colour")
+
+        def _execute(self) -> bool:
+            return True
+
+    yield Coloured
+    Task._sub_tasks.clear()
+    Task._sub_tasks.update(kept)
+
+
+@pytest.fixture
+def driven(coloured: type[Task]) -> Iterator[Driven]:  # noqa: ARG001  # its tasks are there
+    one = Driven()
+    yield one
+    one.ledger.close()
+
+
+@pytest.fixture
+def anna(driven: Driven) -> Peer:
+    return Peer(driven).join()
+
+
+@pytest.fixture
+def bert(driven: Driven) -> Peer:
+    return Peer(driven, "bert").join()

@@ -13,6 +13,7 @@ from referencing import Registry
 
 from mqworker import requires
 from mqworker.requires import problem, satisfied
+from mqworker.tracking import observe
 
 
 class Watched(Mapping):
@@ -129,6 +130,41 @@ def test_a_schema_reads_of_the_metadata_only_what_it_asks_for(schema, answer, re
 )
 def test_a_schema_of_all_keys_holds_of_watched_metadata_as_of_plain_ones(schema, answer):
     assert asked(schema)[0] is answer
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        ({"properties": {"cpus": {"minimum": 9}}}, False),
+        ({"properties": {"cpus": {"maximum": 7}}}, False),
+        ({"properties": {"free": {"exclusiveMinimum": 2.5}}}, False),
+        ({"properties": {"free": {"exclusiveMaximum": 2.5}}}, False),
+        ({"properties": {"arch": {"enum": ["arm64", "s390x"]}}}, False),
+        ({"properties": {"tags": {"contains": {"const": "hdd"}}}}, False),
+        ({"properties": {"tags": {"contains": {"enum": ["hdd", "ssd"]}}}}, True),
+    ],
+)
+def test_what_is_compared_is_not_read_for_its_value_whatever_the_answer(schema, answer):
+    seen = observe(lambda metadata, _: satisfied(schema, metadata), HOST, {})
+    assert seen.tracked
+    assert seen.answer is answer
+    assert not [read.key for read in seen.metadata if read.key[0] in {"value", "whole"}]
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer"),
+    [
+        ({"contains": {"const": 1}}, False),
+        ({"contains": {"enum": ["big", True]}}, True),
+        ({"contains": {"enum": []}}, False),
+        ({"contains": {"const": "big", "minLength": 9}}, False),
+        ({"contains": {"const": "big"}, "minContains": 2}, False),
+        ({"contains": {"const": "big"}, "maxContains": 0, "minContains": 0}, False),
+        ({"contains": True}, True),
+    ],
+)
+def test_contains_means_the_same_for_words_and_for_all_else(schema, answer):
+    assert asked({"properties": {"tags": schema}})[0] is answer
 
 
 def test_true_one_and_one_point_oh_are_told_apart_as_json_schema_does():

@@ -113,7 +113,8 @@ class Broker:
             if not queue.spec.durable:
                 self._remove(name)
                 continue
-            queue.entries = deque(entry for entry in queue.entries if entry.message.persistent)
+            kept = queue.spec.arguments.get("x-queue-type") == "quorum" or self._random.random() < 0.5
+            queue.entries = deque(entry for entry in queue.entries if kept and entry.message.persistent)
             for entry in queue.entries:
                 entry.redelivered = True
 

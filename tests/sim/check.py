@@ -19,6 +19,7 @@ LEGAL = {
 REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
 STALE_MARGIN = 5.0
+MOST_STEPS = 400_000
 ROWS = "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, body FROM requests"
 ATTEMPTS = "SELECT request, number, token, worker, result, counted, late FROM attempts"
 
@@ -87,7 +88,7 @@ class Check:
         self.assigned = {}  # worker to queue, by the scheduler of now
         self.heard = {}  # worker's process to (term, queue): the newest word it has had
         self.tickets = {}  # host to deliveries in hand
-        self.refused = {}  # request to {(worker, version)} that the scheduler has settled
+        self.refused = {}  # request to {(worker, version): tokens} of refusals that the scheduler has settled
         self.due = {}  # request to when its delay is over
         self.turn = None
         self.committed_at = 0.0
@@ -151,6 +152,7 @@ class Check:
         self.terms = term
         self.facts.clear()
         self.assigned.clear()
+        self.refused.clear()  # a scheduler remembers them, and the ledger does not
         self.turn = None
         self.committed_at = self.loop.now
         wall = self.world.scheduler_wall()
@@ -315,7 +317,8 @@ class Check:
                         self._touch(worker)
                     elif kind == "Void" and part.reason == "refused":
                         for version in self.claims.get(part.token, ()):
-                            self.refused.setdefault(part.request, set()).add((worker, version))
+                            runs = self.refused.setdefault(part.request, {}).setdefault((worker, version), set())
+                            runs.add(part.token)
                 if world.trace is not None:
                     self._tell(process, f"tells {message.key}", verdict.parts)
             case "report":
@@ -424,9 +427,10 @@ class Check:
             row = waiting.pop(offer.request)
             queue = turn.queues.get((offer.request, offer.attempt))
             workers = members.get(queue, [])
+            facts = {worker: self._possible(worker, turn) for worker in workers}
+            self._judge_refusals(row, queue, facts)
             if queue is None or not workers or not self.pure(self.requests[row.id]):
                 continue
-            facts = {worker: self._possible(worker, turn) for worker in workers}
             self._judge_match(row, queue, facts)
             for other in waiting.values():
                 if self._better(other, row) and self._all_can(other, facts) and self._known(other, offer, turn):
@@ -473,10 +477,13 @@ class Check:
         }
         if all(facts.values()) and not any(able.values()):
             self.fail("match", f"{row.id} was offered in {queue}, of whose workers {sorted(facts)} none can run it")
-        refused = self.refused.get(row.id, set())
+
+    def _judge_refusals(self, row, queue, facts):
+        refused = self.refused.get(row.id, {})
         for worker, possible in facts.items():
-            if len(possible) == 1 and (worker, possible[0].version) in refused:
-                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it as it is")
+            # Once may be in vain: the offer was taken back before the refusal came.
+            if len(possible) == 1 and len(refused.get((worker, possible[0].version), ())) > 1:
+                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it twice")
 
     # ------------------------------------------------------------ P5, and what must not stay as it is
 
@@ -484,6 +491,8 @@ class Check:
         """Look for an idle slot beside a request that it could run, in a quiet pool."""
         now = self.loop.now
         quiet = self.world.quiet_from
+        if self.loop.steps > MOST_STEPS:
+            self.fail("steps", f"the pool has made {self.loop.steps} steps, and does not come to rest")
         if now < quiet + IDLE_SECONDS:
             return
         for host in self.world.hosts.values():

@@ -172,8 +172,9 @@ class _Drawing:
         chance = self.chance
         kinds = chance.sample(FAULTS, chance.choice([1, 2, 4, len(FAULTS)]))
         workers = [spec.name for spec in self.scenario.specs]
+        at = None
         for _ in range(chance.choice([1, 2, 5, 10])):
-            at = self.some_time(until)
+            at = at + chance.uniform(0, 8) if at and chance.random() < 0.4 else self.some_time(until)
             kind = chance.choice(kinds)
             short = chance.choice([0.3, 2.0, 12.0])
             long = chance.choice([0.3, 3.0, 20.0, 70.0]) * chance.uniform(0.7, 1.3)

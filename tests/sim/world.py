@@ -1,7 +1,6 @@
 """Carry out a scenario: start and end processes, do what happens, and let the check look on."""
 
 import asyncio
-import atexit
 import logging
 import random
 import shutil
@@ -38,7 +37,7 @@ class Stored:
 class World:
     """One pool, from its first moment to its last."""
 
-    def __init__(self, scenario, *, traced=False):
+    def __init__(self, scenario, *, traced=False, directory=MEMORY):
         self.scenario = scenario
         self.trace = [] if traced else None
         self._chances = {}
@@ -56,7 +55,7 @@ class World:
         self._ledger_away = False
         self._scheduler_wall = 0.0
         self._schedulers = 0
-        self._directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=MEMORY))
+        self._directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=directory))
 
     # ------------------------------------------------------------ what all ask
 
@@ -117,7 +116,7 @@ class World:
 
     def _prepare(self):
         path = self._directory / "ledger.db"
-        shutil.copy(_empty_ledger(), path)
+        path.write_bytes(_empty_ledger())
         self.check.open(path)
         self._start_scheduler()
         self.client.process = self._start("client", self.client.main)
@@ -425,7 +424,7 @@ class Client:
 @cache
 def _empty_ledger():
     """Make a ledger to copy: its tables take longer than a run's."""
-    directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=MEMORY))
-    Ledger.open(f"sqlite:///{directory / 'empty.db'}").close()
-    atexit.register(shutil.rmtree, directory)
-    return directory / "empty.db"
+    with tempfile.TemporaryDirectory(prefix="mqworker-sim-", dir=MEMORY) as directory:
+        path = Path(directory) / "empty.db"
+        Ledger.open(f"sqlite:///{path}").close()
+        return path.read_bytes()
