@@ -116,7 +116,13 @@ class Examiner:
                 )
             return observation
 
-        return Question(task=one.kind.task, observe=watched, plain=lambda metadata: ask_plainly(ask, metadata, data))
+        def plain(metadata: Mapping[str, Any]) -> tuple[bool, str | None]:
+            if not one.divided:
+                return ask_plainly(ask, metadata, data)
+            seen = watched(metadata)  # one of its requests speaks for the others only in what they agree on
+            return seen.answer, seen.error
+
+        return Question(task=one.kind.task, observe=watched, plain=plain)
 
     def ask(self, draft: Draft) -> Ask:
         """Return how to ask whether a request may run, by metadata and data that may be watched."""
