@@ -298,6 +298,16 @@ def test_an_answer_that_hangs_on_what_its_class_does_not_agree_on_is_no(examiner
     assert question.plain({"colour": "red"}) == (True, None)
 
 
+def test_a_divided_class_answers_plainly_as_it_does_when_watched(examiner):
+    """Else the two contradict each other, and one of its requests would answer for all."""
+    draft = examiner.examine(request(data={"colour": "red"}))
+    one = RequirementClass(id=1, kind=draft.kind, data=draft.given, open=False, divided=True)
+    question = examiner.question(one, draft, lambda _reads: False)
+
+    assert not question.observe({"colour": "red"}).answer
+    assert question.plain({"colour": "red"}) == (False, None)
+
+
 def test_what_a_task_raises_is_no_and_told(examiner):
     question, _ = asked(examiner, examiner.examine(request(data={"colour": "raises"})))
 
