@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nsmallest
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -102,7 +103,8 @@ LOOK: Final = 1.0  # seconds between looks for requests that nobody can run
 SWEEP: Final = 30.0  # seconds between looks for classes that are not needed apart, or at all, any more
 LINGER: Final = 600.0  # seconds that a requirement class is kept for requests that may come
 MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
-PLACED_AT_ONCE: Final = 100  # requests of a divided class that are placed anew before other work goes on
+DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
+PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
@@ -132,11 +134,11 @@ class Asks:
 
     artifacts: frozenset[int]  # that grants will name
     heads: Sequence[Want]
-    members: int | None  # a requirement class whose requests are to be placed anew
+    members: Sequence[int]  # requirement classes whose requests are to be placed anew
     unused: frozenset[int]  # requirement classes that may have no live request any more
 
     def __bool__(self) -> bool:
-        return bool(self.artifacts or self.heads or self.members is not None or self.unused)
+        return bool(self.artifacts or self.heads or self.members or self.unused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class Answers:
 
     artifacts: Mapping[int, RecordedArtifact] = field(default_factory=dict)
     heads: Sequence[Sequence[Live]] = ()  # for each want
-    members: Sequence[Live] = ()
+    members: Sequence[Sequence[Live]] = ()  # for each of the requirement classes, the best first
     used: frozenset[int] = frozenset()
 
 
@@ -280,7 +282,7 @@ class Pool:
         self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._looked = 0.0  # when it last looked for requests that nobody can run
-        self._asks = Asks(artifacts=frozenset(), heads=(), members=None, unused=frozenset())
+        self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
@@ -298,7 +300,7 @@ class Pool:
         self._asks = Asks(
             artifacts=frozenset(self._grants_wanted),
             heads=self._dispatch.wants(self._last_seq),
-            members=next(iter(self._divided), None),
+            members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
         )
         self._grants_wanted = set()
@@ -315,8 +317,9 @@ class Pool:
             then(None if write is None else next(remaining))
         for want, rows in zip(asks.heads, answers.heads, strict=True):
             self._heads(want, rows)
-        if asks.members is not None and asks.members in self._divided:
-            self._place_anew(self._divided[asks.members], answers.members)
+        for number, members in zip(asks.members, answers.members, strict=True):
+            if number in self._divided:
+                self._place_anew(self._divided[number], members)
         for number in asks.unused - answers.used:
             self._drop_unused(number)
 
@@ -401,10 +404,11 @@ class Pool:
         """Return the requirement class of a request; the first of its class is asked about on all workers."""
         data = draft.task.data if draft.task is not None else {}
         one = self._requirements.find(draft.kind, data)
-        if one is None:
+        if one is not None:
+            one.open = False
+        else:
             one = self._requirements.make(draft.kind, data, draft.given)
             self._begin(one, draft)
-            one.open = False
             self._write(
                 Need(
                     id=one.id,
