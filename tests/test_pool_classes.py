@@ -55,3 +55,22 @@ def test_a_refused_request_goes_also_to_a_worker_that_reads_what_nobody_has_read
     cora = Peer(driven, "cora", tasks=TASKS, colour="red", deep=True, size=3).join()
 
     cora.run(one)
+
+
+# ---------------------------------------------------------------- what requires sees
+
+
+def test_requires_sees_the_metadata_as_they_are_whatever_the_task_has_done_to_its_own(driven):
+    class Changing(Task):
+        TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {"type": "object"}
+
+        def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+            return worker_metadata.pop("mem", None) is not None  # type: ignore[attr-defined]  # as tasks do
+
+        def _execute(self) -> bool:
+            return True
+
+    one = driven.request("changing", {}, requires={"required": ["mem"]})
+    anna = Peer(driven, tasks={"changing": None}, mem=4).join()
+
+    anna.run(one)
