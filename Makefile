@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test sim sim-mutants lint format clean
+.PHONY: help demo test sim sim-mutants bench lint format clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -16,7 +16,7 @@ demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a
 test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real broker and a real sbuild
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/pytest --numprocesses=logical --maxprocesses=4
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
 
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked
@@ -24,6 +24,9 @@ sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds
 
 sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the seed that notices
 	@$(BIN)/python -m tests.sim.mutants
+
+bench: $(VENV)/ready-dev ## what matching costs, and how long a slot is idle; rewrites a table in README.md
+	@$(BIN)/python -m benchmarks
 
 lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import
 	@$(BIN)/ruff check .

@@ -51,7 +51,7 @@ class FarmBuild(Task):
             "version": {"type": "string"},
             "suite": {"enum": list(SUITES)},
             "architecture": {"enum": list(ARCHITECTURES)},
-            "memory": {"type": "integer", "minimum": 0},  # GiB
+            "memory": {"type": "number", "minimum": 0},  # GiB
         },
         "required": ["package", "version", "suite", "architecture", "memory"],
         "additionalProperties": False,
@@ -77,7 +77,7 @@ class Kind:
 
     suite: str
     architecture: str
-    memory: int
+    memory: float  # GiB
     requires: dict[str, Any] | None
 
     def data(self, number: int) -> dict[str, Any]:

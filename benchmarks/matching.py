@@ -20,6 +20,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -257,12 +258,22 @@ class Bench:
         self.figures["memory"] = memory()
         self._shares()
         self._plain()
+        self._first()
         self._together()  # last, for it makes the backlog longer
 
     def request(self, kind: Kind | None = None, id_: str | None = None) -> Request:
         """Make a request that nobody has submitted."""
         self.made += 1
         return request_of(self.dice, kind or self.dice.choice(self.kinds), self.made, id_)
+
+    def _at_work(self) -> Peer:
+        """Return a worker that has a run; if none has, there must be more requests."""
+        while not any(peer.run for peer in self.peers.values()):
+            self.driver.settle([encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))])
+            self._deliver()
+        while (peer := self.peers[self.dice.choice(self.names)]).run is None:
+            pass
+        return peer
 
     def _many(
         self, name: str, happen: Callable[[], tuple[Sequence[bytes], Callable[[], None]]], divide: int = 1
@@ -295,9 +306,7 @@ class Bench:
                 new.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
                 self._deliver()
             while freed < self.operations:
-                peer = self.peers[self.dice.choice(self.names)]
-                if peer.run is None:
-                    continue
+                peer = self._at_work()
                 emptied += 1
                 self.driver.steady += PACE
                 body = encode(peer.end())
@@ -314,9 +323,19 @@ class Bench:
             for name, spent in (("new", new), ("free", free), ("claim", claim)):
                 cpu[name].append(spent.cpu / self.operations)
                 wall[name].append(spent.wall / self.operations)
-        for name in cpu:
-            self.figures[name] = [median(cpu[name]), median(wall[name])]
+        for name, each in cpu.items():
+            self.figures[name] = [median(each), median(wall[name])]
         self.figures["filled"] = self.rounds * self.operations / emptied
+
+    def _first(self) -> None:
+        self.operations = 4  # each leaves a class behind
+        sizes = iter(self.dice.sample(range(200, 10_000), self.rounds * self.operations))
+
+        def happen() -> tuple[Sequence[bytes], Callable[[], None]]:
+            kind = replace(self.dice.choice(self.kinds), memory=next(sizes) / 100)
+            return [encode(Submit(requests=[self.request(kind)]))], self._quietly
+
+        self._many("first", happen)
 
     def _together(self) -> None:
         def happen() -> tuple[Sequence[bytes], Callable[[], None]]:
@@ -428,9 +447,7 @@ class Bench:
             self.driver.settle([body])
             shares["new"].append(total[0])
             self.driver.sent.clear()
-            peer = self.peers[self.dice.choice(self.names)]
-            if peer.run is None:
-                continue
+            peer = self._at_work()
             self.driver.steady += PACE
             body = encode(peer.end())
             total[0] = 0.0

@@ -16,6 +16,8 @@ from mqworker.tracking import MISSING, Ask, Edit, Key, advise, token
 MAX_TRIED: Final = 4  # workers for which a change of metadata is sought
 MAX_ADVICE: Final = 3  # changes that are told
 MAX_SHOWN: Final = 5  # values that a step names, and names of workers that a class shows
+DECLINED: Final = "every worker that could run it has declined it"
+PAUSED: Final = "all that can run it are paused"
 
 
 @dataclass(kw_only=True)
@@ -93,9 +95,9 @@ def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
     if standing.busy:
         return busy(ahead)
     if standing.paused:
-        return "all that can run it are paused"
+        return PAUSED
     if standing.refused:
-        return "all that could run it have declined it"
+        return DECLINED
     if standing.offline:
         return "all that could run it are offline"
     return nobody(failing)
@@ -111,6 +113,11 @@ def busy(ahead: int) -> str:
     return "all that can run it are busy; " + (
         "it is next" if not ahead else f"about {ahead} go{'es' if ahead == 1 else ''} first"
     )
+
+
+def limited(key: str | None) -> str:
+    """Say in one line that a concurrency key holds a request back."""
+    return f"as many run with the concurrency key {key} as may"
 
 
 def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nsmallest
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -102,7 +103,8 @@ LOOK: Final = 1.0  # seconds between looks for requests that nobody can run
 SWEEP: Final = 30.0  # seconds between looks for classes that are not needed apart, or at all, any more
 LINGER: Final = 600.0  # seconds that a requirement class is kept for requests that may come
 MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
-PLACED_AT_ONCE: Final = 100  # requests of a divided class that are placed anew before other work goes on
+DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
+PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
@@ -132,11 +134,11 @@ class Asks:
 
     artifacts: frozenset[int]  # that grants will name
     heads: Sequence[Want]
-    members: int | None  # a requirement class whose requests are to be placed anew
+    members: Sequence[int]  # requirement classes whose requests are to be placed anew
     unused: frozenset[int]  # requirement classes that may have no live request any more
 
     def __bool__(self) -> bool:
-        return bool(self.artifacts or self.heads or self.members is not None or self.unused)
+        return bool(self.artifacts or self.heads or self.members or self.unused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class Answers:
 
     artifacts: Mapping[int, RecordedArtifact] = field(default_factory=dict)
     heads: Sequence[Sequence[Live]] = ()  # for each want
-    members: Sequence[Live] = ()
+    members: Sequence[Sequence[Live]] = ()  # for each of the requirement classes, the best first
     used: frozenset[int] = frozenset()
 
 
@@ -277,9 +279,10 @@ class Pool:
         self._swept = 0.0
         self._unused: set[int] = set()
         self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
+        self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._looked = 0.0  # when it last looked for requests that nobody can run
-        self._asks = Asks(artifacts=frozenset(), heads=(), members=None, unused=frozenset())
+        self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
@@ -297,7 +300,7 @@ class Pool:
         self._asks = Asks(
             artifacts=frozenset(self._grants_wanted),
             heads=self._dispatch.wants(self._last_seq),
-            members=next(iter(self._divided), None),
+            members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
         )
         self._grants_wanted = set()
@@ -314,8 +317,9 @@ class Pool:
             then(None if write is None else next(remaining))
         for want, rows in zip(asks.heads, answers.heads, strict=True):
             self._heads(want, rows)
-        if asks.members is not None and asks.members in self._divided:
-            self._place_anew(self._divided[asks.members], answers.members)
+        for number, members in zip(asks.members, answers.members, strict=True):
+            if number in self._divided:
+                self._place_anew(self._divided[number], members)
         for number in asks.unused - answers.used:
             self._drop_unused(number)
 
@@ -383,13 +387,13 @@ class Pool:
     # ------------------------------------------------------------ requirement classes
 
     def _recall(self, row: RequirementRow) -> None:
-        """Take back a requirement class; if its task has changed since, its requests are placed anew."""
+        """Take back a requirement class; if its task has changed since, or is unfit, its requests are placed anew."""
         before = Kind(task=row.task, fingerprint=row.fingerprint, requires=row.requires or "", whole=False)
         one = RequirementClass(
             id=row.id, kind=before, data=msgspec.json.decode(row.data), reads=reads_from(row.reads), open=False
         )
         draft = self._examiner.recall(one)
-        if draft.kind._replace(whole=False) == before:
+        if draft.kind._replace(whole=False) == before and draft.problem is None:  # one unfit speaks for no other
             one.kind = draft.kind
         else:
             one.divided = True
@@ -400,10 +404,11 @@ class Pool:
         """Return the requirement class of a request; the first of its class is asked about on all workers."""
         data = draft.task.data if draft.task is not None else {}
         one = self._requirements.find(draft.kind, data)
-        if one is None:
+        if one is not None:
+            one.open = False
+        else:
             one = self._requirements.make(draft.kind, data, draft.given)
             self._begin(one, draft)
-            one.open = False
             self._write(
                 Need(
                     id=one.id,
@@ -828,6 +833,7 @@ class Pool:
         draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
+        self._alone.setdefault(entry.request.id, _Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
@@ -894,12 +900,6 @@ class Pool:
         answer: Callable[[Ended], None],
     ) -> None:
         entry = self._entries.get(ref.request)
-        holds = (
-            entry is not None
-            and entry.lease is not None
-            and entry.lease.token == ref.token
-            and entry.attempt == ref.attempt
-        )
         ending = end_attempt(
             outcome.result,
             again=outcome.again,
@@ -930,7 +930,7 @@ class Pool:
         )
 
         def then(result: Ended) -> None:
-            held = entry.lease if entry is not None and holds else None
+            held = None if entry is None else entry.lease
             if entry is not None and held is not None and held.token == ref.token and result.state is not None:
                 entry.lease = None
                 del self._running[ref.request]
@@ -1124,32 +1124,37 @@ class Pool:
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
         for one in self._requirements:
-            use = self._uses[one.id]
-            number = self._dispatch.waiting_for(one.id)
-            if not number or one.divided or self._matching.capable_classes(one.id):
-                use.stuck_since, use.told = None, False
-            elif use.stuck_since is None:
-                use.stuck_since = moment.steady
-            elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
-                use.told = True
-                self._sends.append(
-                    Send(
-                        exchange=self._topology.events,
-                        key=self._topology.request_event_key(one.kind.task, "stuck"),
-                        message=StuckEvent(
-                            term=self._term,
-                            time=moment.wall,
-                            task=one.kind.task,
-                            requirement=one.id,
-                            since=moment.wall - (moment.steady - use.stuck_since),
-                            number=number,
-                            requests=self._dispatch.oldest(one.id, STUCK_SHOWN),
-                            reason=one.problem or explain.nobody(self._matching.errors(one.id)),
-                        ),
-                        mandatory=False,
-                        persistent=False,
-                    )
+            self._look_for_able(one, one.id, self._uses[one.id], moment)
+        for request, use in self._alone.items():
+            entry = self._entries[request]
+            self._look_for_able(entry.one, entry.requirement, use, moment)
+
+    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: _Use, moment: Moment) -> None:
+        number = self._dispatch.waiting_for(requirement)
+        if not number or one.divided or self._matching.capable_classes(requirement):
+            use.stuck_since, use.told = None, False
+        elif use.stuck_since is None:
+            use.stuck_since = moment.steady
+        elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
+            use.told = True
+            self._sends.append(
+                Send(
+                    exchange=self._topology.events,
+                    key=self._topology.request_event_key(one.kind.task, "stuck"),
+                    message=StuckEvent(
+                        term=self._term,
+                        time=moment.wall,
+                        task=one.kind.task,
+                        requirement=one.id,
+                        since=moment.wall - (moment.steady - use.stuck_since),
+                        number=number,
+                        requests=self._dispatch.oldest(requirement, STUCK_SHOWN),
+                        reason=one.problem or explain.nobody(self._matching.errors(requirement)),
+                    ),
+                    mandatory=False,
+                    persistent=False,
                 )
+            )
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
@@ -1221,7 +1226,25 @@ class Pool:
         """Say in a line why a request does not run."""
         if view.state not in (State.PENDING, State.OFFERED):
             return None
-        request = view.request
+        held = self._held_back(view, entry)
+        one = self._requirements.get(view.requirement)
+        if held is not None or one is None:
+            return held
+        request, requirement = view.request, one.id if entry is None else entry.requirement
+        if not self._matching.capable_classes(requirement):
+            if entry is not None and entry.own is not None:
+                return explain.DECLINED
+            return explain.nobody(self._matching.errors(requirement))
+        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
+        if self._dispatch.held_by(lane) is not None:
+            return explain.limited(lane.key)
+        paused = [name for kind, name in self._pauses if kind == "worker" and self._matching.can_run(name, requirement)]
+        if paused and len(paused) == len(self._matching.able(requirement)):
+            return explain.PAUSED
+        return explain.busy(self._dispatch.ahead(lane, view.seq))
+
+    def _held_back(self, view: RequestView, entry: _Entry | None) -> str | None:
+        """Say in a line what keeps a request from being offered, whoever could run it."""
         if view.after:
             others = len(view.after) - 1
             return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
@@ -1230,22 +1253,14 @@ class Pool:
         one = self._requirements.get(view.requirement)
         if one is None:
             return None
-        for kind, name in (("task", one.kind.task), ("group", request.group)):
+        for kind, name in (("task", one.kind.task), ("group", view.request.group)):
             if (kind, name) in self._pauses:
                 return f"the {kind} {name} is paused"
-        requirement = one.id if entry is None else entry.requirement
-        if one.problem is not None:
-            return f"this scheduler cannot configure its task any more: {one.problem}"
-        if not self._matching.capable_classes(requirement):
-            if entry is not None and entry.own is not None:
-                return "every worker that could run it has declined it"
-            return explain.nobody(self._matching.errors(requirement))
-        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
-        if self._dispatch.held_by(lane) is not None:  # pauses were looked for above
-            return f"as many run with the concurrency key {request.concurrency_key} as may"
         if view.state == "offered":
             return "is offered to a worker"
-        return explain.busy(self._dispatch.ahead(lane, view.seq))
+        if one.problem is not None:
+            return f"this scheduler cannot configure its task any more: {one.problem}"
+        return None
 
     def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
         """Say who can run a request, submitted or not, and why it waits."""
@@ -1266,15 +1281,17 @@ class Pool:
         seq = self._last_seq + 1 if view is None else view.seq
         ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
         failing = self._matching.errors(requirement) if requirement is not None else None
-        why = None
-        if view is not None:
-            decorated = self.decorate(view)
-            why = decorated.waits if view.state in ("pending", "offered") else f"it is {view.state}"
+        verdict = explain.verdict(standing, ahead=ahead, failing=failing)
+        if view is not None and view.state in (State.PENDING, State.OFFERED):
+            limited = (standing.idle or standing.busy) and self._dispatch.held_by(lane) is not None
+            verdict = self._held_back(view, entry) or (explain.limited(lane.key) if limited else verdict)
+        elif view is not None:
+            verdict = f"it is {view.state}"
         return Explanation(
             request=None if view is None else view.request.id,
             state=None if view is None else view.state,
             task=draft.kind.task,
-            verdict=why or explain.verdict(standing, ahead=ahead, failing=failing),
+            verdict=verdict,
             workers=funnel.workers + len(offline),
             steps=explain.steps(funnel, offline=offline),
             able=funnel.able,
@@ -1476,6 +1493,7 @@ class Pool:
         self._uses[entry.one.id].entries -= 1
         self._uses[entry.one.id].idle_since = self._steady
         self._refused.pop(request, None)
+        self._alone.pop(request, None)
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)

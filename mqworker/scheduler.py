@@ -98,7 +98,7 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
     return Answers(
         artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
-        members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
+        members=[ledger.members(number, PLACED_AT_ONCE // len(asks.members)) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
     )
 

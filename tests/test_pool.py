@@ -367,6 +367,7 @@ def test_a_refusal_by_metadata_that_the_scheduler_has_not_seen_waits_for_a_hello
     driven.turn()
 
     assert [part.token for part in anna.hear(Void)] == ["refused"]
+    bert.follow()
     assert [ticket.request.id for _, ticket in driven.take_tickets()] == [one, one], "now it goes to another"
 
 

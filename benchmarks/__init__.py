@@ -1,0 +1,1 @@
+"""How the promises and costs of the pool are measured: `make bench`."""

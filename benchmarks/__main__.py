@@ -1,0 +1,150 @@
+"""Run both benchmarks, print one table, and put it into the README: `python -m benchmarks`, or `make bench`."""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import Any, Final
+
+from benchmarks import idle_slot, matching
+
+README: Final = Path(__file__).parents[1] / "README.md"
+BLOCK: Final = re.compile(r"(?<=^<!-- benchmark -->\n).*?(?=^<!-- /benchmark -->$)", re.MULTILINE | re.DOTALL)
+WIDTH: Final = 120
+COMMAND: Final = "make bench"
+
+Found = dict[str, Any]
+
+
+def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: int) -> str:
+    """Write the figures down, ratios first."""
+    plain = sum(one["plain ask"] for one in found) / len(found)
+
+    def times(number: float) -> str:
+        return f"{number:,.0f} times" if number >= 10 else f"{number:.2f} times"  # noqa: PLR2004  # two digits tell
+
+    def milliseconds(name: str) -> Callable[[Found], str]:
+        return lambda one: f"{one[name][0] * 1e3:.3g} ms"
+
+    def question(name: str) -> Callable[[Found], str]:
+        def show(one: Found) -> str:
+            asked = one["questions"][name]
+            return f"{asked['median'][0] * 1e3:.3g} ms, at most {asked['most'][0] * 1e3:.3g} ms"
+
+        return show
+
+    rows: list[tuple[str, Callable[[Found], str]]] = [
+        (
+            "**all workers and all requests, matched from nothing**: plain way against restart with all workers back",
+            lambda one: times(one["pending"] * workers * plain / one["restart"]["all workers"][0]),
+        ),
+        (
+            "**a new request**: plain way against its matching and dispatch",
+            lambda one: times(workers * plain / one["share"]["new"]),
+        ),
+        (
+            "likewise, against all that the scheduler does for it, commit included",
+            lambda one: times(workers * plain / one["new"][0]),
+        ),
+        ("**a worker joins**: plain way against all", lambda one: times(one["pending"] * plain / one["join"][0])),
+        (
+            "**a decision changes**: plain way against all",
+            lambda one: times(one["pending"] * plain / one["change decision"][0]),
+        ),
+        (
+            "a new request, against the same at the smallest backlog",
+            lambda one: times(one["new"][0] / found[0]["new"][0]),
+        ),
+        (
+            "a free slot, against the same at the smallest backlog",
+            lambda one: times(one["free"][0] / found[0]["free"][0]),
+        ),
+        ("a new request, alone in its commit", milliseconds("new")),
+        ("of it matching and dispatch", lambda one: f"{one['share']['new'] * 1e3:.3g} ms"),
+        ("a new request, with 99 others in its message", milliseconds("new together")),
+        ("the first request of a requirement class", milliseconds("first")),
+        ("a slot comes free: outcome kept, next request chosen, offer kept", milliseconds("free")),
+        ("of it matching and dispatch", lambda one: f"{one['share']['free'] * 1e3:.3g} ms"),
+        ("a claim is granted", milliseconds("claim")),
+        ("a worker joins", milliseconds("join")),
+        ("metadata change, nothing that is read", milliseconds("change unread")),
+        ("metadata change, read, but the same decisions", milliseconds("change read")),
+        ("metadata change, other decisions: another class", milliseconds("change decision")),
+        ("a heartbeat", milliseconds("heartbeat")),
+        ("a second in which nothing happens", milliseconds("quiet second")),
+        ("`mqworker explain` of a request", question("explain a request")),
+        ("likewise of task data that nobody can run", question("explain an impossible kind")),
+        ("`mqworker capabilities`, each page", question("capabilities")),
+        ("scheduler starts: ready for reports (wall)", lambda one: f"{one['restart']['ready'][1]:.2g} s"),
+        (
+            "likewise, its first offer (wall)",
+            lambda one: "none" if one["restart"]["first offer"] is None else f"{one['restart']['first offer']:.2g} s",
+        ),
+        (
+            f"likewise, all {workers:,} workers back, idle ones at work (CPU)",
+            lambda one: f"{one['restart']['all workers'][0]:.2g} s",
+        ),
+        ("memory, the farm's own metadata included", lambda one: f"{one['memory']['pss'] / 2**20:,.0f} MiB"),
+        ("capability classes", lambda one: f"{one['classes']:,}"),
+    ]
+    cores = os.cpu_count()
+    head = " | ".join(f"{one['backlog']:,}" for one in found)
+    words = (
+        f"{workers:,} workers, all with different metadata, {kinds:,} requirement classes; {cores} cores, "
+        f"{time.strftime('%Y-%m-%d')}, `{COMMAND}`. Costs are CPU time of the scheduler's own code on a real ledger "
+        "(SQLite, full sync), without the connection to the broker: medians. The plain way asks each worker about each "
+        f"request: {plain * 1e6:.2g} µs each, sampled and scaled."
+    )
+    lines = [
+        *wrap(words, WIDTH),
+        "",
+        f"| pending requests | {head} |",
+        f"| --- |{' ---: |' * len(found)}",
+        *(f"| {name} | {' | '.join(show(one) for one in found)} |" for name, show in rows),
+    ]
+    if idle is not None:
+        words = (
+            "A slot waits for its next run, from end to start, while there is work for it: median "
+            f"{idle['p50'] * 1e3:.0f} ms, p99 {idle['p99'] * 1e3:.0f} ms ({idle['samples']:,} waits of "
+            f"{idle['slots']} slots; real processes and a real broker on the same {cores} cores, three kinds of "
+            "workers, runs of 0.1 to 0.6 s)."
+        )
+        lines += ["", *wrap(words, WIDTH)]
+    return "\n".join(lines) + "\n"
+
+
+def write(text: str) -> None:
+    """Put the table into the README."""
+    readme = README.read_text(encoding="utf-8")
+    changed, number = BLOCK.subn(lambda _: text, readme)
+    if number != 1:
+        raise RuntimeError(f"expected one block <!-- benchmark --> ... <!-- /benchmark --> in {README}, got {number}")
+    README.write_text(changed, encoding="utf-8")
+
+
+def main() -> None:
+    """Measure all."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--matching", type=Path, help="figures of an earlier `python -m benchmarks.matching`, as JSON")
+    parser.add_argument("--idle-slot", type=Path, help="figures of an earlier `python -m benchmarks.idle_slot`")
+    parser.add_argument("--no-readme", action="store_true", help="print only")
+    given = parser.parse_args()
+    size = matching.parser().parse_args([])
+    found = matching.run(size) if given.matching is None else json.loads(given.matching.read_text(encoding="utf-8"))
+    if given.idle_slot is None:
+        idle = idle_slot.run(idle_slot.parser().parse_args([]))
+    else:
+        idle = json.loads(given.idle_slot.read_text(encoding="utf-8"))
+    text = table(found, idle, workers=size.workers, kinds=size.kinds)
+    sys.stdout.write(text)
+    if not given.no_readme:
+        write(text)
+
+
+if __name__ == "__main__":
+    main()
