@@ -133,7 +133,8 @@ class Examiner:
             if asked is None:
                 return False
             asked.data = data  # type: ignore[assignment]  # it passes for a dict
-            return bool(asked.can_run_on(metadata)) and (requires is None or satisfied(requires, metadata))
+            # `requires` first: can_run_on() may change what it is handed.
+            return (requires is None or satisfied(requires, metadata)) and bool(asked.can_run_on(metadata))
 
         return ask
 

@@ -416,3 +416,22 @@ def test_capability_classes_that_nothing_tells_apart_any_more_become_one(driven)
     assert driven.pool.classes() == 1
     assert driven.queues == {anna.queue}
     assert driven.states(driven.request()) == ["offered"]
+
+
+# ---------------------------------------------------------------- what requires sees
+
+
+def test_requires_sees_the_metadata_as_they_are_whatever_the_task_has_done_to_its_own(driven):
+    class Changing(Task):
+        TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {"type": "object"}
+
+        def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+            return worker_metadata.pop("mem", None) is not None  # type: ignore[attr-defined]  # as tasks do
+
+        def _execute(self) -> bool:
+            return True
+
+    one = driven.request("changing", {}, requires={"required": ["mem"]})
+    anna = Peer(driven, tasks={"changing": None}, mem=4).join()
+
+    anna.run(one)

@@ -21,6 +21,7 @@ LEGAL = {
 }
 REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
+DOUBT = 0.1  # seconds in which it is known of each request what its class is
 STALE_MARGIN = 5.0
 MOST_STEPS = 400_000
 ROWS = (
@@ -116,6 +117,7 @@ class Check:
         self._eligible = {}  # host's name to (news, rows)
         self.paused = frozenset()  # (kind, name), by the ledger
         self._first_turn = True
+        self._doubts = {}  # request to when and how a worse one was preferred to it
         self._bound = {}  # request to its data with what it has taken from others
         self._brief = {}
 
@@ -184,6 +186,7 @@ class Check:
         self.refused.clear()  # a scheduler remembers them, and the ledger does not
         self.turn = None
         self._first_turn = True
+        self._doubts.clear()
         self.committed_at = self.loop.now
         wall = self.world.scheduler_wall()
         for row in self.rows.values():
@@ -218,6 +221,9 @@ class Check:
                         turn.places[write.request] = place
                         self.offered_at[write.request] = self.loop.now
                         self._offered(write.request, turn)
+                case "Rekey":
+                    for id_ in [id_ for id_ in self._doubts if after[id_].seq in write.to]:
+                        del self._doubts[id_]  # its class was divided, and none could know whether it was better
                 case "Pause":
                     self._paused(self.paused | {(write.kind, write.name)})
                 case "Resume":
@@ -594,12 +600,13 @@ class Check:
                 and self._all_can(other, facts)
                 and self._known(other, offer, turn)
             ):
-                self.fail(
-                    "P8",
+                text = (
                     f"{row.id} (priority {row.priority}, group {row.grp}, seq {row.seq}) was offered in {queue} while"
                     f" the better {other.id} (priority {other.priority}, group {other.grp}, seq {other.seq}) waited;"
-                    f" shares {shares}",
+                    f" shares {shares}"
                 )
+                self.world.note("CHECK", text)
+                self._doubts.setdefault(other.id, (self.loop.now, text))
 
     def _waits(self, old, row, turn):
         if row.not_before is not None and not self._is_due(row, self.loop.now - turn.judged_at):
@@ -669,6 +676,9 @@ class Check:
         """Look for an idle slot beside a request that it could run, in a quiet pool."""
         now = self.loop.now
         quiet = self.world.quiet_from
+        for since, text in self._doubts.values():
+            if since + DOUBT < now:
+                self.fail("P8", text)
         if self.loop.steps > MOST_STEPS:
             self.fail("steps", f"the pool has made {self.loop.steps} steps, and does not come to rest")
         if now < quiet + IDLE_SECONDS:
