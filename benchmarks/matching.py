@@ -11,6 +11,7 @@ measured, is submitted to the pool. Costs are CPU seconds of the process, the me
 """
 
 import argparse
+import gc
 import json
 import random
 import resource
@@ -167,6 +168,8 @@ class Bench:
         self.peers = {peer.name: peer for peer in (Peer(number, metadata(number)) for number in range(workers))}
         self.names = list(self.peers)
         self.made = 0
+        self.collecting = 0.0
+        self.pauses: list[float] = []  # of Python's garbage collector, while things are measured
         self.figures: dict[str, Any] = {}
         before = memory()
         opened, joined, followed = Spent(), Spent(), Spent()
@@ -241,6 +244,7 @@ class Bench:
     def measure(self, backlog: int) -> None:
         """Let each thing happen, many times, and keep what it took."""
         self.measuring = True
+        gc.callbacks.append(self._collected)
         while self.driver.pool._dispatch.waiting() < backlog:  # workers who were idle have taken some
             self.driver.settle([encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))])
             self._deliver()
@@ -258,10 +262,17 @@ class Bench:
         self.figures["pending"] = self.driver.pool._dispatch.waiting()
         self.figures["heads"] = len(self.driver.pool._entries)
         self.figures["memory"] = memory()
+        self.figures["collector"] = max(self.pauses, default=0.0)
         self._shares()
         self._plain()
         self._first()
         self._together()  # last, for it makes the backlog longer
+
+    def _collected(self, phase: str, _: Mapping[str, int]) -> None:
+        if phase == "start":
+            self.collecting = time.process_time()
+        else:
+            self.pauses.append(time.process_time() - self.collecting)
 
     def request(self, kind: Kind | None = None, id_: str | None = None) -> Request:
         """Make a request that nobody has submitted."""
