@@ -34,7 +34,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
     def question(name: str) -> Callable[[Found], str]:
         def show(one: Found) -> str:
             asked = one["questions"][name]
-            return f"{asked['median'][0] * 1e3:.3g} ms, at most {asked['most'][0] * 1e3:.3g} ms"
+            return f"{asked['median'][0] * 1e3:.3g} ms"
 
         return show
 
@@ -75,6 +75,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
         ("metadata change, nothing that is read", milliseconds("change unread")),
         ("metadata change, read, but the same decisions", milliseconds("change read")),
         ("metadata change, other decisions: another class", milliseconds("change decision")),
+        ("Python's garbage collector, longest pause meanwhile", lambda one: f"{one['collector'] * 1e3:.3g} ms"),
         ("a heartbeat", milliseconds("heartbeat")),
         ("a second in which nothing happens", milliseconds("quiet second")),
         ("`mqworker explain` of a request", question("explain a request")),
@@ -112,7 +113,8 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
             "A slot waits for its next run, from end to start, while there is work for it: median "
             f"{idle['p50'] * 1e3:.0f} ms, p99 {idle['p99'] * 1e3:.0f} ms ({idle['samples']:,} waits of "
             f"{idle['slots']} slots; real processes and a real broker on the same {cores} cores, three kinds of "
-            "workers, runs of 0.1 to 0.6 s)."
+            "workers, runs of 0.1 to 0.6 s"
+            f"{'; at real-time priority, so that what else ran on the machine is not in it' if idle['alone'] else ''})."
         )
         lines += ["", *wrap(words, WIDTH)]
     return "\n".join(lines) + "\n"
@@ -132,12 +134,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--matching", type=Path, help="figures of an earlier `python -m benchmarks.matching`, as JSON")
     parser.add_argument("--idle-slot", type=Path, help="figures of an earlier `python -m benchmarks.idle_slot`")
+    parser.add_argument("--alone", action="store_true", help="measure idle slots at real-time priority; needs root")
     parser.add_argument("--no-readme", action="store_true", help="print only")
     given = parser.parse_args()
     size = matching.parser().parse_args([])
     found = matching.run(size) if given.matching is None else json.loads(given.matching.read_text(encoding="utf-8"))
     if given.idle_slot is None:
-        idle = idle_slot.run(idle_slot.parser().parse_args([]))
+        idle = idle_slot.run(idle_slot.parser().parse_args(["--alone"] if given.alone else []))
     else:
         idle = json.loads(given.idle_slot.read_text(encoding="utf-8"))
     text = table(found, idle, workers=size.workers, kinds=size.kinds)

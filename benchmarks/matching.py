@@ -11,6 +11,7 @@ measured, is submitted to the pool. Costs are CPU seconds of the process, the me
 """
 
 import argparse
+import gc
 import json
 import random
 import resource
@@ -163,10 +164,12 @@ class Bench:
     def __init__(self, url: str, *, workers: int, number_of_kinds: int, rounds: int, operations: int) -> None:
         self.rounds, self.operations = rounds, operations
         self.kinds = kinds(number_of_kinds)
-        self.dice = random.Random(len(url))
+        self.dice = random.Random(7)
         self.peers = {peer.name: peer for peer in (Peer(number, metadata(number)) for number in range(workers))}
         self.names = list(self.peers)
         self.made = 0
+        self.collecting = 0.0
+        self.pauses: list[float] = []  # of Python's garbage collector, while things are measured
         self.figures: dict[str, Any] = {}
         before = memory()
         opened, joined, followed = Spent(), Spent(), Spent()
@@ -241,9 +244,12 @@ class Bench:
     def measure(self, backlog: int) -> None:
         """Let each thing happen, many times, and keep what it took."""
         self.measuring = True
+        gc.callbacks.append(self._collected)
         while self.driver.pool._dispatch.waiting() < backlog:  # workers who were idle have taken some
             self.driver.settle([encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))])
             self._deliver()
+        for peer in self.peers.values():
+            self._employ(peer)
         self._new_and_free()
         self._joins()
         self._changes()
@@ -256,21 +262,32 @@ class Bench:
         self.figures["pending"] = self.driver.pool._dispatch.waiting()
         self.figures["heads"] = len(self.driver.pool._entries)
         self.figures["memory"] = memory()
+        self.figures["collector"] = max(self.pauses, default=0.0)
         self._shares()
         self._plain()
         self._first()
         self._together()  # last, for it makes the backlog longer
+
+    def _collected(self, phase: str, _: Mapping[str, int]) -> None:
+        if phase == "start":
+            self.collecting = time.process_time()
+        else:
+            self.pauses.append(time.process_time() - self.collecting)
 
     def request(self, kind: Kind | None = None, id_: str | None = None) -> Request:
         """Make a request that nobody has submitted."""
         self.made += 1
         return request_of(self.dice, kind or self.dice.choice(self.kinds), self.made, id_)
 
-    def _at_work(self) -> Peer:
-        """Return a worker that has a run; if none has, there must be more requests."""
-        while not any(peer.run for peer in self.peers.values()):
-            self.driver.settle([encode(Submit(requests=[self.request() for _ in range(IN_A_MESSAGE)]))])
+    def _employ(self, peer: Peer) -> None:
+        """Give an idle worker something that it can run, so that what is new has to wait at any backlog."""
+        kind = None if peer.run is not None else able_kind(self.dice, self.kinds, peer.metadata)
+        if kind is not None:
+            self.driver.settle([encode(Submit(requests=[self.request(self.kinds[kind])]))])
             self._deliver()
+
+    def _at_work(self) -> Peer:
+        """Return a worker that has a run."""
         while (peer := self.peers[self.dice.choice(self.names)]).run is None:
             pass
         return peer
@@ -320,6 +337,7 @@ class Bench:
                     body = encode(peer.claim(tickets[0].request.id, tickets[0].attempt))
                     claim.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
                 self._deliver()
+                self._employ(peer)
             for name, spent in (("new", new), ("free", free), ("claim", claim)):
                 cpu[name].append(spent.cpu / self.operations)
                 wall[name].append(spent.wall / self.operations)
@@ -452,11 +470,13 @@ class Bench:
             body = encode(peer.end())
             total[0] = 0.0
             self.driver.settle([body])
-            shares["free"].append(total[0])
+            if any(isinstance(message, Ticket) for _, message in self.driver.sent):
+                shares["free"].append(total[0])
             self._deliver()
+            self._employ(peer)
         for name, room in rooms.items():
             setattr(pool, name, room)
-        self.figures["share"] = {name: median(each) for name, each in shares.items()}
+        self.figures["share"] = {name: median(each or [0.0]) for name, each in shares.items()}
 
     def _plain(self) -> None:
         """Ask some workers for some requests as one would without any of this."""
