@@ -94,10 +94,11 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
         ("capability classes", lambda one: f"{one['classes']:,}"),
     ]
     cores = os.cpu_count()
+    command = f"{COMMAND} BENCH=--alone" if idle is not None and idle["alone"] else COMMAND
     head = " | ".join(f"{one['backlog']:,}" for one in found)
     words = (
         f"{workers:,} workers, all with different metadata, {kinds:,} requirement classes; {cores} cores, "
-        f"{time.strftime('%Y-%m-%d')}, `{COMMAND}{' BENCH=--alone' if idle and idle['alone'] else ''}`. Costs are CPU time of the scheduler's own code on a real ledger "
+        f"{time.strftime('%Y-%m-%d')}, `{command}`. Costs are CPU time of the scheduler's own code on a real ledger "
         "(SQLite, full sync), without the connection to the broker: medians. The plain way asks each worker about each "
         f"request: {plain * 1e6:.2g} µs each, sampled and scaled."
     )
