@@ -26,7 +26,7 @@ sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the
 	@$(BIN)/python -m tests.sim.mutants
 
 bench: $(VENV)/ready-dev ## what matching costs, and how long a slot is idle; rewrites a table in README.md
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import
 	@$(BIN)/ruff check .

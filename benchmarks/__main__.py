@@ -94,10 +94,11 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
         ("capability classes", lambda one: f"{one['classes']:,}"),
     ]
     cores = os.cpu_count()
+    command = f"{COMMAND} BENCH=--alone" if idle is not None and idle["alone"] else COMMAND
     head = " | ".join(f"{one['backlog']:,}" for one in found)
     words = (
         f"{workers:,} workers, all with different metadata, {kinds:,} requirement classes; {cores} cores, "
-        f"{time.strftime('%Y-%m-%d')}, `{COMMAND}`. Costs are CPU time of the scheduler's own code on a real ledger "
+        f"{time.strftime('%Y-%m-%d')}, `{command}`. Costs are CPU time of the scheduler's own code on a real ledger "
         "(SQLite, full sync), without the connection to the broker: medians. The plain way asks each worker about each "
         f"request: {plain * 1e6:.2g} µs each, sampled and scaled."
     )
@@ -114,7 +115,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
             f"{idle['p50'] * 1e3:.0f} ms, p99 {idle['p99'] * 1e3:.0f} ms ({idle['samples']:,} waits of "
             f"{idle['slots']} slots; real processes and a real broker on the same {cores} cores, three kinds of "
             "workers, runs of 0.1 to 0.6 s"
-            f"{'; at real-time priority, so that what else ran on the machine is not in it' if idle['alone'] else ''})."
+            f"{', all at real-time priority' if idle['alone'] else ''})."
         )
         lines += ["", *wrap(words, WIDTH)]
     return "\n".join(lines) + "\n"
@@ -134,9 +135,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--matching", type=Path, help="figures of an earlier `python -m benchmarks.matching`, as JSON")
     parser.add_argument("--idle-slot", type=Path, help="figures of an earlier `python -m benchmarks.idle_slot`")
-    parser.add_argument("--alone", action="store_true", help="measure idle slots at real-time priority; needs root")
+    parser.add_argument(
+        "--alone", action="store_true", help="at real-time priority, as if nothing else ran on the machine; needs root"
+    )
     parser.add_argument("--no-readme", action="store_true", help="print only")
     given = parser.parse_args()
+    if given.alone:
+        idle_slot.stand_alone()  # whoever is started inherits it
     size = matching.parser().parse_args([])
     found = matching.run(size) if given.matching is None else json.loads(given.matching.read_text(encoding="utf-8"))
     if given.idle_slot is None:

@@ -243,10 +243,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def stand_alone() -> None:
+    """Go before all other programs on this machine, with whoever is started from here."""
+    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+
+
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Measure, and put it together."""
     if given.alone:
-        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))  # whoever is started inherits it
+        stand_alone()
     with tempfile.TemporaryDirectory(prefix="mqworker-bench-", dir="/var/tmp") as directory:
         found = measure(Path(directory), requests=given.requests, slots=given.slots, timeout=given.timeout)
     return {

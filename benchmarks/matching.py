@@ -628,7 +628,7 @@ def parser() -> argparse.ArgumentParser:
         "--backlogs", type=lambda text: [int(one) for one in text.split(",")], default=[1_000, 100_000, 1_000_000]
     )
     made.add_argument("--rounds", type=int, default=9)
-    made.add_argument("--operations", type=int, default=40, help="in a round")
+    made.add_argument("--operations", type=int, default=20, help="in a round")
     made.add_argument("--directory", help="where to keep the ledger meanwhile")
     made.add_argument("--stage", type=int, help=argparse.SUPPRESS)
     return made
