@@ -137,7 +137,7 @@ class _Writer:
             f"{self.value()} == {self.constant(key)}",
             f"bool({self.value()})",
             f"str({self.value()}) == {str(self.random.choice(VALUES[key]))!r}",
-            f"type({self.value()}) is int",
+            f"isinstance({self.value()}, int)",  # an exact type is what tracking does not see
             f"isinstance(m, dict) and len(m) > {self.random.randrange(3, 8)}",
             f"len(m) % 2 == {self.random.randrange(2)}",
             "'amd64' in json.dumps(m, sort_keys=True)",
