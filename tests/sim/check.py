@@ -595,11 +595,7 @@ class Check:
                 continue
             if self._is_paused(other, turn.paused):
                 continue
-            if (
-                self._better(other, row, shares)
-                and self._all_can(other, facts)
-                and self._known(other, offer, turn)
-            ):
+            if self._better(other, row, shares) and self._all_can(other, facts) and self._known(other, offer, turn):
                 text = (
                     f"{row.id} (priority {row.priority}, group {row.grp}, seq {row.seq}) was offered in {queue} while"
                     f" the better {other.id} (priority {other.priority}, group {other.grp}, seq {other.seq}) waited;"
