@@ -278,6 +278,7 @@ class Pool:
         self._pauses: dict[tuple[str, str], PauseView] = {}
         self._swept = 0.0
         self._unused: set[int] = set()
+        self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
         self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
         self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
@@ -296,6 +297,9 @@ class Pool:
 
     def take_writes(self) -> tuple[list[Write], Asks]:
         """Hand over the writes judged since the last call, and what is to be read right behind them."""
+        if self._rekeyed:
+            self._write(Rekey(to=self._rekeyed), lambda _: None)
+            self._rekeyed = {}
         self._committing, self._writes = self._writes, []
         self._asks = Asks(
             artifacts=frozenset(self._grants_wanted),
@@ -473,7 +477,7 @@ class Pool:
     def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
         one = self._class_of(self._examiner.examine(request, bound=bound))
-        self._write(Rekey(to={seq: one.id}), lambda _: None)
+        self._rekeyed[seq] = one.id
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
             if waits:
@@ -1456,7 +1460,7 @@ class Pool:
         one = one or self._requirements.get(row.requirement)
         if one is None:
             one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
-            self._write(Rekey(to={row.seq: one.id}), lambda _: None)
+            self._rekeyed[row.seq] = one.id
         return self._new_entry(
             _Entry(
                 seq=row.seq,

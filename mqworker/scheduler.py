@@ -5,6 +5,7 @@ published before it is recorded. The judgement is the pool's; here are the doors
 """
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -70,6 +71,7 @@ logger = logging.getLogger(__name__)
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
+GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 
 _T = TypeVar("_T")
@@ -589,6 +591,7 @@ async def run(
     Raises:
         MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
     """
+    gc.set_threshold(*GC_THRESHOLDS)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
     ledger = await asyncio.to_thread(Ledger.open, ledger_url)
     server = None
