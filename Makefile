@@ -16,7 +16,7 @@ demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a
 test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real broker and a real sbuild
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadgroup
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
 
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked

@@ -54,6 +54,7 @@ from mqworker.messages import (
     encode,
 )
 from mqworker.task import Task, load_tasks
+from mqworker.tracking import ask_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -332,6 +333,9 @@ class Agent:
         self._consuming: str | None = None
         self._draining = False
         self._hello_wanted = self._beat_wanted = False
+        self._hello_since: int | None = (
+            None  # the first heartbeat with what has to be known; None: answered, or not said
+        )
         self._stage_news = False
         self._beaten_ns = 0
         self.refused: str | None = None  # why the scheduler does not want this worker
@@ -369,7 +373,8 @@ class Agent:
     def analyzed(self, analysis: Analysis) -> None:
         """Take a fresh look at the host; the administrator's word counts more than what was found."""
         metadata = {**analysis.metadata, **self._static_metadata}
-        if self._analysis is not None and metadata == self._metadata and analysis.tasks == self._analysis.tasks:
+        same = msgspec.json.encode(metadata) == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
+        if self._analysis is not None and same and analysis.tasks == self._analysis.tasks:
             return
         self._analysis = analysis
         self._metadata = metadata
@@ -422,13 +427,14 @@ class Agent:
             return f"the request's `requires` could not be judged: {type(error).__name__}: {error}"
         try:
             task.configure(request.data)
-            if task.can_run_on(dict(self._metadata)):
-                return None
         except TaskConfigError as error:
             return f"this worker's version of the task does not accept the data: {error}"
         except Exception as error:  # noqa: BLE001  # a task's own code: what raises counts as "no", and is told
-            return f"can_run_on() raised {type(error).__name__}: {error}"
-        return "can_run_on() says no, by this worker's own metadata"
+            return f"this worker's version of the task could not be configured: {type(error).__name__}: {error}"
+        able, problem = ask_plainly(lambda metadata, _: task.can_run_on(metadata), self._metadata, {})
+        if problem is not None:
+            return f"can_run_on() raised {problem}"
+        return None if able else "can_run_on() says no, by this worker's own metadata"
 
     def _denial(self, task: str) -> str | None:
         """Return the setting by which this worker must not run a task."""
@@ -520,6 +526,8 @@ class Agent:
         self._progress(run, stage="start", fraction=None)
 
     def _alive(self, alive: Alive) -> None:
+        if self._hello_since is not None and alive.seq >= self._hello_since:
+            self._hello_since = None
         beat = self._beats.get(alive.seq)
         if beat is None:
             return
@@ -762,10 +770,12 @@ class Agent:
         if self._epoch is None or self._analysis is None:
             return
         parts: list[ReportPart] = []
+        beat = self._beat_wanted
         if self._hello_wanted:
+            self._hello_since = self._seq + 1
+        if self._hello_wanted or (beat and self._hello_since is not None):
             self._hello_wanted = False
             parts.append(self._hello(self._analysis))
-        beat = self._beat_wanted
         if beat:
             self._beat_wanted = self._stage_news = False
             self._beaten_ns = now_ns

@@ -79,8 +79,8 @@ class _Asked:
 @dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class _Requirement:
     name: Hashable
-    classes: "set[_Class]" = field(default_factory=set)
-    bundles: "set[_Bundle]" = field(default_factory=set)
+    classes: "dict[_Class, None]" = field(default_factory=dict)  # a dict for its order: the same seed, the same offers
+    bundles: "dict[_Bundle, None]" = field(default_factory=dict)
     paused: bool = False
     waiting: int = 0
     rivals: "tuple[int, set[_Requirement]] | None" = None  # as of which partition: what shares a class with it
@@ -167,7 +167,7 @@ class _Held:
     seq: int
     group: _Group
     key: _Key | None
-    capability_class: "_Class | None"  # it is offered to; None: it runs
+    capability_class: "_Class | None"  # it is offered to; None: it runs, or its class is gone
     since: float
 
 
@@ -192,7 +192,7 @@ _Rank = tuple[bool, int, int, int, "_Class"]
 class _Class:
     number: int
     name: str
-    runs: set[_Requirement] = field(default_factory=set)
+    runs: dict[_Requirement, None] = field(default_factory=dict)
     members: set[str] = field(default_factory=set)  # whose supply counts here
     idle: int = 0
     working: int = 0  # members with any slot at all
@@ -249,7 +249,7 @@ class Dispatch:
         self._out: dict[str, _Held] = {}  # by age of the offer
         self._running: dict[str, _Held] = {}
         self._classes: dict[str, _Class] = {}
-        self._unattended: set[_Class] = set()  # no member
+        self._unattended: dict[_Class, None] = {}  # no member
         self._supplies: dict[str, _Supply] = {}
         # What changed since the last offers.
         self._dirty: dict[_Class, None] = {}  # credit, or what they run
@@ -286,9 +286,9 @@ class Dispatch:
     def absent(self, lane: Lane, seq: int) -> None:
         """Count off a waiting request that is not in memory."""
         one = self._lanes.get(lane)
-        if one is None or seq <= one.horizon:
+        if one is None:
             return
-        self._count(one, behind=-1)
+        self._count(one, behind=-1)  # even if an answer without it has moved the horizon past it meanwhile
         if one.asked is not None:
             one.asked.late.discard(seq)
             one.asked.gone.add(seq)
@@ -452,7 +452,7 @@ class Dispatch:
         if bundle is None:
             bundle = _Bundle(number=next(self._numbers), requirement=requirement, team=team)
             team.bundles[requirement] = bundle
-            requirement.bundles.add(bundle)
+            requirement.bundles[bundle] = None
         key = self._key(lane.key)
         if key is not None:
             key.lanes += 1
@@ -476,7 +476,7 @@ class Dispatch:
         if bundle.lanes:
             return
         self._fresh.pop(bundle, None)
-        bundle.requirement.bundles.discard(bundle)
+        bundle.requirement.bundles.pop(bundle, None)
         self._end_requirement(bundle.requirement)
         del team.bundles[bundle.requirement]
         if team.bundles:
@@ -704,14 +704,14 @@ class Dispatch:
     def add_class(self, name: str) -> None:
         """Begin a class; it can run nothing yet."""
         one = self._classes[name] = _Class(number=next(self._numbers), name=name)
-        self._unattended.add(one)
+        self._unattended[one] = None
 
     def remove_class(self, name: str) -> list[str]:
-        """End a class; return the requests whose offers it had, which neither wait nor are out until they are told."""
+        """End a class; return the requests whose offers it had, which count as offered until they are told of."""
         one = self._classes.pop(name)
         self._partition += 1
         self._unstarve(one)
-        self._unattended.discard(one)
+        self._unattended.pop(one, None)
         self._blocked.pop(one, None)
         for requirement in one.runs:
             self._leave_requirement(one, requirement)
@@ -719,7 +719,7 @@ class Dispatch:
             self._supplies[worker].capability_class = None
         out = sorted(one.out)
         for request in out:
-            self._release(request, self._out.pop(request))
+            self._take_back(request, self._out[request])  # a claim that came before may be granted yet
         self._dirty.pop(one, None)
         return out
 
@@ -729,8 +729,8 @@ class Dispatch:
         self._partition += 1
         self._unstarve(one)
         self._dirty[one] = None
-        one.runs.add(gained)
-        gained.classes.add(one)
+        one.runs[gained] = None
+        gained.classes[one] = None
         if len(gained.classes) == 1:
             for bundle in gained.bundles:
                 self._wake_bundle(bundle)
@@ -744,13 +744,13 @@ class Dispatch:
         for one in list(known.classes):
             self._unstarve(one)  # its rank is another
             self._dirty[one] = None
-            one.runs.discard(known)
+            one.runs.pop(known, None)
             self._leave_requirement(one, known)
         self._pause(known, paused=False)
         self._end_requirement(known)
 
     def _leave_requirement(self, one: _Class, requirement: _Requirement) -> None:
-        requirement.classes.discard(one)
+        requirement.classes.pop(one, None)
         if not requirement.classes:
             for bundle in requirement.bundles:
                 self._move_bundle(bundle)
@@ -775,7 +775,7 @@ class Dispatch:
             one.members.add(worker)
             one.idle += after[0] - before[0]
             one.working += after[1] - before[1]
-            self._unattended.discard(one)
+            self._unattended.pop(one, None)
             self._dirty[one] = None
 
     def no_supply(self, worker: str) -> None:
@@ -792,7 +792,7 @@ class Dispatch:
             one.idle -= supply.idle
             self._dirty[one] = None
             if not one.members:
-                self._unattended.add(one)
+                self._unattended[one] = None
 
     def taken(self, worker: str, run: Hashable) -> None:
         """Count a slot as taken: its worker's claim was granted."""
@@ -862,15 +862,22 @@ class Dispatch:
         for one in blocked:
             if one.credit(now) > 0:
                 heappush(ready, one.rank)
-        woken: list[_Class] = []
+        woken: dict[_Class, None] = {}
         fresh, self._fresh = self._fresh, {}
         for bundle in fresh:
             self._wake(bundle, ready, woken, now)
         chosen: list[Offer] = []
         while ready:
-            one = heappop(ready)[-1]
+            rank = heappop(ready)
+            one = rank[-1]
             best = self._best(one)
             if best is not None and best.heads:
+                better = self._first_starved(best.bundle.requirement, now, rank)
+                if better is not None:  # it was passed over for the sake of this one, which has less to spare by now
+                    self._unstarve(better)
+                    heappush(ready, better.rank)
+                    heappush(ready, rank)
+                    continue
                 chosen.append(self._offer(one, best, now))
                 if one.credit(now) > 0:
                     heappush(ready, one.rank)
@@ -879,32 +886,42 @@ class Dispatch:
                 self._blocked[one] = None
             else:
                 self._starve(one)
+            woken.pop(one, None)
             wakes, one.wakes = one.wakes, []
             for bundle in wakes:
-                self._wake(bundle, ready, [], now)
+                self._wake(bundle, ready, woken, now)
         return chosen
 
-    def _wake(self, bundle: _Bundle, ready: list[_Rank], woken: list[_Class], now: float) -> None:
-        """Let the first of the starved classes that run a bundle look again, but for one before it that is `woken`."""
-        classes = bundle.requirement.classes
-        while bundle.entry is not None and bundle.team.entry is not None and self._starved:
-            before = next((one for one in woken if one in classes and one.rank < self._starved[0]), None)
-            if before is not None:
-                before.wakes.append(bundle)
+    def _wake(self, bundle: _Bundle, ready: list[_Rank], woken: dict[_Class, None], now: float) -> None:
+        """See that some class that runs a bundle looks again, if any has credit; and after it another."""
+        if bundle.entry is None or bundle.team.entry is None or not self._starved:
+            return
+        requirement = bundle.requirement
+        few, many = sorted((requirement.classes, woken), key=len)
+        one = next((each for each in few if each in many), None)
+        if one is None:
+            one = self._first_starved(requirement, now)
+            if one is None:
                 return
+            self._unstarve(one)
+            heappush(ready, one.rank)
+            woken[one] = None
+        one.wakes.append(bundle)
+
+    def _first_starved(self, requirement: _Requirement, now: float, below: _Rank | None = None) -> _Class | None:
+        """Find the best placed of the starved classes that run a requirement."""
+        classes = requirement.classes
+        while self._starved and (below is None or self._starved[0] < below):
             if len(classes) * 4 < len(self._starved):
                 rank = min((one.starved for one in classes if one.starved is not None), default=None)
             else:
                 rank = next((rank for rank in self._starved if rank[-1] in classes), None)
-            if rank is None:
-                return
-            one = rank[-1]
-            self._unstarve(one)
-            if one.credit(now) > 0:  # else its lookahead has run out meanwhile
-                one.wakes.append(bundle)
-                heappush(ready, one.rank)
-                woken.append(one)
-                return
+            if rank is None or (below is not None and rank > below):
+                return None
+            if rank[-1].credit(now) > 0:
+                return rank[-1]
+            self._unstarve(rank[-1])  # its lookahead has run out
+        return None
 
     def _starve(self, one: _Class) -> None:
         one.starved = one.rank
@@ -1023,7 +1040,7 @@ class Dispatch:
         if requirement.rivals is None or requirement.rivals[0] != self._partition:
             rivals = {requirement}
             for one in requirement.classes:
-                rivals |= one.runs
+                rivals.update(one.runs)
                 if len(rivals) == len(self._requirements):
                     break
             requirement.rivals = (self._partition, rivals)

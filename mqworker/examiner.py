@@ -25,6 +25,7 @@ from mqworker.task import Task
 from mqworker.tracking import Ask, Observation, Read, ask_plainly, observe
 
 LAST_PLACEHOLDER: Final = 2**53 - 1  # ids of artifacts that do not exist yet count down from here: JSON's last integer
+_OWN: Final = frozenset(vars(Task()))  # what each task has: its data, and what no data is in
 NOBODY: Final = "00000000-0000-0000-0000-000000000000"
 
 
@@ -45,16 +46,19 @@ class Examiner:
 
     def __init__(self) -> None:
         self._fingerprints: dict[type[Task], str] = {}
-        self._attributes: dict[type[Task], frozenset[str]] = {}
+        self._fresh: dict[type[Task], Mapping[str, Any]] = {}
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data; costs a construction and a validation."""
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; costs a construction and a validation.
+
+        `bound` says that what it takes is in its data already; else ids of no artifact stand in for it.
+        """
         if not Task.is_valid_task_name(request.task):
             return _unfit(request, f"expected the name of a task that this scheduler has, got {request.task!r}")
         if request.requires is not None and (problem := requires_problem(request.requires)) is not None:
             return _unfit(request, f"requires: {problem}")
         task_class = Task.class_from_name(request.task)
-        takes = {LAST_PLACEHOLDER - number: take for number, take in enumerate(request.take)}
+        takes = {} if bound else {LAST_PLACEHOLDER - number: take for number, take in enumerate(request.take)}
         given = request.data
         try:
             for placeholder, take in takes.items():
@@ -77,7 +81,7 @@ class Examiner:
             task=task.name,
             fingerprint=self.fingerprint(task_class),
             requires=schema_text(request.requires),
-            whole=bool(vars(task).keys() - self._attributes_of(task_class)),  # it keeps data elsewhere, unseen
+            whole=self._keeps_data(task),
         )
         return Draft(
             request=request,
@@ -112,7 +116,13 @@ class Examiner:
                 )
             return observation
 
-        return Question(task=one.kind.task, observe=watched, plain=lambda metadata: ask_plainly(ask, metadata, data))
+        def plain(metadata: Mapping[str, Any]) -> tuple[bool, str | None]:
+            if not one.divided:
+                return ask_plainly(ask, metadata, data)
+            seen = watched(metadata)  # one of its requests speaks for the others only in what they agree on
+            return seen.answer, seen.error
+
+        return Question(task=one.kind.task, observe=watched, plain=plain)
 
     def ask(self, draft: Draft) -> Ask:
         """Return how to ask whether a request may run, by metadata and data that may be watched."""
@@ -123,7 +133,8 @@ class Examiner:
             if asked is None:
                 return False
             asked.data = data  # type: ignore[assignment]  # it passes for a dict
-            return bool(asked.can_run_on(metadata)) and (requires is None or satisfied(requires, metadata))
+            # `requires` first: can_run_on() may change what it is handed.
+            return (requires is None or satisfied(requires, metadata)) and bool(asked.can_run_on(metadata))
 
         return ask
 
@@ -137,11 +148,27 @@ class Examiner:
             known = self._fingerprints[task] = digest.hexdigest()
         return known
 
-    def _attributes_of(self, task: type[Task]) -> frozenset[str]:
-        known = self._attributes.get(task)
-        if known is None:
-            known = self._attributes[task] = frozenset(vars(task()))
-        return known
+    def _keeps_data(self, task: Task) -> bool:
+        """Say whether a configured task may keep data elsewhere, where nobody sees it being read."""
+        fresh = self._fresh.get(type(task))
+        if fresh is None:
+            fresh = self._fresh[type(task)] = vars(type(task)())
+        return any(
+            name not in _OWN and (name not in fresh or not _same(value, fresh[name]))
+            for name, value in vars(task).items()
+        )
+
+
+def _same(value: Any, fresh: Any) -> bool:
+    """Say whether configuring has left a value as it was; who cannot tell says no."""
+    try:
+        return type(value) is type(fresh) and (bool(value == fresh) or _parts(value) == _parts(fresh) != {})
+    except Exception:  # noqa: BLE001  # a stranger's comparison
+        return False
+
+
+def _parts(value: Any) -> Mapping[str, Any]:
+    return getattr(value, "__dict__", {})
 
 
 def wrong_input(draft: Draft, artifacts: Mapping[int, RecordedArtifact]) -> str | None:
@@ -157,7 +184,7 @@ def wrong_input(draft: Draft, artifacts: Mapping[int, RecordedArtifact]) -> str 
 
 
 def _unfit(request: Request, problem: str) -> Draft:
-    kind = Kind(task=request.task.lower(), fingerprint="", requires="", whole=False)
+    kind = Kind(task=request.task.lower(), fingerprint=f"unfit: {problem}", requires="", whole=False)
     return Draft(request=request, kind=kind, task=None, given=request.data, problem=problem)
 
 

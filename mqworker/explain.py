@@ -16,6 +16,8 @@ from mqworker.tracking import MISSING, Ask, Edit, Key, advise, token
 MAX_TRIED: Final = 4  # workers for which a change of metadata is sought
 MAX_ADVICE: Final = 3  # changes that are told
 MAX_SHOWN: Final = 5  # values that a step names, and names of workers that a class shows
+DECLINED: Final = "every worker that could run it has declined it"
+PAUSED: Final = "all that can run it are paused"
 
 
 @dataclass(kw_only=True)
@@ -93,9 +95,9 @@ def verdict(standing: Standing, *, ahead: int, failing: str | None) -> str:
     if standing.busy:
         return busy(ahead)
     if standing.paused:
-        return "all that can run it are paused"
+        return PAUSED
     if standing.refused:
-        return "all that could run it have declined it"
+        return DECLINED
     if standing.offline:
         return "all that could run it are offline"
     return nobody(failing)
@@ -108,7 +110,14 @@ def nobody(failing: str | None) -> str:
 
 def busy(ahead: int) -> str:
     """Say in one line where in line a request is."""
-    return "all that can run it are busy; " + (f"about {ahead} go first" if ahead else "it is next")
+    return "all that can run it are busy; " + (
+        "it is next" if not ahead else f"about {ahead} go{'es' if ahead == 1 else ''} first"
+    )
+
+
+def limited(key: str | None) -> str:
+    """Say in one line that a concurrency key holds a request back."""
+    return f"as many run with the concurrency key {key} as may"
 
 
 def shared(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class Matching:
         self._name_class = name_class
         self._max_shared_classes = max_shared_classes
         self._workers: dict[str, _Worker] = {}
-        self._at: list[_Worker | None] = []  # by position
+        self._at: list[_Worker] = []  # by position; at a free one, who left it
         self._free: list[int] = []
         self._everybody = 0
         self._having: dict[str, int] = {}  # task to the workers that list it
@@ -223,7 +223,7 @@ class Matching:
         self._by_mask: dict[int, dict[str, _Class]] = {}
         self._twins: set[int] = set()  # masks of more than one class
         self._requirements: dict[Requirement, _Requirement] = {}
-        self._asking: list[_Requirement | None] = []  # by position
+        self._asking: list[_Requirement] = []  # by position; at a free one, what was dropped
         self._free_asking: list[int] = []
         self._of_task: dict[str, int] = {}  # task to its requirements
         self._refused: dict[str, int] = {}  # worker to the requirements that some version of its metadata refused
@@ -301,7 +301,6 @@ class Matching:
         for name in known.classes:
             one = self._classes[name]
             self._relist(one, one.mask ^ known.bit)
-        self._asking[known.position] = None
         self._free_asking.append(known.position)
         self._of_task[known.question.task] &= ~known.bit
         if not self._of_task[known.question.task]:
@@ -527,10 +526,10 @@ class Matching:
     # ---------------------------------------------------------------- asking
 
     def _asked(self, bits: int) -> Iterator[_Requirement]:
-        return (one for position in _positions(bits) if (one := self._asking[position]) is not None)
+        return (self._asking[position] for position in _positions(bits))
 
     def _there(self, bits: int) -> Iterator[_Worker]:
-        return (one for position in _positions(bits) if (one := self._at[position]) is not None)
+        return (self._at[position] for position in _positions(bits))
 
     def _names(self, bits: int) -> Iterator[str]:
         return (one.facts.name for one in self._there(bits))
@@ -632,7 +631,7 @@ class Matching:
     def _groups(self, requirement: _Requirement, bits: int, *, verify: bool) -> Iterator[tuple[_Leaf, list[Read], int]]:
         """Divide workers by what is read of them: one is asked for all that would be read alike."""
         while bits and not requirement.escaped:
-            worker = next(self._there(bits & -bits))
+            worker = self._at[(bits & -bits).bit_length() - 1]
             path: list[Read] = []
             leaf = self._leaf(requirement, worker.facts.metadata, {}, verify=verify, path=path)
             if leaf is None:
@@ -641,9 +640,10 @@ class Matching:
             for read in path:
                 group &= self._reading(read, worker)
             group |= worker.bit  # also if what was read is not what is there
-            other = next(self._there(1 << (group.bit_length() - 1)))
+            other = self._at[group.bit_length() - 1]
             if verify and other is not worker and not self._leaf(requirement, other.facts.metadata, {}, verify=True):
                 return
+            leaf.hits = max(leaf.hits, group.bit_count())
             bits &= ~group
             yield leaf, path, group
 
@@ -740,7 +740,6 @@ class Matching:
         for requirement in self._asked(self._escaped):
             requirement.errors.pop(facts.name, None)
         self._everybody &= ~worker.bit
-        self._at[worker.position] = None
         self._free.append(worker.position)
 
     def _update(self, worker: _Worker, facts: WorkerFacts) -> int:

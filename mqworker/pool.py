@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import nsmallest
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -102,7 +103,8 @@ LOOK: Final = 1.0  # seconds between looks for requests that nobody can run
 SWEEP: Final = 30.0  # seconds between looks for classes that are not needed apart, or at all, any more
 LINGER: Final = 600.0  # seconds that a requirement class is kept for requests that may come
 MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
-PLACED_AT_ONCE: Final = 100  # requests of a divided class that are placed anew before other work goes on
+DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
+PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
@@ -132,11 +134,11 @@ class Asks:
 
     artifacts: frozenset[int]  # that grants will name
     heads: Sequence[Want]
-    members: int | None  # a requirement class whose requests are to be placed anew
+    members: Sequence[int]  # requirement classes whose requests are to be placed anew
     unused: frozenset[int]  # requirement classes that may have no live request any more
 
     def __bool__(self) -> bool:
-        return bool(self.artifacts or self.heads or self.members is not None or self.unused)
+        return bool(self.artifacts or self.heads or self.members or self.unused)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class Answers:
 
     artifacts: Mapping[int, RecordedArtifact] = field(default_factory=dict)
     heads: Sequence[Sequence[Live]] = ()  # for each want
-    members: Sequence[Live] = ()
+    members: Sequence[Sequence[Live]] = ()  # for each of the requirement classes, the best first
     used: frozenset[int] = frozenset()
 
 
@@ -277,9 +279,10 @@ class Pool:
         self._swept = 0.0
         self._unused: set[int] = set()
         self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
+        self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._looked = 0.0  # when it last looked for requests that nobody can run
-        self._asks = Asks(artifacts=frozenset(), heads=(), members=None, unused=frozenset())
+        self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
@@ -297,7 +300,7 @@ class Pool:
         self._asks = Asks(
             artifacts=frozenset(self._grants_wanted),
             heads=self._dispatch.wants(self._last_seq),
-            members=next(iter(self._divided), None),
+            members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
         )
         self._grants_wanted = set()
@@ -314,8 +317,9 @@ class Pool:
             then(None if write is None else next(remaining))
         for want, rows in zip(asks.heads, answers.heads, strict=True):
             self._heads(want, rows)
-        if asks.members is not None and asks.members in self._divided:
-            self._place_anew(self._divided[asks.members], answers.members)
+        for number, members in zip(asks.members, answers.members, strict=True):
+            if number in self._divided:
+                self._place_anew(self._divided[number], members)
         for number in asks.unused - answers.used:
             self._drop_unused(number)
 
@@ -342,7 +346,7 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.classes())
+        return tuple(self._topology.class_queue(name) for name in self._matching.names())
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
@@ -383,13 +387,13 @@ class Pool:
     # ------------------------------------------------------------ requirement classes
 
     def _recall(self, row: RequirementRow) -> None:
-        """Take back a requirement class; if its task has changed since, its requests are placed anew."""
+        """Take back a requirement class; if its task has changed since, or is unfit, its requests are placed anew."""
         before = Kind(task=row.task, fingerprint=row.fingerprint, requires=row.requires or "", whole=False)
         one = RequirementClass(
             id=row.id, kind=before, data=msgspec.json.decode(row.data), reads=reads_from(row.reads), open=False
         )
         draft = self._examiner.recall(one)
-        if draft.kind._replace(whole=False) == before:
+        if draft.kind._replace(whole=False) == before and draft.problem is None:  # one unfit speaks for no other
             one.kind = draft.kind
         else:
             one.divided = True
@@ -400,10 +404,11 @@ class Pool:
         """Return the requirement class of a request; the first of its class is asked about on all workers."""
         data = draft.task.data if draft.task is not None else {}
         one = self._requirements.find(draft.kind, data)
-        if one is None:
+        if one is not None:
+            one.open = False
+        else:
             one = self._requirements.make(draft.kind, data, draft.given)
             self._begin(one, draft)
-            one.open = False
             self._write(
                 Need(
                     id=one.id,
@@ -430,9 +435,7 @@ class Pool:
         if one.escaped:
             self._change(self._matching.escape(one.id))
 
-    def _question(
-        self, one: RequirementClass, draft: Draft, denied: frozenset[tuple[str, int]] = frozenset()
-    ) -> Question:
+    def _question(self, one: RequirementClass, draft: Draft) -> Question:
         def learn(reads: Sequence[Read]) -> bool:
             if one.open:
                 self._requirements.extend(one, reads)
@@ -441,7 +444,7 @@ class Pool:
                 self._divided[one.id] = one
             return one.open
 
-        return replace(self._examiner.question(one, draft, learn), denied=denied)
+        return self._examiner.question(one, draft, learn)
 
     def _note_escapes(self) -> None:
         """Ask each request for itself whose class has answered in two ways."""
@@ -456,20 +459,20 @@ class Pool:
         """Give requests of a class that was divided, or whose task has changed, the classes that are theirs now."""
         if not rows:  # what is left of it does not wait
             for entry in [entry for entry in self._entries.values() if entry.one is old]:
-                self._reclass(entry.seq, entry.request, entry)
+                self._reclass(entry.seq, entry.request, entry, bound=True)
             del self._divided[old.id]
             self._end_class(old)
             return
         for row in rows:
             there = self._entries.get(row.request.id)
-            one = self._reclass(row.seq, row.request, there)
+            one = self._reclass(row.seq, row.request, there, bound=not row.unmet)
             if there is None and row.state is State.PENDING and row.unmet == 0 and row.not_before is None:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
-        one = self._class_of(self._examiner.examine(request))
+        one = self._class_of(self._examiner.examine(request, bound=bound))
         self._write(Rekey(to={seq: one.id}), lambda _: None)
         if entry is not None:
             waits = entry.own is None and self._dispatch.waits(request.id)
@@ -512,9 +515,9 @@ class Pool:
 
     # ------------------------------------------------------------ submissions
 
-    def examine(self, request: Request) -> Draft:
-        """Ask the request's task whether it accepts the data."""
-        return self._examiner.examine(request)
+    def examine(self, request: Request, *, bound: bool = False) -> Draft:
+        """Ask the request's task whether it accepts the data; `bound`: with what it takes from others in it."""
+        return self._examiner.examine(request, bound=bound)
 
     def submit(
         self,
@@ -550,18 +553,22 @@ class Pool:
                 continue
             one = self._class_of(draft)
             entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
-            fresh = later = None
+            fresh = later = behind = None
             if needs(request):
                 later = entry
             elif request.id not in self._entries:
-                fresh = self._new_entry(entry)
-                self._place(fresh)  # so that it can be offered in the transaction that accepts it
+                # Placed at once, so that it can be offered in the transaction that accepts it.
+                if self._place(self._new_entry(entry)):
+                    fresh = entry
+                else:
+                    behind = entry
             self._write(
                 Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
                 partial(
                     self._accepted,
                     request=request,
                     fresh=fresh,
+                    behind=behind,
                     later=later,
                     moment=moment,
                     settle=partial(settle, index),
@@ -576,13 +583,14 @@ class Pool:
         moment: Moment,
         settle: Callable[[Receipted], None],
         fresh: _Entry | None = None,
+        behind: _Entry | None = None,
         later: _Entry | None = None,
     ) -> None:
-        if fresh is not None and result.status != "accepted":  # the ledger knew it
-            if self._entries.get(request.id) is fresh:
+        if result.status != "accepted":  # the ledger knew it
+            if fresh is not None and self._entries.get(request.id) is fresh:
                 self._forget(fresh)
-            else:
-                self._dispatch.absent(fresh.lane, fresh.seq)
+            if behind is not None:
+                self._dispatch.absent(behind.lane, behind.seq)
         if result.status == "accepted":
             self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
         elif result.status == "rejected":
@@ -603,7 +611,8 @@ class Pool:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
-            self._reclass(row.seq, row.request, entry)
+            self._reclass(row.seq, row.request, entry, bound=True)
+            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
         self._place(entry)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
@@ -669,6 +678,9 @@ class Pool:
                 )
             )
         )
+        own = self._matching.class_of(worker.name)
+        if own is not None:
+            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
@@ -724,8 +736,8 @@ class Pool:
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
-        live = {one.name for one in self.class_queues()}
-        if queue.startswith(f"{self._topology.work}.") and queue not in live:  # a worker may name any queue
+        before, separator, name = queue.partition(f"{self._topology.work}.")
+        if not before and separator and name not in self._matching.names():  # a worker may name any queue
             self.delete.append(queue)
 
     def _lease_held(self, request: str) -> _Lease | None:
@@ -781,7 +793,7 @@ class Pool:
         )
         worker.leases.add(claim.request)
         self._running[claim.request] = entry
-        self._dispatch.granted(claim.request)
+        self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
@@ -804,6 +816,9 @@ class Pool:
         )
 
     def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+        if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
+            self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
+            return
         entry = self._entries.get(refusal.request)
         if entry is not None and entry.attempt == refusal.attempt and entry.state is State.OFFERED:
             if self._matching.can_run(worker.name, entry.requirement):
@@ -813,19 +828,20 @@ class Pool:
 
     def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
-        hello = self._workers[worker].hello
-        if entry.own is None and hello is not None and hello.metadata_version == metadata_version:
+        if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
-        draft = self._examiner.examine(entry.request)
+        draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
+        self._alone.setdefault(entry.request.id, _Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
         entry.own = (entry.one.id, entry.request.id, len(denied))
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        self._change(self._matching.need(entry.own, self._question(entry.one, draft, denied)))
+        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, question))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -884,12 +900,6 @@ class Pool:
         answer: Callable[[Ended], None],
     ) -> None:
         entry = self._entries.get(ref.request)
-        holds = (
-            entry is not None
-            and entry.lease is not None
-            and entry.lease.token == ref.token
-            and entry.attempt == ref.attempt
-        )
         ending = end_attempt(
             outcome.result,
             again=outcome.again,
@@ -920,7 +930,7 @@ class Pool:
         )
 
         def then(result: Ended) -> None:
-            held = entry.lease if entry is not None and holds else None
+            held = None if entry is None else entry.lease
             if entry is not None and held is not None and held.token == ref.token and result.state is not None:
                 entry.lease = None
                 del self._running[ref.request]
@@ -961,7 +971,8 @@ class Pool:
         """Stop a request wherever it is."""
 
         def settled(result: AbortResult) -> None:
-            entry = self._entries.get(request)
+            stood = result.before_lane
+            entry = self._entries.get(request) if stood is None else self._entry_with(request, stood.seq)
             if result.after is State.ABORTED and result.before is not State.ABORTED:
                 one = _Named(id=request, task=result.task or "")
                 attempt = result.attempt or 1
@@ -970,8 +981,7 @@ class Pool:
                 )
                 if entry is not None:
                     self._forget(entry)
-                elif result.before_lane is not None and result.before_lane.waiting:
-                    stood = result.before_lane
+                elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._blocked -= 1
@@ -989,7 +999,7 @@ class Pool:
 
         def settled(moved: Moved) -> None:
             live = moved.live
-            entry = self._entries.get(request)
+            entry = None if live is None else self._entry_with(request, live.seq)
             if entry is not None:
                 waits = self._dispatch.waits(request)
                 if waits:
@@ -1076,7 +1086,9 @@ class Pool:
         """
         for request in [one for one in self._delayed if (self._entries[one].due or 0.0) <= moment.steady]:
             self._delayed.discard(request)
-            self._write(Wake(request=request), partial(self._woken, request))
+            self._entries[request].due = None
+            self._write(Wake(request=request), lambda _: None)
+            self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
         self._steady = moment.steady
         self._note_escapes()
         if moment.steady - self._swept > SWEEP:
@@ -1109,41 +1121,40 @@ class Pool:
                 )
             )
 
-    def _woken(self, request: str, moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
-        entry = self._entries.get(request)
-        if moved and entry is not None:
-            entry.due = None
-            self._place(entry)
-
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
         for one in self._requirements:
-            use = self._uses[one.id]
-            number = self._dispatch.waiting_for(one.id)
-            if not number or one.divided or self._matching.capable_classes(one.id):
-                use.stuck_since, use.told = None, False
-            elif use.stuck_since is None:
-                use.stuck_since = moment.steady
-            elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
-                use.told = True
-                self._sends.append(
-                    Send(
-                        exchange=self._topology.events,
-                        key=self._topology.request_event_key(one.kind.task, "stuck"),
-                        message=StuckEvent(
-                            term=self._term,
-                            time=moment.wall,
-                            task=one.kind.task,
-                            requirement=one.id,
-                            since=moment.wall - (moment.steady - use.stuck_since),
-                            number=number,
-                            requests=self._dispatch.oldest(one.id, STUCK_SHOWN),
-                            reason=one.problem or explain.nobody(self._matching.errors(one.id)),
-                        ),
-                        mandatory=False,
-                        persistent=False,
-                    )
+            self._look_for_able(one, one.id, self._uses[one.id], moment)
+        for request, use in self._alone.items():
+            entry = self._entries[request]
+            self._look_for_able(entry.one, entry.requirement, use, moment)
+
+    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: _Use, moment: Moment) -> None:
+        number = self._dispatch.waiting_for(requirement)
+        if not number or one.divided or self._matching.capable_classes(requirement):
+            use.stuck_since, use.told = None, False
+        elif use.stuck_since is None:
+            use.stuck_since = moment.steady
+        elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
+            use.told = True
+            self._sends.append(
+                Send(
+                    exchange=self._topology.events,
+                    key=self._topology.request_event_key(one.kind.task, "stuck"),
+                    message=StuckEvent(
+                        term=self._term,
+                        time=moment.wall,
+                        task=one.kind.task,
+                        requirement=one.id,
+                        since=moment.wall - (moment.steady - use.stuck_since),
+                        number=number,
+                        requests=self._dispatch.oldest(requirement, STUCK_SHOWN),
+                        reason=one.problem or explain.nobody(self._matching.errors(requirement)),
+                    ),
+                    mandatory=False,
+                    persistent=False,
                 )
+            )
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
@@ -1215,7 +1226,25 @@ class Pool:
         """Say in a line why a request does not run."""
         if view.state not in (State.PENDING, State.OFFERED):
             return None
-        request = view.request
+        held = self._held_back(view, entry)
+        one = self._requirements.get(view.requirement)
+        if held is not None or one is None:
+            return held
+        request, requirement = view.request, one.id if entry is None else entry.requirement
+        if not self._matching.capable_classes(requirement):
+            if entry is not None and entry.own is not None:
+                return explain.DECLINED
+            return explain.nobody(self._matching.errors(requirement))
+        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
+        if self._dispatch.held_by(lane) is not None:
+            return explain.limited(lane.key)
+        paused = [name for kind, name in self._pauses if kind == "worker" and self._matching.can_run(name, requirement)]
+        if paused and len(paused) == len(self._matching.able(requirement)):
+            return explain.PAUSED
+        return explain.busy(self._dispatch.ahead(lane, view.seq))
+
+    def _held_back(self, view: RequestView, entry: _Entry | None) -> str | None:
+        """Say in a line what keeps a request from being offered, whoever could run it."""
         if view.after:
             others = len(view.after) - 1
             return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
@@ -1224,20 +1253,14 @@ class Pool:
         one = self._requirements.get(view.requirement)
         if one is None:
             return None
-        for kind, name in (("task", one.kind.task), ("group", request.group)):
+        for kind, name in (("task", one.kind.task), ("group", view.request.group)):
             if (kind, name) in self._pauses:
                 return f"the {kind} {name} is paused"
-        requirement = one.id if entry is None else entry.requirement
-        if one.problem is not None:
-            return f"this scheduler cannot configure its task any more: {one.problem}"
-        if not self._matching.capable_classes(requirement):
-            return explain.nobody(self._matching.errors(requirement))
-        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
-        if self._dispatch.held_by(lane) is not None:  # pauses were looked for above
-            return f"as many run with the concurrency key {request.concurrency_key} as may"
         if view.state == "offered":
             return "is offered to a worker"
-        return explain.busy(self._dispatch.ahead(lane, view.seq))
+        if one.problem is not None:
+            return f"this scheduler cannot configure its task any more: {one.problem}"
+        return None
 
     def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
         """Say who can run a request, submitted or not, and why it waits."""
@@ -1258,15 +1281,17 @@ class Pool:
         seq = self._last_seq + 1 if view is None else view.seq
         ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
         failing = self._matching.errors(requirement) if requirement is not None else None
-        why = None
-        if view is not None:
-            decorated = self.decorate(view)
-            why = decorated.waits if view.state in ("pending", "offered") else f"it is {view.state}"
+        verdict = explain.verdict(standing, ahead=ahead, failing=failing)
+        if view is not None and view.state in (State.PENDING, State.OFFERED):
+            limited = (standing.idle or standing.busy) and self._dispatch.held_by(lane) is not None
+            verdict = self._held_back(view, entry) or (explain.limited(lane.key) if limited else verdict)
+        elif view is not None:
+            verdict = f"it is {view.state}"
         return Explanation(
             request=None if view is None else view.request.id,
             state=None if view is None else view.state,
             task=draft.kind.task,
-            verdict=why or explain.verdict(standing, ahead=ahead, failing=failing),
+            verdict=verdict,
             workers=funnel.workers + len(offline),
             steps=explain.steps(funnel, offline=offline),
             able=funnel.able,
@@ -1284,7 +1309,7 @@ class Pool:
         )
 
     def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of a request that is not here: nothing is learned of it."""
+        """Return the question of one request alone: nothing is learned of it."""
         passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
         return self._examiner.question(passing, draft, lambda _reads: True)
 
@@ -1430,7 +1455,7 @@ class Pool:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
-            one = self._class_of(self._examiner.examine(row.request))
+            one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._write(Rekey(to={row.seq: one.id}), lambda _: None)
         return self._new_entry(
             _Entry(
@@ -1447,9 +1472,18 @@ class Pool:
         )
 
     def _new_entry(self, entry: _Entry) -> _Entry:
+        self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
         self._uses[entry.one.id].entries += 1
         return entry
+
+    def _entry_with(self, request: str, seq: int) -> _Entry | None:
+        """Return what is in memory of a request that the ledger has; a doubled submission of it makes way."""
+        entry = self._entries.get(request)
+        if entry is None or entry.seq == seq:
+            return entry
+        self._forget(entry)
+        return None
 
     def _drop_entry(self, entry: _Entry) -> None:
         """Let go of a request; the ledger has it."""
@@ -1459,6 +1493,7 @@ class Pool:
         self._uses[entry.one.id].entries -= 1
         self._uses[entry.one.id].idle_since = self._steady
         self._refused.pop(request, None)
+        self._alone.pop(request, None)
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
@@ -1472,10 +1507,12 @@ class Pool:
         entry.due = due
         self._delayed.add(entry.request.id)
 
-    def _place(self, entry: _Entry) -> None:
-        """Let a request wait for a slot: in memory, or behind those of its lane that are."""
-        if not self._dispatch.wait(entry.request.id, entry.lane, entry.seq):
+    def _place(self, entry: _Entry) -> bool:
+        """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""
+        kept = self._dispatch.wait(entry.request.id, entry.lane, entry.seq)
+        if not kept:
             self._drop_entry(entry)
+        return kept
 
     def _return(self, entry: _Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))

@@ -83,13 +83,10 @@ class Requirements:
 
     def find(self, kind: Kind, data: Mapping[str, Any]) -> RequirementClass | None:
         """Return the class of configured task data; None: it would be the first of its class."""
-        node = self._root(kind)
-        while node.key is not None:
-            child = node.children.get(token_of(data, node.key))
-            if child is None:
-                return None
-            node = child
-        return node.found
+        node = self._roots.get(kind)
+        while node is not None and node.key is not None:
+            node = node.children.get(token_of(data, node.key))
+        return None if node is None else node.found
 
     def make(self, kind: Kind, data: Mapping[str, Any], submitted: Mapping[str, Any]) -> RequirementClass:
         """Begin a class with one request: its data as configured, and as submitted."""
@@ -151,15 +148,17 @@ class Requirements:
             node.found = one
 
     def forget(self, one: RequirementClass) -> None:
-        """End a class that no request is in; the trie keeps what was learned."""
-        path = self._path_to(one)
-        if path:
-            path[-1].found = None
-            for read, parent, node in zip(reversed(one.reads), reversed(path[:-1]), reversed(path[1:]), strict=True):
-                if node.children or node.found is not None:
-                    break
-                del parent.children[read.token]
+        """End a class that no request is in; what leads to other classes stays learned."""
         self._classes.pop(one.id, None)
+        way = self._way_to(one)
+        if way and way[-1].found is one:
+            way[-1].found = None
+        while way and not way[-1].children and way[-1].found is None:
+            way.pop()
+            if way:
+                del way[-1].children[one.reads[len(way) - 1].token]
+            else:
+                del self._roots[one.kind]
 
     def _root(self, kind: Kind) -> _Node:
         root = self._roots.get(kind)
@@ -176,13 +175,19 @@ class Requirements:
 
     def _path_to(self, one: RequirementClass) -> list[_Node]:
         """Return the nodes from the root to a class; none: it has no place in the trie any more."""
-        path = [self._root(one.kind)]
-        for read in one.reads:
-            child = path[-1].children.get(read.token) if path[-1].key == read.key else None
+        way = self._way_to(one)
+        return way if len(way) > len(one.reads) and way[-1].found is one else []
+
+    def _way_to(self, one: RequirementClass) -> list[_Node]:
+        """Return the nodes from the root towards the place of a class, as far as there are any."""
+        root = self._roots.get(one.kind)
+        way = [] if root is None else [root]
+        for read in one.reads if way else ():
+            child = way[-1].children.get(read.token) if way[-1].key == read.key else None
             if child is None:
-                return []
-            path.append(child)
-        return path if path[-1].found is one else []
+                break
+            way.append(child)
+        return way
 
 
 def _implied(key: Key, known: Collection[Key]) -> bool:

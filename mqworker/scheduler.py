@@ -21,7 +21,7 @@ from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import NOBODY, Draft
 from mqworker.ledger import ImportRefused, Ledger, Wanted
-from mqworker.lifecycle import FINAL
+from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     AbortRequests,
@@ -98,7 +98,7 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
     return Answers(
         artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
-        members=ledger.members(asks.members, PLACED_AT_ONCE) if asks.members is not None else (),
+        members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
     )
 
@@ -144,7 +144,7 @@ class Scheduler:
             no_worker_after=no_worker_after,
         )
         self._inbox: list[Delivery] = []
-        self._returned: list[Callable[[], None]] = []
+        self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
         self._awake = asyncio.Event()
@@ -292,8 +292,8 @@ class Scheduler:
 
     async def _turn(self) -> None:
         inbox, self._inbox = self._inbox, []
-        returned, self._returned = self._returned, []
-        for call in returned:
+        calls, self._calls = self._calls, []
+        for call in calls:
             call()
         settled: list[Delivery] = []
         for delivery in inbox:
@@ -324,14 +324,22 @@ class Scheduler:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
         writes, asks = self._pool.take_writes()
 
-        def commit() -> tuple[Sequence[Any], Answers]:
-            return self._ledger.commit(writes), look_up(self._ledger, asks)
+        results: Sequence[Any] | None = None
+        answers: Answers | None = None
 
-        done: tuple[Sequence[Any], Answers] | None = None
+        def commit() -> None:
+            nonlocal results, answers
+            if results is None:  # else it was the look that failed: what is committed is not to be done twice
+                results = self._ledger.commit(writes)
+            answers = look_up(self._ledger, asks)
+
+        if not writes and not asks:
+            self._pool.committed([], Answers())
+            return
         began = time.monotonic()
-        while done is None:
+        while answers is None:
             try:
-                done = await self._in_ledger_thread(commit) if writes or asks else ([], Answers())
+                await self._in_ledger_thread(commit)
             except LedgerUnavailable as error:
                 self._ledger_well = False
                 self._metrics.commit_failures.inc()
@@ -343,9 +351,8 @@ class Scheduler:
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
-        if writes or asks:
-            self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(*done)
+        self._awake.set()  # what came free is offered at once, and not at the next tick
+        self._pool.committed(results or [], answers)
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -376,7 +383,7 @@ class Scheduler:
             return
         self._metrics.not_published.inc()
         if send.returned is not None:
-            self._returned.append(send.returned)
+            self._calls.append(send.returned)
             self._awake.set()
 
     # ------------------------------------------------------------ reading
@@ -517,8 +524,9 @@ class Scheduler:
             if view is not None
             else Request(id=NOBODY, task=query.task or "", data=query.data, requires=query.requires)
         )
-        draft = self._pool.examine(request)
-        if draft.problem is not None:
+        bound = view is not None and not view.after and view.state not in (State.ABORTED, State.REJECTED)
+        draft = self._pool.examine(request, bound=bound)
+        if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.explanation(draft, view)
 
@@ -558,7 +566,7 @@ class Scheduler:
             if not future.done():  # who asked may be gone: the scheduler is stopping
                 future.set_result(result)
 
-        ask(settle)
+        self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
 

@@ -484,6 +484,9 @@ def _words(error: BaseException) -> str:
         return "(its text cannot be made)"
 
 
+_HERE: Final = _words.__code__.co_filename
+
+
 def _run(
     ask: Ask, metadata: Mapping[str, Any], data: Mapping[str, Any], notes: Collection[_Notes] = (), *, watch: bool
 ) -> _Run:
@@ -504,7 +507,7 @@ def _run(
         return inside
 
     def entered(frame: FrameType, _event: str, _arg: Any) -> Any:
-        if frame.f_code.co_filename == __file__:
+        if frame.f_code.co_filename == _HERE:
             return None
         frame.f_trace_lines = False
         return inside

@@ -10,24 +10,27 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
 import pytest
 
 from mqworker import debianhost
+from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.privatenode import PrivateNode, find_programs
+from mqworker.task import Task
 from mqworker.topology import Topology
+from tests.driving import Driven, Peer
 
 IMAGE = "rabbitmq:4-management"
 
@@ -48,6 +51,36 @@ def missing(what: str, why: str) -> NoReturn:
 def missing_fixture() -> Callable[[str, str], NoReturn]:
     """Hand `missing` to tests: they cannot import this file."""
     return missing
+
+
+# ---------------------------------------------------------------- tests in several processes (pytest-xdist)
+
+# Whose tests may run at the same time. All other files are for one process each: they share fixtures that are dear, or
+# what there is once on a machine: apt, and the places where the demo leaves things if it leaves any.
+SPREAD = {
+    f"tests/{file}.py"
+    for file in (
+        "live/test_bad_input",
+        "live/test_builds",
+        "live/test_pool",
+        "live/test_privatenode",
+        "tasks/test_sbuild",
+    )
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hand out tests in the order of the files, which begins with the long ones: those of tests/live."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  # only xdist calls this, and it may be missing
+
+    class InOrder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file in SPREAD else file
+
+    config.option.loadscopereorder = False
+    return InOrder(config, log)
 
 
 # ---------------------------------------------------------------- brokers, each one for a whole run
@@ -358,3 +391,53 @@ def chroot(tmp_path_factory) -> dict[str, str]:
     except (HostUnfit, OutsideError) as error:
         missing(what, str(error))
     return {"distribution": suite, "host_architecture": architecture}
+
+
+# ---------------------------------------------------------------- pools without a broker
+
+
+@pytest.fixture
+def coloured() -> Iterator[type[Task]]:
+    """A task that only tests have; what its data name wrong raises in the scheduler."""
+    task_room.load_tasks()
+    kept = dict(Task._sub_tasks)
+
+    class Coloured(Task):
+        LEASE = 20.0
+        TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {
+            "type": "object",
+            "properties": {"colour": {"type": "string"}, "inputs": {"type": "array"}},
+        }
+        INPUT_ARTIFACT_CATEGORY = "test:wood"
+
+        def input_artifact_ids(self) -> list[int]:
+            return list(self.data.get("inputs", []))
+
+        def can_run_on(self, worker_metadata: Mapping[str, Any]) -> bool:
+            if self.data.get("colour") == "raises":
+                raise KeyError("no such colour")
+            return worker_metadata.get("colour") == self.data.get("colour")
+
+        def _execute(self) -> bool:
+            return True
+
+    yield Coloured
+    Task._sub_tasks.clear()
+    Task._sub_tasks.update(kept)
+
+
+@pytest.fixture
+def driven(coloured: type[Task]) -> Iterator[Driven]:  # noqa: ARG001  # its tasks are there
+    one = Driven()
+    yield one
+    one.ledger.close()
+
+
+@pytest.fixture
+def anna(driven: Driven) -> Peer:
+    return Peer(driven).join()
+
+
+@pytest.fixture
+def bert(driven: Driven) -> Peer:
+    return Peer(driven, "bert").join()

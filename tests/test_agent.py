@@ -107,8 +107,8 @@ class Driven:
         self.agent.connected("e1")
         for number in range(self.slots):
             self.agent.slot_said(number, SlotReady())
-        self.do()
-        self.hear(Assign(queue="q"))
+        [report] = self.take(PublishReport)
+        self.hear(Assign(queue="q"), Alive(seq=report.report.seq))
         self.do()
         self.take()
         return self
@@ -306,6 +306,33 @@ def test_a_slip_in_the_lists_of_tasks_is_an_error_that_names_the_setting_and_the
     with pytest.raises(SettingsError, match=said):
         check_task_names(**{"allow_tasks": [], "deny_tasks": [], **lists})
     check_task_names(allow_tasks=["NOOP", "Tagged"], deny_tasks=["fresh"])
+
+
+def test_a_hello_is_said_again_with_each_heartbeat_until_one_is_answered(driven):
+    driven.agent.analyzed(analysis(tag="red"))
+    first = driven.take(PublishReport)[-1].report.seq
+    again = driven.beat()
+    driven.hear(Alive(seq=first - 1))
+    once_more = driven.beat()
+    driven.hear(Alive(seq=again.seq))
+    known = driven.beat()
+
+    assert [any(isinstance(part, Hello) for part in one.parts) for one in (again, once_more, known)] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1"])
+def test_metadata_that_python_calls_equal_are_still_another_value(driven, value):
+    driven.agent.analyzed(analysis(cores=1))
+    driven.take()
+
+    driven.agent.analyzed(analysis(cores=value))
+
+    [hello] = driven.said(Hello)
+    assert type(hello.metadata["cores"]) is type(value)
 
 
 def test_metadata_are_said_again_only_if_they_changed_and_then_under_a_higher_version(driven):

@@ -10,8 +10,6 @@ import pytest
 from mqworker import debianhost
 from mqworker.errors import HostUnfit, OutsideError, SettingsError
 
-pytestmark = pytest.mark.xdist_group("apt")  # which does one thing at a time on a machine
-
 
 def silent(text: str) -> None:
     raise AssertionError(f"nothing was to be said, got: {text}")

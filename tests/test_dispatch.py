@@ -26,7 +26,8 @@ LIMITS = {"two": 2}
 LANES = [
     Lane("x", 0, "light", None),
     Lane("x", 0, "heavy", None),
-    Lane("y", 0, "light", "one"),
+    Lane("y", 0, "light", None),
+    Lane("y", 1, "light", "one"),
     Lane("y", 0, "heavy", "two"),
     Lane("z", 1, "light", "one"),
     Lane("z", 0, "heavy", "two"),
@@ -350,7 +351,7 @@ class DispatchIsFair(RuleBasedStateMachine):
             assert lane.requirement in self.capable[name]
             assert min(self.fit(name), default=mine) >= mine  # P8
             for other in self.capable:
-                if credit[other] > 0 and self.fit(other) and not self.blanks(other):
+                if credit[other] > 0 and lane.requirement in self.capable[other] and not self.blanks(other):
                     assert self.rank(name) <= self.rank(other)
             self.turn *= FADING
             self.lately[lane.group] = self.lately.get(lane.group, 0.0) + self.turn / WEIGHTS.get(lane.group, 1.0)
@@ -528,6 +529,8 @@ def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_co
 
     assert dispatch.remove_class("a") == ["r1"]
     assert dispatch.offered_to("r1") is None
+    assert dispatch.held_by(lane(key="one")) == "limit"  # a claim of it may be granted yet
+    dispatch.forget("r1")
     assert dispatch.stale(1e9, 10) == []
     assert dispatch.held_by(lane(key="one")) is None
     dispatch.add_class("b")
@@ -536,6 +539,17 @@ def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_co
     assert dispatch.offers(0.0) == []
     dispatch.supply("w1", capability_class="b", slots=1, busy=())
     assert dispatch.offers(0.0) == [Offer("r2", "b")]
+
+
+def test_what_was_offered_to_a_class_that_is_gone_may_run_and_its_place_is_never_free(dispatch):
+    wait(dispatch, "r1", "r2", key="one")
+    dispatch.offers(0.0)
+    dispatch.remove_class("a")
+    assert dispatch.granted("r1")
+
+    assert dispatch.held_by(lane(key="one")) == "limit"
+    dispatch.forget("r1")
+    assert dispatch.held_by(lane(key="one")) is None
 
 
 def test_slots_that_are_fewer_than_what_sits_in_them_take_no_credit_from_others(dispatch):
@@ -700,6 +714,72 @@ def test_what_many_may_run_leaves_to_the_specialist_what_only_it_can_run(dispatc
     wait(dispatch, "r2", requirement="y")
 
     assert set(dispatch.offers(0.0)) == {Offer("r1", "a"), Offer("r2", "both")}
+
+
+def idle_classes(**classes):
+    """Make classes that each run what is named, have one idle slot, and have found nothing yet."""
+    made = Dispatch(weights={}, limits={})
+    for name, requirements in classes.items():
+        made.add_class(name)
+        for requirement in requirements:
+            made.gain(name, requirement)
+        made.supply(f"worker of {name}", capability_class=name, slots=1, busy=())
+    assert made.offers(0.0) == []
+    return made
+
+
+def test_as_many_idle_classes_are_woken_as_there_are_requests_for_them():
+    dispatch = idle_classes(a="x", b="x", c="x", d="y")
+    wait(dispatch, "r1", "r2")
+    assert len(dispatch.offers(0.0)) == 2
+    wait(dispatch, "r3", "r4")
+
+    assert len(dispatch.offers(0.0)) == 1
+
+
+def test_a_class_that_was_woken_for_many_leaves_what_it_has_no_credit_for_to_the_next():
+    dispatch = idle_classes(a="xyz", b="xyz", c="xyz")
+    for number, requirement in enumerate("xyz"):
+        wait(dispatch, f"r{number + 1}", requirement=requirement)
+
+    assert sorted(offer.capability_class for offer in dispatch.offers(0.0)) == ["a", "b", "c"]
+
+
+def test_a_class_with_lookahead_does_not_take_a_second_before_another_has_filled_its_idle_slot():
+    dispatch = idle_classes(a="xy", b="yz")
+    for number in range(10):
+        dispatch.freed("worker of a", number, 0.0)
+    assert dispatch.offers(0.0) == []
+    assert dispatch.credit("a", 0.0) == 2
+    wait(dispatch, "r1")
+    wait(dispatch, "r2", requirement="y")
+
+    assert set(dispatch.offers(0.0)) == {Offer("r1", "a"), Offer("r2", "b")}
+
+
+def test_a_starved_class_whose_lookahead_has_run_out_meanwhile_gets_nothing():
+    dispatch = idle_classes(a="x", b="x")
+    for number in range(10):
+        dispatch.freed("worker of a", number, 0.0)
+    for name in "ab":
+        dispatch.taken(f"worker of {name}", "t")
+    assert dispatch.offers(0.0) == []
+    assert dispatch.credit("a", 0.0) == 1
+    wait(dispatch, "r1")
+    assert dispatch.offers(60.0) == []
+    dispatch.freed("worker of b", "t", 60.0)
+
+    assert dispatch.offers(60.0) == [Offer("r1", "b")]
+
+
+def test_a_class_gets_what_it_gains_though_others_ran_it_before():
+    dispatch = idle_classes(a="x", b="y")
+    dispatch.taken("worker of b", "t")
+    wait(dispatch, "r1", requirement="y")
+    assert dispatch.offers(0.0) == []
+    dispatch.gain("a", "y")
+
+    assert dispatch.offers(0.0) == [Offer("r1", "a")]
 
 
 # ------------------------------------------------------------ heads and horizon

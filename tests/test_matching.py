@@ -460,6 +460,19 @@ def test_one_answer_decides_all_workers_that_would_be_read_alike(matching):
     assert asked.plainly <= 2
 
 
+def test_workers_that_miss_a_key_are_decided_together_whoever_had_it_before(matching):
+    for number in range(100):
+        matching.join(facts(f"w{number}", hostname=f"host{number}"))
+    matching.need("other", question(lambda m, _: m.get("memory") == 5))
+    matching.join(facts("w7", 2, memory=5))
+    matching.join(facts("w7", 3))
+    asked = Asked(lambda m, _: m.get("memory", 0) == 0)
+    matching.need("none", asked.question)
+
+    assert (asked.noted, asked.plainly) == (1, 1)
+    assert matching.funnel("other").steps[-1].offered == [("", 100, ["w0", "w1", "w2"])]
+
+
 def test_a_worker_that_joins_is_walked_and_hardly_ever_asked(matching):
     asked = Asked(big)
     matching.need("big", asked.question)
@@ -496,6 +509,25 @@ def test_values_that_are_equal_but_not_the_same_are_a_change(matching, old, new)
     assert matching.can_run("w0", "new")
 
 
+@pytest.mark.parametrize(
+    "ask", [lambda m, _: len(m) == 1, lambda m, _: m.get("b") is None, lambda m, _: "b" not in list(m)]
+)
+def test_what_a_worker_was_that_left_is_not_held_against_who_takes_its_place(matching, ask):
+    matching.need("first", question(ask))
+    matching.join(facts("w0", a=1))
+    matching.join(facts("w1", a=1))
+    matching.leave("w1")
+    matching.join(facts("w2", a=1, b=1))
+    matching.need("second", question(ask))
+    matching.join(facts("w0", 2, a=1, b=1))
+    matching.join(facts("w3", a=1))
+    matching.need("third", question(ask))
+
+    assert [[matching.can_run(f"w{one}", name) for one in (0, 2, 3)] for name in ("first", "second", "third")] == [
+        [False, False, True]
+    ] * 3
+
+
 def test_the_order_of_the_keys_is_a_change_for_who_reads_it(matching):
     matching.need("first", question(lambda m, _: next(iter(m)) == "b"))
     matching.need("text", question(lambda m, _: str(m).startswith("{'b'")))
@@ -504,6 +536,20 @@ def test_the_order_of_the_keys_is_a_change_for_who_reads_it(matching):
 
     assert matching.can_run("w0", "first")
     assert matching.can_run("w0", "text")
+
+
+def test_a_trie_does_not_grow_with_figures_that_are_not_seen_again(matching, monkeypatch):
+    monkeypatch.setattr(mqworker.matching, "MAX_LEAVES", 10)
+    asked = Asked(lambda m, _: str(m["free_disk"]) == "1")
+    matching.need("disk", asked.question)
+    for version in range(10):
+        matching.join(facts("w0", version, free_disk=version))
+    matching.join(facts("w0", 10, free_disk=1))
+    assert (asked.noted, matching.can_run("w0", "disk")) == (10, True)
+    matching.join(facts("w0", 11, free_disk=11))
+    matching.join(facts("w0", 12, free_disk=1))
+
+    assert (asked.noted, matching.can_run("w0", "disk")) == (12, True)
 
 
 def test_past_the_bound_on_classes_a_worker_that_moves_gets_one_of_its_own():
@@ -574,6 +620,18 @@ def test_reads_that_are_not_what_is_there_do_not_keep_it_for_ever(matching):
     matching.need("liar", Question(task="red", observe=observed, plain=lambda _: (True, None)))
 
     assert matching.can_run("w0", "liar")
+
+
+def test_reads_that_lead_to_another_answer_are_a_contradiction(matching):
+    def observed(metadata):
+        return Observation(answer=metadata["x"] == 1, metadata=(Read(("value", ("x",)), "1"),), data=())
+
+    matching.need("liar", Question(task="red", observe=observed, plain=lambda m: (m["x"] == 1, None)))
+    matching.join(facts("w0", x=1))
+    matching.join(facts("w1", x=2))
+
+    assert matching.escaped() == {"liar"}
+    assert [matching.can_run(name, "liar") for name in ("w0", "w1")] == [True, False]
 
 
 def test_a_question_for_the_exact_type_escapes_when_it_shows(matching):

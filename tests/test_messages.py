@@ -1,5 +1,6 @@
 import inspect
 import json
+import re
 from functools import cache
 from typing import get_args
 
@@ -35,6 +36,7 @@ from mqworker.messages import (
 )
 
 AN_ID = "01234567-89ab-cdef-0123-456789abcdef"
+A_SHA256 = "0" * 64
 KINDS = [
     kind
     for _, kind in inspect.getmembers(messages, inspect.isclass)
@@ -89,6 +91,11 @@ def described(kind):
 
 @cache
 def text_like(pattern):
+    # The two that are in nearly every message: from their patterns they would be drawn digit by digit.
+    if re.search(pattern, AN_ID):
+        return st.uuids().map(str)
+    if re.search(pattern, A_SHA256):
+        return st.binary(min_size=32, max_size=32).map(bytes.hex)
     return st.from_regex(pattern).filter(lambda text: len(text) <= 100)
 
 

@@ -70,7 +70,7 @@ from mqworker.store import Store
 from mqworker.topology import Topology
 
 TASKS = Path(__file__).parent / "taskbox"
-PATIENCE = 60.0  # seconds; nothing here takes so long, unless the machine is very busy
+PATIENCE = 180.0  # seconds; nothing here takes a third of it, unless the machine is very busy
 
 
 def eventually(met: Callable[[], object], what: str, seconds: float = PATIENCE):
@@ -124,7 +124,8 @@ class LivePool:
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen:
         log = (self.directory / f"{name}.log").open("ab")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "mqworker", *command],
+            # It leads a session of its own, and yet must not outlive tests that are killed.
+            ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-P", "-m", "mqworker", *command],
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -245,7 +245,7 @@ def test_a_retry_is_a_new_request_and_only_of_an_ended_one(client, scheduler):
 def test_workers_and_pool_are_told(client, scheduler):
     assert [worker.name for worker in client.workers()] == ["w1"]
     assert [worker.name for worker in client.refresh_workers(["w1"])] == ["w1"]
-    assert scheduler.queries[-1] == RefreshWorkers(names=["w1"])
+    assert [query for query in scheduler.queries if isinstance(query, RefreshWorkers)] == [RefreshWorkers(names=["w1"])]
     assert client.pool().workers == 1
 
 

@@ -125,7 +125,7 @@ def test_a_worker_that_must_not_run_it_by_its_own_view_refuses_and_another_gets_
         pool.await_workers(client, "anna")
         runs.open()
         one = client.submit("journal", runs.data)
-        eventually(lambda: client.status(one).waits == "no worker can run it", "the worker has refused it")
+        eventually(lambda: client.status(one).waits == "every worker that could run it has declined it", "its word")
         assert runs.count("start") == 0
         pool.worker("bert")
         [view] = final(client, one)

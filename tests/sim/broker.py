@@ -68,6 +68,7 @@ class Broker:
         self.bindings = {}
         self.connections = []
         self.echo = 0.0  # the share of messages that come a second time
+        self.losing = 0.0  # the share of tickets that are confirmed, and lost with the node that had them
         self.lags = {}  # process name to the longest delay of its messages, in seconds
         self._opened = 0
         self._random = random.Random(f"{seed} broker")
@@ -113,7 +114,8 @@ class Broker:
             if not queue.spec.durable:
                 self._remove(name)
                 continue
-            queue.entries = deque(entry for entry in queue.entries if entry.message.persistent)
+            kept = queue.spec.arguments.get("x-queue-type") == "quorum" or self._random.random() < 0.5
+            queue.entries = deque(entry for entry in queue.entries if kept and entry.message.persistent)
             for entry in queue.entries:
                 entry.redelivered = True
 
@@ -221,6 +223,9 @@ class Broker:
             text = f"the broker returned the message for {message.key}: 312 NO_ROUTE"
             connection.confirm(number, text if mandatory else None)
             return
+        if message.kind == "ticket" and self.losing and self._random.random() < self.losing:
+            connection.confirm(number, None)
+            return
         for name in routed:
             self._enqueue(name, message)
         if self.echo and self._random.random() < self.echo:
@@ -288,6 +293,7 @@ class Connection:
         self.ended = broker.loop.create_future()
         self.opened = broker.loop.create_future()
         self._up_free = self._down_free = 0.0
+        self._coming = deque()
         self._random = random.Random(f"{broker.seed} {self.epoch}").random
 
     def _latency(self):
@@ -300,6 +306,12 @@ class Connection:
             return
         when = self._up_free = max(self._up_free, self.broker.loop.now + self._latency())
         self.broker.loop.call_at(when, self.arrive_up, call, args, context=NOBODY)
+
+    def reset(self):
+        """End with the client's process: what it has sent arrives first, however long that is on its way."""
+        if self.open_there and not self.cut:
+            when = self._up_free = max(self._up_free, self.broker.loop.now + 0.001)
+            self.broker.loop.call_at(when, self.broker.drop, self, "reset", context=NOBODY)
 
     def arrive_up(self, call, args):
         if self.cut or not self.open_there:
@@ -314,9 +326,11 @@ class Connection:
         if self.cut:
             return
         when = self._down_free = max(self._down_free, self.broker.loop.now + self._latency())
-        self.broker.loop.call_at(when, self._arrive_down, call, args, context=self.link.process.context)
+        self._coming.append((call, args))
+        self.broker.loop.call_at(when, self._arrive_down, context=self.link.process.context).slow = True
 
-    def _arrive_down(self, call, args):
+    def _arrive_down(self):
+        call, args = self._coming.popleft()  # in their order, whichever of the arrivals this is
         if self.open_here and not (self.cut and call != self.lost):
             call(*args)
 
@@ -483,8 +497,7 @@ class Link:
         connection = self.connection
         if connection is not None and connection.open_here:
             connection.open_here = connection.is_up = False
-            if connection.open_there and not connection.cut:
-                self.broker.loop.call_later(0.001, self.broker.drop, connection, "reset", context=NOBODY)
+            connection.reset()
 
     # ------------------------------------------------------------ what comes
 

@@ -1,9 +1,12 @@
 """The promises, checked from outside: by messages, the ledger's file, the slots and the plain programs alone."""
 
+import copy
 import json
 import sqlite3
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import msgspec
 
 from mqworker.messages import Outcomes, Receipt, Report, Submit, Ticket, Verdict, decode
 from tests.sim import programs
@@ -18,8 +21,15 @@ LEGAL = {
 }
 REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
+DOUBT = 0.1  # seconds in which it is known of each request what its class is
 STALE_MARGIN = 5.0
-ROWS = "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, body FROM requests"
+MOST_STEPS = 400_000
+ROWS = (
+    "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, grp, ckey, unmet, bound, body"
+    " FROM requests"
+)
+HELD = ("offered", "running")
+MADE = "SELECT id FROM artifacts WHERE request = ? AND attempt = ? AND category = ?"
 ATTEMPTS = "SELECT request, number, token, worker, result, counted, late FROM attempts"
 
 
@@ -41,6 +51,10 @@ class Row(NamedTuple):
     priority: int
     not_before: float | None
     reason: str | None
+    grp: str
+    ckey: str | None
+    unmet: int
+    bound: str | None
     body: str
 
 
@@ -63,6 +77,10 @@ class Turn:
     before: dict
     after: dict
     previous: float  # when the set before it was committed
+    judged_at: float  # before this
+    first: bool  # of its scheduler
+    paused: frozenset  # when it was judged: (kind, name)
+    tries: list = field(default_factory=list)  # offers, those that the ledger declined too
     queues: dict = field(default_factory=dict)
 
 
@@ -77,6 +95,8 @@ class Check:
         self.requests = {}  # id to the request as it was submitted
         self.touched = {}  # request or host's name to when something last happened to it
         self.alive = {}  # request to {token: host's name} of its runs
+        self.began = {}  # token to when its run began
+        self.killed = set()  # tokens of runs that did not end by themselves, nor by their lease
         self.outcomes = {}  # token to the outcome that was spooled
         self.claims = {}  # token to the metadata versions it was claimed with
         self.said = {}  # (worker, version) to Facts: all that was ever said
@@ -84,7 +104,7 @@ class Check:
         self.assigned = {}  # worker to queue, by the scheduler of now
         self.heard = {}  # worker's process to (term, queue): the newest word it has had
         self.tickets = {}  # host to deliveries in hand
-        self.refused = {}  # request to {(worker, version)} that the scheduler has settled
+        self.refused = {}  # request to {(worker, version): tokens} of refusals that the scheduler has settled
         self.due = {}  # request to when its delay is over
         self.turn = None
         self.committed_at = 0.0
@@ -95,6 +115,10 @@ class Check:
         self._file = None
         self._news = 0  # rises with everything that may change who is eligible
         self._eligible = {}  # host's name to (news, rows)
+        self.paused = frozenset()  # (kind, name), by the ledger
+        self._first_turn = True
+        self._doubts = {}  # request to when and how a worse one was preferred to it
+        self._bound = {}  # request to its data with what it has taken from others
         self._brief = {}
 
     # ------------------------------------------------------------ telling
@@ -120,9 +144,20 @@ class Check:
         """Ask the program of a request about a worker; `key` stands for the worker's facts."""
         known = self._answers.get((request.id, key))
         if known is None:
-            known = request.task in tasks and programs.says(request.task, request.data, metadata)
+            known = request.task in tasks and programs.says(
+                request.task, self.data(request), metadata, request.requires
+            )
             self._answers[request.id, key] = known
         return known
+
+    def data(self, request):
+        """Return the data that a run of a request gets: with what it takes, once that is known."""
+        return self._bound.get(request.id, request.data)
+
+    def upgraded(self):
+        """Forget what tasks of other code have said."""
+        self._answers.clear()
+        self._news += 1
 
     def pure(self, request):
         return not programs.Task._sub_tasks[request.task].hidden
@@ -148,7 +183,10 @@ class Check:
         self.terms = term
         self.facts.clear()
         self.assigned.clear()
+        self.refused.clear()  # a scheduler remembers them, and the ledger does not
         self.turn = None
+        self._first_turn = True
+        self._doubts.clear()
         self.committed_at = self.loop.now
         wall = self.world.scheduler_wall()
         for row in self.rows.values():
@@ -156,21 +194,42 @@ class Check:
                 later = self.loop.now + max(0.0, row.not_before - wall)
                 self.due[row.id] = max(self.due.get(row.id, 0.0), later)
 
-    def committed(self, writes, results):
-        """Take a set that was committed, with its results."""
+    def committed(self, writes, results, judged_at):
+        """Take a set that was committed, with its results; it was judged before `judged_at`."""
         before, after = self.rows, self.read()
         self.rows = after
-        turn = Turn(offers=[], accepted={}, places={}, before=before, after=after, previous=self.committed_at)
+        turn = Turn(
+            offers=[],
+            accepted={},
+            places={},
+            before=before,
+            after=after,
+            previous=self.committed_at,
+            judged_at=judged_at,
+            first=self._first_turn,
+            paused=self.paused,
+        )
+        self._first_turn = False
         for place, (write, result) in enumerate(zip(writes, results, strict=True)):
             match type(write).__name__:
                 case "Accept":
                     turn.accepted.setdefault(write.request.id, place)
-                case "Offer" if result:
-                    turn.offers.append(write)
-                    turn.places[write.request] = place
-                    self.offered_at[write.request] = self.loop.now
+                case "Offer":
+                    turn.tries.append((write, result))
+                    if result:
+                        turn.offers.append(write)
+                        turn.places[write.request] = place
+                        self.offered_at[write.request] = self.loop.now
+                        self._offered(write.request, turn)
+                case "Rekey":
+                    for id_ in [id_ for id_ in self._doubts if after[id_].seq in write.to]:
+                        del self._doubts[id_]  # its class was divided, and none could know whether it was better
+                case "Pause":
+                    self._paused(self.paused | {(write.kind, write.name)})
+                case "Resume":
+                    self._paused(self.paused - {(write.kind, write.name)})
                 case "Grant" if result == "granted":
-                    self._granted(write)
+                    self._granted(write, turn)
                 case "End" if result.state is not None:
                     self._ended_in_ledger(write, before.get(write.request), after.get(write.request))
         for id_, row in after.items():
@@ -180,11 +239,15 @@ class Check:
         for id_ in before:
             if id_ not in after:
                 self.fail("P1", f"request {id_} is gone from the ledger")
+        self._check_limits()
+        self._check_needs(before)
         self.turn = turn if turn.offers else None
         self.committed_at = self.loop.now
 
     def _changed(self, old, row, turn):
         self._touch(row.id)
+        if row.ckey is not None:
+            self._touch(("key", row.ckey))
         state = None if old is None else old.state
         if self.world.trace is not None:
             self.world.note("ledger", f"{row.id[-4:]} {state} -> {row.state} attempt {row.attempt} on {row.worker}")
@@ -210,8 +273,102 @@ class Check:
             reached |= {to for at in reached for to in LEGAL.get(at, ())}
         return row.state in reached and (state is not None or row.id in turn.accepted)
 
-    def _granted(self, write):
+    # ------------------------------------------------------------ pauses, limits and needs
+
+    def _paused(self, paused):
+        for kind, name in paused ^ self.paused:
+            self._touch((kind, name))
+        self.paused = paused
+
+    def _is_paused(self, row, paused):
+        """Say whether nothing of a request may be offered, on whichever worker."""
+        return ("task", self.requests[row.id].task) in paused or ("group", row.grp) in paused
+
+    def limit(self, key):
+        limits = self.world.scenario.limits
+        return limits.get(key, limits.get("*", 1))
+
+    def held(self, rows):
+        """Count by key and by group what is offered and running."""
+        keys, groups = {}, {}
+        for row in rows.values():
+            if row.state in HELD:
+                keys[row.ckey] = keys.get(row.ckey, 0) + 1
+                groups[row.grp] = groups.get(row.grp, 0) + 1
+        return keys, groups
+
+    def _check_limits(self):
+        for key, number in self.held(self.rows)[0].items():
+            if key is not None and number > self.limit(key):
+                self.fail("limit", f"{number} requests with the key {key} are offered or run, of {self.limit(key)}")
+
+    def needs(self, request):
+        """Return what a request needs of others, by their ids."""
+        found = {}
+        for after in request.after:
+            found[after.request] = "success" if "success" in (after.need, found.get(after.request)) else "end"
+        return found | dict.fromkeys((take.request for take in request.take), "success")
+
+    def _taken(self, request):
+        """Return what a request takes, by the place in its data; None: it cannot be had."""
+        taken = {}
+        for take in request.take:
+            made = self._file.execute(MADE, (take.request, self.rows[take.request].attempt, take.category)).fetchall()
+            if len(made) != 1:
+                return None
+            taken[take.into] = made[0][0]
+        if any(not isinstance(request.data.get("deep", {}), dict) for _ in taken):
+            return None
+        return taken
+
+    def _check_needs(self, before):
+        """Check that what needs others waits for them, and no longer than it must."""
+        for row in self.rows.values():
+            old = before.get(row.id)
+            request = self.requests[row.id]
+            if not (request.after or request.take) or row.state == "rejected":
+                continue
+            if row.state in FINAL and (old is None or old.state in FINAL):
+                continue
+            needs = self.needs(request)
+            gone = [id_ for id_ in needs if id_ not in self.rows]
+            if gone:
+                self.fail("needs", f"{row.id} was accepted, and nobody knows {gone}, which it needs")
+                return
+            open_ = [id_ for id_ in needs if self.rows[id_].state not in FINAL]
+            failed = [
+                id_
+                for id_, need in needs.items()
+                if id_ not in open_ and need == "success" and self.rows[id_].state != "success"
+            ]
+            ended = {take.request for take in request.take} - set(open_) - set(failed)
+            known = [take for take in request.take if take.request in ended]
+            taken = self._taken(msgspec.structs.replace(request, take=known))
+            stage = None if row.reason is None else json.loads(row.reason).get("stage")
+            if row.state == "aborted":
+                if stage in ("after", "take") and not failed and taken is not None:
+                    self.fail("needs", f"{row.id} was given up, and has all that it needs: {row.reason}")
+            elif failed or taken is None:
+                self.fail("needs", f"{row.id} is {row.state}, and cannot have what it needs: {failed or 'takes'}")
+            elif row.state != "pending" and open_:
+                self.fail("needs", f"{row.id} is {row.state}, and {open_} that it needs have not ended")
+            elif row.unmet != len(open_):
+                self.fail("needs", f"{row.id} needs {open_} still, and the ledger says {row.unmet}")
+            elif not open_ and row.id not in self._bound:
+                if json.loads(row.bound or "{}") != taken:
+                    self.fail("needs", f"{row.id} takes {taken}, and the ledger has put {row.bound} into it")
+                self._bound[row.id] = _filled(request.data, taken)
+
+    def _offered(self, id_, turn):
+        row = turn.after[id_]
+        if self._is_paused(row, turn.paused):
+            self.fail("paused", f"{id_} was offered, but {sorted(turn.paused)} are paused")
+
+    def _granted(self, write, turn):
         request = self.requests[write.request]
+        row = turn.after[write.request]
+        if self._is_paused(row, turn.paused) or ("worker", write.worker) in turn.paused:
+            self.fail("paused", f"{write.request} was granted to {write.worker}, but {sorted(turn.paused)} are paused")
         versions = sorted(self.claims.get(write.token, ()))
         said = [self.said[write.worker, version] for version in versions]
         if not any(self.can_run(request, one.metadata, one.tasks, (write.worker, one.version)) for one in said):
@@ -223,7 +380,8 @@ class Check:
         if write.token in self.alive.get(write.request, {}) and row.state != "running":
             name = self.alive[write.request][write.token]
             self.fail("P2", f"{write.request} has ended ({write.result}) in the ledger while it runs on {name}")
-        if write.result == "lost" and self.world.blameless() and write.token not in self.world.killed:
+        calm = self.world.calm or self.began.get(write.token, 0.0) > self.world.quiet_from
+        if write.result == "lost" and calm and write.token not in self.killed:
             self.fail("P2", f"run {write.token} of {write.request} was lost in a healthy pool: {write.reason}")
 
     # ------------------------------------------------------------ slots
@@ -232,9 +390,10 @@ class Check:
         """Take the order to start a run, at the moment that the agent gives it."""
         request = self.requests[order.request.id]
         self._touch(host.name)
-        if order.request.data != request.data or order.request.task != request.task:
+        if order.request.data != self.data(request) or order.request.task != request.task:
             self.fail("P1", f"{request} became {order.request}")
-        if not programs.says(request.task, request.data, host.seen[0]) or request.task not in host.seen[1]:
+        able = programs.says(request.task, self.data(request), host.seen[0], request.requires)
+        if not able or request.task not in host.seen[1] or request.task in host.denied:
             self.fail("P6", f"{request.id} starts on {host.name}, which it refuses: {host.seen[0]}")
         if self.pure(request) is False and host.name in programs.Task._sub_tasks[request.task].hidden:
             self.fail("P6", f"{request.id} starts on {host.name}, which refuses it by its own view")
@@ -249,14 +408,15 @@ class Check:
         if others:
             self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {others}")
         others[token] = host.name
+        self.began[token] = self.loop.now
         self.world.note(host.name, f"runs {id_[-4:]} as {token}")
 
-    def ended(self, host, order, word):
-        """Take the end of a run in a slot; no word: it was killed."""
+    def ended(self, host, order, word, *, lapsed=False):
+        """Take the end of a run in a slot; no word: it was killed, or it has lapsed."""
         self._touch(host.name)
         self.alive.get(order.request.id, {}).pop(order.directory, None)
-        if word is None:
-            self.world.killed.add(order.directory)
+        if word is None and not lapsed:
+            self.killed.add(order.directory)
         self.world.note(host.name, f"has ended {order.directory}: {'killed' if word is None else word.result}")
 
     def spooled(self, outcome):
@@ -302,7 +462,8 @@ class Check:
                         self._touch(worker)
                     elif kind == "Void" and part.reason == "refused":
                         for version in self.claims.get(part.token, ()):
-                            self.refused.setdefault(part.request, set()).add((worker, version))
+                            runs = self.refused.setdefault(part.request, {}).setdefault((worker, version), set())
+                            runs.add(part.token)
                 if world.trace is not None:
                     self._tell(process, f"tells {message.key}", verdict.parts)
             case "report":
@@ -318,9 +479,12 @@ class Check:
                 if world.trace is not None:
                     self._tell(process, "reports", report.parts)
             case "outcomes":
+                outcomes = decode(message.body, Outcomes).outcomes
+                for outcome in outcomes:
+                    if outcome.token not in world.hosts[process.name].spool:
+                        self.fail("P4", f"{process.name} sends {outcome}, which is not on its disk")
                 if world.trace is not None:
-                    outcomes = decode(message.body, Outcomes)
-                    world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes.outcomes]}")
+                    world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes]}")
 
     def delivered(self, process, delivery):
         """Take what a process gets, at the moment that it does."""
@@ -404,35 +568,74 @@ class Check:
         }
         for offer in turn.offers:
             waiting[offer.request] = turn.after[offer.request]
-        for offer in turn.offers:
-            row = waiting.pop(offer.request)
-            queue = turn.queues.get((offer.request, offer.attempt))
-            workers = members.get(queue, [])
-            if queue is None or not workers or not self.pure(self.requests[row.id]):
+        keys, groups = self.held(turn.before)
+        for offer, well in turn.tries:
+            row = turn.after.get(offer.request)
+            if row is None:
                 continue
-            facts = {worker: self._possible(worker, turn) for worker in workers}
-            self._judge_match(row, queue, facts)
-            for other in waiting.values():
-                if self._better(other, row) and self._all_can(other, facts) and self._known(other, offer, turn):
-                    self.fail(
-                        "P8",
-                        f"{row.id} (priority {row.priority}, seq {row.seq}) was offered in {queue} while the better"
-                        f" {other.id} (priority {other.priority}, seq {other.seq}) waited",
-                    )
+            if well:
+                waiting.pop(offer.request)
+                self._judge_offer(offer, turn, members, waiting, keys=keys, groups=groups)
+            keys[row.ckey] = keys.get(row.ckey, 0) + 1
+            groups[row.grp] = groups.get(row.grp, 0) + 1
+
+    def _judge_offer(self, offer, turn, members, waiting, *, keys, groups):
+        row = self._as_judged(turn.after[offer.request], turn)
+        queue = turn.queues.get((offer.request, offer.attempt))
+        workers = members.get(queue, [])
+        facts = {worker: self._possible(worker, turn) for worker in workers}
+        self._judge_refusals(row, queue, facts)
+        if queue is None or not workers or not self.pure(self.requests[row.id]):
+            return
+        self._judge_match(row, queue, facts)
+        shares = None if turn.first else {name: number / self._weight(name) for name, number in groups.items()}
+        for each in waiting.values():
+            other = self._as_judged(each, turn)
+            if other.ckey is not None and keys.get(other.ckey, 0) >= self.limit(other.ckey):
+                continue
+            if self._is_paused(other, turn.paused):
+                continue
+            if self._better(other, row, shares) and self._all_can(other, facts) and self._known(other, offer, turn):
+                text = (
+                    f"{row.id} (priority {row.priority}, group {row.grp}, seq {row.seq}) was offered in {queue} while"
+                    f" the better {other.id} (priority {other.priority}, group {other.grp}, seq {other.seq}) waited;"
+                    f" shares {shares}"
+                )
+                self.world.note("CHECK", text)
+                self._doubts.setdefault(other.id, (self.loop.now, text))
 
     def _waits(self, old, row, turn):
-        if row.not_before is not None and not self._is_due(row):
+        if row.not_before is not None and not self._is_due(row, self.loop.now - turn.judged_at):
             return False
-        return row.id in turn.accepted if old is None else old.state == "pending"
+        request = self.requests[row.id]
+        if old is None:
+            return row.id in turn.accepted and not (request.after or request.take)
+        return old.state == "pending" and not old.unmet
 
-    def _is_due(self, row, margin=1.0):
+    def _as_judged(self, row, turn):
+        """Return a request with the priority that it had when a set was judged."""
+        old = turn.before.get(row.id)
+        return row if old is None else row._replace(priority=old.priority)
+
+    def _weight(self, group):
+        weights = self.world.scenario.weights
+        return weights.get(group, weights.get("*", 1.0))
+
+    def _is_due(self, row, ago=0.0):
+        """Say whether a request's delay is surely over, or was some time ago."""
+        margin = ago + 1.0
         return (
             self.due.get(row.id, 0.0) + margin < self.loop.now and row.not_before + margin < self.world.scheduler_wall()
         )
 
     @staticmethod
-    def _better(other, row):
-        return (-other.priority, other.seq) < (-row.priority, row.seq)
+    def _better(other, row, shares):
+        """Say whether one is surely better; of groups with equal shares either may be, and at first none is known."""
+        if other.priority != row.priority:
+            return other.priority > row.priority
+        if other.grp == row.grp:
+            return other.seq < row.seq
+        return shares is not None and shares.get(other.grp, 0.0) < shares.get(row.grp, 0.0)
 
     @staticmethod
     def _known(other, offer, turn):
@@ -455,10 +658,13 @@ class Check:
         }
         if all(facts.values()) and not any(able.values()):
             self.fail("match", f"{row.id} was offered in {queue}, of whose workers {sorted(facts)} none can run it")
-        refused = self.refused.get(row.id, set())
+
+    def _judge_refusals(self, row, queue, facts):
+        refused = self.refused.get(row.id, {})
         for worker, possible in facts.items():
-            if len(possible) == 1 and (worker, possible[0].version) in refused:
-                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it as it is")
+            # Once may be in vain: the offer was taken back before the refusal came.
+            if len(possible) == 1 and len(refused.get((worker, possible[0].version), ())) > 1:
+                self.fail("match", f"{row.id} was offered in {queue}, to {worker}, which has refused it twice")
 
     # ------------------------------------------------------------ P5, and what must not stay as it is
 
@@ -466,6 +672,11 @@ class Check:
         """Look for an idle slot beside a request that it could run, in a quiet pool."""
         now = self.loop.now
         quiet = self.world.quiet_from
+        for since, text in self._doubts.values():
+            if since + DOUBT < now:
+                self.fail("P8", text)
+        if self.loop.steps > MOST_STEPS:
+            self.fail("steps", f"the pool has made {self.loop.steps} steps, and does not come to rest")
         if now < quiet + IDLE_SECONDS:
             return
         for host in self.world.hosts.values():
@@ -479,6 +690,8 @@ class Check:
     def _look_at(self, host, quiet):
         process = host.process
         if process is None or process.dead or host.draining or host.seen is None:
+            return
+        if ("worker", host.name) in self.paused:
             return
         known = self._eligible.get(host.name)
         if known is None or known[0] != self._news:
@@ -496,15 +709,23 @@ class Check:
         if host.idle() <= in_hand or not known or known[-1].metadata != host.metadata or host.seen[0] != host.metadata:
             return []
         facts = known[-1]
-        touched = max(self.touched[host.name], facts.at)
+        touched = max(self.touched[host.name], facts.at, self.touched.get(("worker", host.name), 0.0))
+        keys, _ = self.held(self.rows)
         return [
-            (row, max(touched, self.touched[row.id]))
+            (row, max(touched, self.touched[row.id], *(self.touched.get(name, 0.0) for name in self._names(row))))
             for row in self.rows.values()
             if row.state == "pending"
+            and not row.unmet
+            and not self._is_paused(row, self.paused)
+            and (row.ckey is None or keys.get(row.ckey, 0) < self.limit(row.ckey))
             and self.pure(self.requests[row.id])
             and (host.name, facts.version) not in self.refused.get(row.id, ())
             and self.can_run(self.requests[row.id], facts.metadata, facts.tasks, (host.name, facts.version))
         ]
+
+    def _names(self, row):
+        """Name what holds back more than one request."""
+        return ("key", row.ckey), ("task", self.requests[row.id].task), ("group", row.grp)
 
     def settled_down(self):
         """Say whether nothing is left to be done."""
@@ -537,24 +758,51 @@ class Check:
             request = self.requests[row.id]
             if row.tried != counted.get(row.id, 0) or row.tried > request.max_attempts:
                 self.fail("P3", f"{row} was tried {counted.get(row.id, 0)} times, of at most {request.max_attempts}")
+            if row.state == "rejected" and not self._may_reject(row):
+                self.fail("P3", f"{row.id} was rejected without need: {row}")
             if row.state not in FINAL and not self._may_wait(row):
                 self.fail("P3", f"{row.id} is still {row.state} at the end: {row}")
+
+    def _may_reject(self, row):
+        request = self.requests[row.id]
+        return (
+            request.data.get("bad")
+            or request.requires == programs.BAD_SCHEMA
+            or any(id_ not in self.rows or self.rows[id_].seq > row.seq for id_ in self.needs(request))
+        )
 
     def _may_wait(self, row):
         """Say whether a request waits with reason: by the scheduler's or by its own word, no worker can run it."""
         request = self.requests[row.id]
         hidden = programs.Task._sub_tasks[request.task].hidden
+        needed = [self.rows[id_] for id_ in self.needs(request) if self.rows[id_].state not in FINAL]
         return row.state == "pending" and (
-            "scheduler" in hidden
+            (row.unmet > 0 and any(self._may_wait(other) for other in needed))
+            or self._is_paused(row, self.paused)
+            or (row.ckey is not None and self.limit(row.ckey) <= 0)
+            or "scheduler" in hidden
             or not any(
                 host.process is not None
                 and not host.process.dead
                 and host.name not in hidden
                 and request.task in host.tasks
-                and programs.says(request.task, request.data, host.metadata)
+                and ("worker", host.name) not in self.paused
+                and programs.says(request.task, self.data(request), host.metadata, request.requires)
                 for host in self.world.hosts.values()
             )
         )
+
+
+def _filled(data, taken):
+    """Return task data with what was taken in its places."""
+    data = copy.deepcopy(data)
+    for into, number in taken.items():
+        *way, last = into.split("/")[1:]
+        place = data
+        for part in way:
+            place = place.setdefault(part, {})
+        place[last] = number
+    return data
 
 
 def _brief(parts):

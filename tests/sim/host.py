@@ -8,6 +8,7 @@ from mqworker.agent import Agent
 from mqworker.messages import (
     SLOT_LAPSED,
     Analysis,
+    Artifact,
     Outfit,
     Reason,
     Renew,
@@ -24,6 +25,7 @@ from tests.sim.broker import Link
 from tests.sim.loop import NOBODY
 
 STORE = "store"
+MADE = "sim:made"  # the category of what runs make
 
 
 class Silent:
@@ -53,6 +55,7 @@ class Conduct:
     obeys: bool  # an abort
     stages: int
     fresh: bool  # the slot's process ends behind it
+    made: int  # artifacts
 
 
 def conduct_of(seed, request, attempt, slow):
@@ -63,6 +66,7 @@ def conduct_of(seed, request, attempt, slow):
         obeys=draw.random() < 0.7,
         stages=draw.randrange(3),
         fresh=draw.random() < 0.1,
+        made=draw.choices([0, 1, 2], weights=[1, 12, 1])[0],
     )
 
 
@@ -74,7 +78,9 @@ class Host:
         self.name = spec.name
         self.slots = spec.slots
         self.metadata = spec.metadata
-        self.tasks = dict.fromkeys(spec.tasks)
+        self.installed = list(spec.tasks)
+        self.deny = spec.deny  # by its settings
+        self.denied = spec.deny  # by those that its process has read
         self.boot = spec.boot
         self.drift = spec.drift
         self.wall_offset = 0.0
@@ -86,6 +92,11 @@ class Host:
         self.worker = None
         self.children = []
         self.draining = False
+
+    @property
+    def tasks(self):
+        """Name the tasks that it may run."""
+        return dict.fromkeys(task for task in self.installed if task not in self.denied)
 
     def boottime_ns(self):
         return int((self.boot + self.world.loop.now * (1 + self.drift)) * 1e9)
@@ -102,6 +113,7 @@ class Host:
         self.incarnation += 1
         self.draining = False
         self.seen = None
+        self.denied = self.deny
         for child in self.children:
             child.die(-9)  # the sweep
         self.children = []
@@ -113,6 +125,7 @@ class Host:
             slots=self.slots,
             store_id=STORE,
             static_metadata={},
+            deny_tasks=self.denied,
             make_token=lambda: f"{self.name}.{self.incarnation}.{next(numbered)}",
             wall=self.wall,
         )
@@ -210,7 +223,7 @@ class HostedWorker(Worker):
     async def _analysis(self):
         await asyncio.sleep(self._host.world.chance(f"analysis {self._host.name}").uniform(0.005, 0.05))
         self._host.seen = (self._host.metadata, dict(self._host.tasks))
-        return Analysis(metadata=self._host.metadata, tasks=dict(self._host.tasks), failures={})
+        return Analysis(metadata=self._host.metadata, tasks=dict.fromkeys(self._host.installed), failures={})
 
 
 class Child:
@@ -313,7 +326,14 @@ class Child:
         if not self.alive or self.run is None:
             return
         order = self._leave_run()
-        word = SlotEnded(result=result, reason=None if reason is None else Reason(text=reason), again=again)
+        word = SlotEnded(
+            result=result,
+            reason=None if reason is None else Reason(text=reason),
+            again=again,
+            artifacts=[
+                Artifact(handle=f"made-{number}", category=MADE, name="made") for number in range(self._conduct.made)
+            ],
+        )
         self._host.world.check.ended(self._host, order, word)
         self._say(word)
         if self._conduct.fresh:
@@ -335,7 +355,7 @@ class Child:
             return
         self.alive = self.ready = False
         if self.run is not None:
-            self._host.world.check.ended(self._host, self._leave_run(), None)
+            self._host.world.check.ended(self._host, self._leave_run(), None, lapsed=exit_code == SLOT_LAPSED)
         self.stdout.feed_eof()
         self._exit_code = exit_code
         if not self._exited.done():

@@ -34,7 +34,7 @@ NOBODY = contextvars.copy_context()  # the world's own doings, which never stop
 class Handle:
     """Something to be called."""
 
-    __slots__ = ("_when", "args", "callback", "context", "done", "process")
+    __slots__ = ("_when", "args", "callback", "context", "done", "process", "slow")
 
     def __init__(self, callback, args, context, when):
         self.callback = callback
@@ -42,6 +42,7 @@ class Handle:
         self.context = contextvars.copy_context() if context is None else context
         self.process = self.context.get(PROCESS)
         self.done = False
+        self.slow = False  # it waits in a socket while its process is frozen
         self._when = when
 
     def cancel(self):
@@ -167,9 +168,16 @@ class Loop(asyncio.AbstractEventLoop):
                 call()
 
     def thaw(self, process):
-        """Let a process go on with what it has missed, in its order."""
+        """Let a process go on with what it has missed, in its order; what is in its sockets takes it some time."""
         process.frozen = False
-        self._ready.extend(process.held)
+        slowly = self.now
+        for handle in process.held:
+            if handle.slow and not self.burying:
+                slowly += 0.0004
+                self._timed += 1
+                heapq.heappush(self._timers, (slowly, self._timed, handle))
+            else:
+                self._ready.append(handle)
         process.held.clear()
 
     def bury(self, processes):

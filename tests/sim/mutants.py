@@ -16,18 +16,24 @@ PATCHES = Path(__file__).parent / "mutants"
 def main():
     parser = argparse.ArgumentParser(prog="python -m tests.sim.mutants", description=__doc__)
     parser.add_argument("names", nargs="*", help="only these; else all")
-    parser.add_argument("--seeds", default="1-400", help="look in these, until the first that fails")
+    parser.add_argument("--jobs", default=str(len(os.sched_getaffinity(0))), help="processes")
+    parser.add_argument("--seeds", default="1-150", help="look in these, until the first that fails")
     given = parser.parse_args()
     patches = sorted(PATCHES.glob("*.patch"))
     if given.names:
+        unknown = set(given.names) - {patch.stem for patch in patches}
+        if unknown:
+            parser.error(f"expected some of {', '.join(patch.stem for patch in patches)}; got {', '.join(unknown)}")
         patches = [patch for patch in patches if patch.stem in given.names]
-    missed = [patch.stem for patch in patches if not _caught(patch, given.seeds)]
+    missed = [patch.stem for patch in patches if not _caught(patch, given.seeds, given.jobs)]
     print(f"{len(patches)} ways to break it, {len(missed)} unnoticed: {', '.join(missed) or 'none'}")
     sys.exit(bool(missed))
 
 
-def _caught(patch, seeds):
+def _caught(patch, seeds, jobs):
+    """Break a copy, and look for the first seed that fails there and not here."""
     began = time.monotonic()
+    print(f"{patch.stem}: {patch.read_text().partition(chr(10))[0]}", flush=True)
     with tempfile.TemporaryDirectory(prefix="mqworker-mutant-") as directory:
         copy = Path(directory)
         for part in ("mqworker", "tasks", "tests/sim"):
@@ -36,21 +42,30 @@ def _caught(patch, seeds):
             ["git", "apply", "--whitespace=nowarn", str(patch)], cwd=copy, capture_output=True, text=True, check=False
         )
         if applied.returncode:
-            print(f"{patch.stem}: does not apply any more: {applied.stderr.strip()}", flush=True)
+            print(f"    DOES NOT APPLY any more: {applied.stderr.strip()}", flush=True)
             return False
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.sim", "--seeds", seeds, "--quick"],
-            cwd=copy,
-            env={**os.environ, "PYTHONPATH": str(copy)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = _simulate(copy, "--seeds", seeds, "--quick", "--jobs", jobs)
     told = [line for line in done.stdout.splitlines() if line.startswith("seed ")]
-    print(f"{patch.stem}: {patch.read_text().partition(chr(10))[0]}")
-    noticed = told[0][:200] if told else f"UNNOTICED {done.stderr.strip()[-300:]}"
-    print(f"    {noticed}  ({time.monotonic() - began:.0f} s)", flush=True)
-    return bool(told)
+    if not told:
+        print(f"    UNNOTICED {done.stderr.strip()[-300:]}  ({time.monotonic() - began:.0f} s)", flush=True)
+        return False
+    print(f"    {told[0][:200]}  ({time.monotonic() - began:.0f} s)", flush=True)
+    seed = told[0].split()[1].rstrip(":")
+    if _simulate(ROOT, "--seed", seed).returncode:
+        print(f"    but seed {seed} fails without the break, too", flush=True)
+        return False
+    return True
+
+
+def _simulate(tree, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.sim", *arguments],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 if __name__ == "__main__":

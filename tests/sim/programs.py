@@ -5,6 +5,8 @@ import json
 import textwrap
 from typing import Any, ClassVar
 
+from jsonschema import Draft202012Validator
+
 from mqworker.task import Task, TaskConfigError
 from tests.sim.loop import PROCESS
 
@@ -27,6 +29,15 @@ DATA = {
     "deep": [{}, {"n": 1}, {"n": 2, "arch": "amd64"}],
     "noise": [1, 2, 3, 4, 5, 6, 7],
 }
+SCHEMAS = [
+    {"required": ["mem"], "properties": {"mem": {"type": "integer", "minimum": 1}}},
+    {"properties": {"arch": {"enum": ["amd64", "arm64"]}}},
+    {"required": ["tags"], "properties": {"tags": {"contains": {"const": "a"}}}},
+    {"anyOf": [{"properties": {"n": {"const": 1}}, "required": ["n"]}, {"required": ["free"]}]},
+    {"not": {"properties": {"arch": {"const": "i386"}}}},
+    {"properties": {"tools": {"required": ["gcc"], "properties": {"gcc": {"minimum": 13}}}}},
+]
+BAD_SCHEMA = {"type": "no such type"}
 
 
 class Generated(Task, mixin=True):
@@ -41,6 +52,10 @@ class Generated(Task, mixin=True):
         super().configure(task_data)
         if task_data.get("bad"):
             raise TaskConfigError("the data say that they are bad")
+
+    def input_artifact_ids(self):
+        made = self.data.get("input")
+        return [] if made is None else [made]
 
     def can_run_on(self, worker_metadata):
         process = PROCESS.get()
@@ -122,7 +137,7 @@ class _Writer:
             f"{self.value()} == {self.constant(key)}",
             f"bool({self.value()})",
             f"str({self.value()}) == {str(self.random.choice(VALUES[key]))!r}",
-            f"type({self.value()}) is int",
+            f"isinstance({self.value()}, int)",  # an exact type is what tracking does not see
             f"isinstance(m, dict) and len(m) > {self.random.randrange(3, 8)}",
             f"len(m) % 2 == {self.random.randrange(2)}",
             "'amd64' in json.dumps(m, sort_keys=True)",
@@ -177,14 +192,19 @@ def write(random):
                 "return m['arch'] in ('amd64', 'i386') and m['free'] >= 20",
                 "return m.get('tools', {}).get('gcc', 0) >= 12",
                 "return m.get('arch') == 'amd64' or d.get('arch') == m.get('arch')",
+                # what one worker has looked at, another has not
+                "return d.get('mem', 0) > 0 if m.get('arch') == 'arm64' else d.get('arch') != 'arm64'",
+                "return m.get('free', 0) >= 30 or 'a' in d.get('tags', [])",
+                "return m.get('n') != 1 or d.get('deep', {}).get('n') != 2",
             ]
         )
     return _Writer(random).statements()
 
 
-def install(programs, hidden):
+def install(programs, hidden, *, version=1):
     """Give the task classes the programs of a seed."""
     for task, source in zip(TASKS, programs, strict=False):
+        task.TASK_VERSION = version
         namespace = {"json": json, "copy": copy}
         text = f"def program(d, m):\n{textwrap.indent(source, '    ')}\n"
         exec(compile(text, f"<{task.name}>", "exec"), namespace)  # noqa: S102  # our own text
@@ -193,9 +213,11 @@ def install(programs, hidden):
         task.hidden = frozenset(hidden.get(task.name, ()))
 
 
-def says(task_name, data, metadata):
+def says(task_name, data, metadata, requires=None):
     """Ask a program on plain copies; what raises says no."""
     task = Task._sub_tasks[task_name.lower()]
+    if requires is not None and not Draft202012Validator(requires).is_valid(metadata):
+        return False
     try:
         return bool(task.program(copy.deepcopy(data), copy.deepcopy(metadata)))
     except Exception:  # noqa: BLE001  # generated code raises anything

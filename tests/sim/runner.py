@@ -3,26 +3,39 @@
 import dataclasses
 import gc
 import multiprocessing
+import tempfile
 import time
+from contextlib import contextmanager
+from functools import partial
 
 from tests.sim.scenario import draw
-from tests.sim.world import World
+from tests.sim.world import MEMORY, World
 
 
-def play(seed, *, only=None, traced=False):
+def play(seed, *, only=None, traced=False, directory=MEMORY):
     """Run a seed, all of its happenings or only some; return what it broke, and its trace."""
     scenario = draw(seed)
     if only is not None:
         scenario = dataclasses.replace(scenario, happenings=[scenario.happenings[number] for number in only])
-    world = World(scenario, traced=traced)
+    world = World(scenario, traced=traced, directory=directory)
     violation = world.run()
     return violation, world
 
 
-def _try(seed):
-    violation, _ = play(seed)
+def _try(seed, directory):
+    violation, _ = play(seed, directory=directory)
     gc.collect()
     return seed, violation
+
+
+@contextmanager
+def _pool(jobs):
+    pool = multiprocessing.Pool(jobs)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
 
 
 def run(given):
@@ -39,15 +52,14 @@ def run(given):
     began = time.monotonic()
     failed = []
     gc.disable()
-    with multiprocessing.Pool(given.jobs) as pool:
-        for seed, violation in pool.imap_unordered(_try, seeds, chunksize=4):
+    # A directory for all: who is stopped in the middle removes nothing.
+    with tempfile.TemporaryDirectory(prefix="mqworker-sim-", dir=MEMORY) as directory, _pool(given.jobs) as pool:
+        for seed, violation in pool.imap_unordered(partial(_try, directory=directory), seeds, chunksize=4):
             if violation is not None:
                 failed.append((seed, violation))
                 print(f"seed {seed}: {violation.promise}: {violation.text[:300]}", flush=True)
                 if given.quick:
                     break
-        if given.quick:
-            pool.terminate()
     seconds = time.monotonic() - began
     print(f"{len(seeds)} seeds, {len(failed)} failed, {len(seeds) / seconds:.1f} a second")
     for seed, _ in sorted(failed)[:3]:

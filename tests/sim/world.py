@@ -1,7 +1,6 @@
 """Carry out a scenario: start and end processes, do what happens, and let the check look on."""
 
 import asyncio
-import atexit
 import logging
 import random
 import shutil
@@ -9,10 +8,13 @@ import tempfile
 from functools import cache, partial
 from pathlib import Path
 
+import msgspec
+
+from mqworker import dispatch
 from mqworker.amqp import Plan
 from mqworker.errors import LedgerUnavailable
 from mqworker.ledger import Ledger
-from mqworker.messages import AbortRequests, Receipt, RequestList, Submit, decode, encode
+from mqworker.messages import AbortRequests, Receipt, RequestList, RetryRequest, Submit, decode, encode, tag_of
 from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
@@ -26,10 +28,11 @@ from tests.sim.scenario import SETTLE
 
 WALL = 1_700_000_000.0
 LOOK = 0.05  # seconds between two looks for what stays as it is
-LONGEST_LEASE = 60.0
 LONGEST = 3000.0  # virtual seconds behind the last fault in which all must come to an end
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # files that no disk slows down
 TOPOLOGY = Topology()
+ORDINARY = ("join", "submit", "abort", "metadata", "command")  # what a healthy pool knows
+HEADS = (dispatch.LEAST_HEADS, dispatch.MOST_HEADS)
 
 
 class Stored:
@@ -39,7 +42,7 @@ class Stored:
 class World:
     """One pool, from its first moment to its last."""
 
-    def __init__(self, scenario, *, traced=False):
+    def __init__(self, scenario, *, traced=False, directory=MEMORY):
         self.scenario = scenario
         self.trace = [] if traced else None
         self._chances = {}
@@ -52,13 +55,13 @@ class World:
         self.scheduler = None  # its process
         self.quiet_from = self.loop.now + 2.0
         self.calm = True  # nothing has ever gone wrong
-        self.killed = set()  # tokens of runs whose slot was killed, or died
         self._processes = []
         self._ledger = None
         self._ledger_away = False
         self._scheduler_wall = 0.0
         self._schedulers = 0
-        self._directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=MEMORY))
+        self._upgrades = 1
+        self._directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=directory))
 
     # ------------------------------------------------------------ what all ask
 
@@ -82,10 +85,6 @@ class World:
         if self.trace is not None and not self.loop.burying:
             self.trace.append(f"{self.loop.now - START:9.3f}  {who:12} {text}")
 
-    def blameless(self):
-        """Say whether a run has no excuse to be lost."""
-        return self.loop.now > self.quiet_from + LONGEST_LEASE + 20 or self.calm
-
     def _delay(self, _executor):
         chance = self.chance("threads")
         return chance.uniform(0.0002, 0.003), chance.uniform(0.0001, 0.001)
@@ -96,6 +95,7 @@ class World:
         """Carry out the scenario; return the promise that was broken, if any."""
         load_tasks()
         programs.install(self.scenario.sources, self.scenario.hidden)
+        dispatch.LEAST_HEADS, dispatch.MOST_HEADS = self.scenario.heads or HEADS
         asyncio.events._set_running_loop(self.loop)
         level = logging.root.manager.disable
         logging.disable(logging.CRITICAL)
@@ -117,13 +117,14 @@ class World:
                 self.check.close()
             finally:
                 logging.disable(level)
+                dispatch.LEAST_HEADS, dispatch.MOST_HEADS = HEADS
                 asyncio.events._set_running_loop(None)
                 shutil.rmtree(self._directory)
         return self.check.violation
 
     def _prepare(self):
         path = self._directory / "ledger.db"
-        shutil.copy(_empty_ledger(), path)
+        path.write_bytes(_empty_ledger())
         self.check.open(path)
         self._start_scheduler()
         self.client.process = self._start("client", self.client.main)
@@ -175,6 +176,9 @@ class World:
             metrics=SILENT,
             retry_delay=self.scenario.retry_delay,
             offer_timeout=self.scenario.offer_timeout,
+            no_worker_after=300.0,
+            group_weights=self.scenario.weights,
+            concurrency_limits=self.scenario.limits,
             link=lambda url, **given: Link(self.broker, url, **given),
             clock=lambda: Moment(steady=self.loop.now + 12345.0, wall=self.scheduler_wall()),
         )
@@ -222,7 +226,7 @@ class World:
         self.note("WORLD", str(happening))
         given = dict(happening.given)
         seconds = given.get("seconds", 0.0)
-        if happening.kind not in ("join", "submit", "abort", "metadata"):
+        if happening.kind not in ORDINARY:
             self.calm = False
             self.quiet_from = max(self.quiet_from, self.loop.now + seconds + SETTLE)
         host = self.hosts.get(given.get("worker"))
@@ -233,6 +237,8 @@ class World:
                 self.client.submit(given["requests"])
             case "abort":
                 self.client.abort(given["request"])
+            case "command":
+                self.client.command(given["query"])
             case "metadata":
                 host.metadata = given["metadata"]
                 if self._runs(host):
@@ -269,6 +275,13 @@ class World:
                 if process is not None:
                     self.broker.lags[process.name] = given["lag"]
                     self._later(seconds, self.broker.lags.pop, process.name, None)
+            case "lose-tickets":
+                self.broker.losing = given["share"]
+                self._later(seconds, setattr, self.broker, "losing", 0.0)
+            case "deny":
+                host.deny = given["deny"]
+            case "upgrade":
+                self._upgrade(given["sources"], seconds)
             case "echo":
                 self.broker.echo = given["share"]
                 self._later(seconds, setattr, self.broker, "echo", 0.0)
@@ -283,6 +296,18 @@ class World:
                     self._scheduler_wall += given["step"]
                 else:
                     self.hosts[given["who"]].wall_offset += given["step"]
+
+    def _upgrade(self, sources, seconds):
+        """Change the code of tasks, with everybody who has loaded it."""
+        self._kill(self.scheduler)
+        for host in self.hosts.values():
+            if host.process is not None:
+                self._kill(host.process)
+                self._later(seconds, self._start_worker, host)
+        self._later(seconds, self._start_scheduler)
+        self._upgrades += 1
+        programs.install(sources, self.scenario.hidden, version=self._upgrades)
+        self.check.upgraded()
 
     @staticmethod
     def _runs(host):
@@ -344,15 +369,18 @@ class Watched:
     def __init__(self, world, ledger):
         self._world = world
         self._ledger = ledger
+        self._asked = (None, 0.0)  # the newest set, and when it first came
 
     def __getattr__(self, name):
         return getattr(self._ledger, name)
 
     def commit(self, writes):
+        if writes is not self._asked[0]:
+            self._asked = (writes, self._world.loop.now)
         if self._world._ledger_away:
             raise LedgerUnavailable("the disk is full")
         results = self._ledger.commit(writes)
-        self._world.check.committed(writes, results)
+        self._world.check.committed(writes, results, self._asked[1])
         return results
 
 
@@ -365,6 +393,8 @@ class Client:
         self.waiting = {}  # id to request, until it is receipted
         self.accepted = set()
         self._aborts = []
+        self._commands = []  # each is said until it is answered; then the next
+        self._said = 0
         self._link = None
 
     async def main(self):
@@ -390,9 +420,24 @@ class Client:
         self._aborts.append(request)
         self.process.context.run(self._again, only_aborts=True)
 
+    def command(self, query):
+        self._commands.append(query)
+        if isinstance(query, RetryRequest) and query.id in self._world.check.requests:
+            anew = msgspec.structs.replace(self._world.check.requests[query.id], id=query.new_id)
+            self._world.check.requests[query.new_id] = anew
+        if len(self._commands) == 1:
+            self.process.context.run(self._command)
+
+    def _command(self):
+        if self._commands and self._link is not None and self._link.epoch is not None:
+            query = self._commands[0]
+            self._ask(TOPOLOGY.api, query, tag_of(query), f"command {self._said}")
+
     def _again(self, *, only_aborts=False):
         if self._link is None or self._link.epoch is None:
             return
+        if not only_aborts:
+            self._command()
         if self.waiting and not only_aborts:
             self._send(list(self.waiting.values()))
         if self._aborts:
@@ -402,12 +447,23 @@ class Client:
         if self._link is not None and self._link.epoch is not None:
             self._ask(TOPOLOGY.submit, Submit(requests=requests), "submit")
 
-    def _ask(self, exchange, message, kind):
+    def _ask(self, exchange, message, kind, correlation_id=None):
         self._link.publish(
-            exchange=exchange, key=exchange, body=encode(message), kind=kind, reply_to=REPLY + self._link.epoch
+            exchange=exchange,
+            key=exchange,
+            body=encode(message),
+            kind=kind,
+            correlation_id=correlation_id,
+            reply_to=REPLY + self._link.epoch,
         )
 
     def _replied(self, message):
+        if message.correlation_id is not None:
+            if message.correlation_id == f"command {self._said}":
+                self._world.note("client", f"{message.kind} answers {self._commands.pop(0)}")
+                self._said += 1
+                self._command()
+            return
         if message.kind == "receipt":
             receipt = decode(message.body, Receipt)
             self._world.check.receipted(receipt)
@@ -425,7 +481,7 @@ class Client:
 @cache
 def _empty_ledger():
     """Make a ledger to copy: its tables take longer than a run's."""
-    directory = Path(tempfile.mkdtemp(prefix="mqworker-sim-", dir=MEMORY))
-    Ledger.open(f"sqlite:///{directory / 'empty.db'}").close()
-    atexit.register(shutil.rmtree, directory)
-    return directory / "empty.db"
+    with tempfile.TemporaryDirectory(prefix="mqworker-sim-", dir=MEMORY) as directory:
+        path = Path(directory) / "empty.db"
+        Ledger.open(f"sqlite:///{path}").close()
+        return path.read_bytes()

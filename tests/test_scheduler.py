@@ -1,0 +1,90 @@
+"""The scheduler's loop without a broker: what is committed, how often, and when commands are judged."""
+
+import asyncio
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from mqworker import scheduler as scheduler_room
+from mqworker.errors import LedgerUnavailable
+from mqworker.ledger import Ledger
+from mqworker.messages import Request
+from mqworker.metrics import SchedulerMetrics
+from mqworker.scheduler import Scheduler, kept_by
+from tests.driving import TOPOLOGY, an_id
+
+
+class Unplugged:
+    """A link to no broker."""
+
+    epoch = "here"
+    blocked = False
+    last_error = None
+
+    def __init__(self, *_args, **_doors):
+        self.published = []
+
+    def publish(self, **message):
+        self.published.append(message)
+        return asyncio.get_running_loop().create_future()
+
+
+@pytest.fixture
+def scheduler():
+    ledger = Ledger.open("sqlite://")
+    one = Scheduler(
+        amqp_url="amqp://nowhere",
+        topology=TOPOLOGY,
+        ledger=ledger,
+        store=SimpleNamespace(id="store"),
+        metrics=SchedulerMetrics(version="0"),
+        retry_delay=1.0,
+        offer_timeout=10.0,
+        no_worker_after=300.0,
+        group_weights={},
+        concurrency_limits={},
+        link=Unplugged,
+    )
+    one._pool.restore(kept_by(ledger), one._now())
+    yield one
+    one._ledger_thread.shutdown()
+    ledger.close()
+
+
+def test_a_set_whose_reading_fails_behind_its_commit_is_committed_once(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler_room, "COMMIT_RETRY", 0.0)
+    failures = [LedgerUnavailable("the disk is full")] * 2
+    look_up = scheduler_room.look_up
+
+    def fail_first(ledger, asks):
+        if failures:
+            raise failures.pop()
+        return look_up(ledger, asks)
+
+    monkeypatch.setattr(scheduler_room, "look_up", fail_first)
+    receipts = []
+    draft = scheduler._pool.examine(Request(id=an_id(1), task="noop"))
+    submit = partial(scheduler._pool.submit, [draft], {}, scheduler._now())
+    submit(receipts.append)
+    asyncio.run(scheduler._record())
+
+    assert [one.status for receipt in receipts for one in receipt.results] == ["accepted"]
+    assert scheduler._pool._dispatch.waits(an_id(1))
+    assert scheduler._metrics.registry.get_sample_value("mqworker_ledger_commit_failures_total") == 2
+
+
+def test_a_command_that_comes_while_a_set_is_committed_is_judged_with_the_next(scheduler):
+    """Else it would find memory as it was judged to be, and what is read behind the commit as it was before it."""
+    asked = []
+
+    async def command():
+        waits = asyncio.create_task(scheduler._settled(asked.append))
+        await asyncio.sleep(0)
+        assert asked == []
+        await scheduler._turn()
+        [settle] = asked
+        settle("done")
+        return await waits
+
+    assert asyncio.run(command()) == "done"
