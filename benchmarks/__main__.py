@@ -103,7 +103,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
         f"request: {plain * 1e6:.2g} µs each, sampled and scaled."
     )
     lines = [
-        *wrap(words, WIDTH),
+        *wrap(words, WIDTH, break_on_hyphens=False),
         "",
         f"| pending requests | {head} |",
         f"| --- |{' ---: |' * len(found)}",
@@ -117,7 +117,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
             "workers, runs of 0.1 to 0.6 s"
             f"{', all at real-time priority' if idle['alone'] else ''})."
         )
-        lines += ["", *wrap(words, WIDTH)]
+        lines += ["", *wrap(words, WIDTH, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
 
 
