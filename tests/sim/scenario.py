@@ -38,7 +38,7 @@ FAULTS = (
     "ledger",
     "wall",
 )
-LATER_FAULTS = ("lose-tickets", "late-verdicts", "upgrade", "deny")
+LATER_FAULTS = ("lose-tickets", "late-verdicts", "late-verdicts", "upgrade", "deny")
 SETTLE = 45.0  # seconds behind the end of a fault until everybody knows of it
 CALM = 60.0  # seconds with requests, but without a fault, at the end
 
@@ -385,8 +385,8 @@ class _More:
 
     def late_verdicts(self, at):
         """Let a scheduler die whose last words are on their way for long, just when workers have changed."""
-        self.add(at, "lag", who="scheduler", seconds=2.0, lag=4.0)
+        self.add(at, "late-words", lag=15.0)
         for spec in self.scenario.specs:
             if self.chance.random() < 0.7:
                 self.add(at, "metadata", worker=spec.name, metadata=programs.changed(self.chance, spec.metadata))
-        self.add(at + self.chance.uniform(0.05, 0.5), "crash-scheduler", seconds=self.chance.choice([0.05, 0.5]))
+        self.add(at + self.chance.uniform(0.05, 0.3), "crash-scheduler", seconds=self.chance.choice([0.05, 0.5]))

@@ -282,6 +282,8 @@ class World:
                 host.deny = given["deny"]
             case "upgrade":
                 self._upgrade(given["sources"], seconds)
+            case "late-words":
+                self.broker.late[self.scheduler.name] = given["lag"]  # it will not live long enough to end that
             case "echo":
                 self.broker.echo = given["share"]
                 self._later(seconds, setattr, self.broker, "echo", 0.0)
