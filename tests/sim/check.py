@@ -575,11 +575,11 @@ class Check:
                 continue
             if well:
                 waiting.pop(offer.request)
-                self._judge_offer(offer, turn, members, waiting, keys, groups)
+                self._judge_offer(offer, turn, members=members, waiting=waiting, keys=keys, groups=groups)
             keys[row.ckey] = keys.get(row.ckey, 0) + 1
             groups[row.grp] = groups.get(row.grp, 0) + 1
 
-    def _judge_offer(self, offer, turn, members, waiting, keys, groups):
+    def _judge_offer(self, offer, turn, *, members, waiting, keys, groups):
         row = self._as_judged(turn.after[offer.request], turn)
         queue = turn.queues.get((offer.request, offer.attempt))
         workers = members.get(queue, [])
@@ -595,11 +595,7 @@ class Check:
                 continue
             if self._is_paused(other, turn.paused):
                 continue
-            if (
-                self._better(other, row, shares)
-                and self._all_can(other, facts)
-                and self._known(other, offer, turn)
-            ):
+            if self._better(other, row, shares) and self._all_can(other, facts) and self._known(other, offer, turn):
                 text = (
                     f"{row.id} (priority {row.priority}, group {row.grp}, seq {row.seq}) was offered in {queue} while"
                     f" the better {other.id} (priority {other.priority}, group {other.grp}, seq {other.seq}) waited;"
