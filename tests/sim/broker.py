@@ -70,7 +70,7 @@ class Broker:
         self.echo = 0.0  # the share of messages that come a second time
         self.losing = 0.0  # the share of tickets that are confirmed, and lost with the node that had them
         self.lags = {}  # process name to the longest delay of its messages, in seconds
-        self.late = {}  # likewise, of what it sends alone
+        self.late = {}  # likewise, of what it publishes alone
         self._opened = 0
         self._random = random.Random(f"{seed} broker")
 
@@ -305,7 +305,7 @@ class Connection:
         """Send something to the broker."""
         if self.cut:
             return
-        late = self.broker.late.get(self.link.process.name, 0.0)
+        late = self.broker.late.get(self.link.process.name, 0.0) if self.link.short == "writing" else 0.0
         when = self._up_free = max(
             self._up_free, self.broker.loop.now + self._latency() + (late * self._random() if late else 0.0)
         )

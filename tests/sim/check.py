@@ -575,11 +575,11 @@ class Check:
                 continue
             if well:
                 waiting.pop(offer.request)
-                self._judge_offer(offer, turn, members, waiting, keys=keys, groups=groups)
+                self._judge_offer(offer, turn, members=members, waiting=waiting, keys=keys, groups=groups)
             keys[row.ckey] = keys.get(row.ckey, 0) + 1
             groups[row.grp] = groups.get(row.grp, 0) + 1
 
-    def _judge_offer(self, offer, turn, members, waiting, *, keys, groups):
+    def _judge_offer(self, offer, turn, *, members, waiting, keys, groups):
         row = self._as_judged(turn.after[offer.request], turn)
         queue = turn.queues.get((offer.request, offer.attempt))
         workers = members.get(queue, [])

@@ -387,6 +387,7 @@ class _More:
         """Let a scheduler die whose last words are on their way for long, just when workers have changed."""
         self.add(at, "late-words", lag=15.0)
         for spec in self.scenario.specs:
-            if self.chance.random() < 0.7:
-                self.add(at, "metadata", worker=spec.name, metadata=programs.changed(self.chance, spec.metadata))
-        self.add(at + self.chance.uniform(0.05, 0.3), "crash-scheduler", seconds=self.chance.choice([0.05, 0.5]))
+            for before in (0.6, 0.3, 0.0, -0.1):  # some of them are just told when it dies
+                metadata = spec.metadata | {"free": self.chance.randrange(1000)}
+                self.add(max(0.5, at - before), "metadata", worker=spec.name, metadata=metadata)
+        self.add(at + self.chance.uniform(0.1, 0.4), "crash-scheduler", seconds=self.chance.choice([0.05, 0.5]))

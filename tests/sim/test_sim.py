@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_a_pool_keeps_its_promises_through_everything_that_some_seeds_do_to_it():
     run = subprocess.run(
-        [sys.executable, "-m", "tests.sim", "--seeds", "1-30"],
+        [sys.executable, "-m", "tests.sim", "--seeds", "1-12"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -18,7 +18,7 @@ def test_a_pool_keeps_its_promises_through_everything_that_some_seeds_do_to_it()
         check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "30 seeds, 0 failed" in run.stdout
+    assert "12 seeds, 0 failed" in run.stdout
 
 
 def test_a_seed_does_the_same_each_time():
