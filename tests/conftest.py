@@ -37,6 +37,8 @@ IMAGE = "rabbitmq:4-management"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore Ctrl-C, and so would every child that a test wants to interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Who ends the tests by `timeout`, or a CI that cancels them, wants nothing left: as Ctrl-C does it.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def missing(what: str, why: str) -> NoReturn:
@@ -62,6 +64,7 @@ SPREAD = {
     for file in (
         "live/test_bad_input",
         "live/test_builds",
+        "live/test_farm",
         "live/test_pool",
         "live/test_privatenode",
         "tasks/test_sbuild",
