@@ -334,8 +334,9 @@ class Pool:
             self._entry_of(by_id[request])
 
     def take_sends(self) -> list[Send]:
-        """Hand over the messages to publish."""
-        sends, self._sends = self._sends, []
+        """Hand over the messages to publish, but for tickets to classes that have gone since: they went back."""
+        sends = [send for send in self._sends if not isinstance(send.message, Ticket) or self._is_class(send.key)]
+        self._sends = []
         verdicts, self._verdicts = self._verdicts, {}
         for (worker, epoch), parts in verdicts.items():
             sends.append(
@@ -740,9 +741,12 @@ class Pool:
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
-        before, separator, name = queue.partition(f"{self._topology.work}.")
-        if not before and separator and name not in self._matching.names():  # a worker may name any queue
+        if queue.startswith(f"{self._topology.work}.") and not self._is_class(queue):  # a worker may name any queue
             self.delete.append(queue)
+
+    def _is_class(self, queue: str) -> bool:
+        """Say whether a queue is that of a class that lives."""
+        return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
 
     def _lease_held(self, request: str) -> _Lease | None:
         return self._entries[request].lease

@@ -510,7 +510,7 @@ class Check:
                             if not known or known[-1].version != facts.version:
                                 self._touch(report.worker)
                             known.append(facts)
-                            del known[:-6]
+                            del known[:-100]  # a set may have been judged long before it could be committed
 
     def consumes(self, process, queue):
         """Take that a worker begins to consume."""
