@@ -30,7 +30,8 @@ import msgspec
 
 from benchmarks.farm import GROUPS, PRIORITIES, STORE, FarmBuild, Kind, Peer, kinds, metadata
 from mqworker.client import VIEWS_IN_AN_ANSWER
-from mqworker.ledger import Accept, Grant, Ledger, Offer
+from mqworker.facts import Accept, Grant, Offer
+from mqworker.ledger import Ledger
 from mqworker.messages import (
     Assign,
     Bye,

@@ -52,6 +52,16 @@ class Take(Struct, frozen=True, kw_only=True, omit_defaults=True):
     category: Annotated[str, Meta(max_length=100)]  # exactly one of its artifacts must be of this category
 
 
+class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Bound what one run may use of its host; what is not given is not bounded by the request."""
+
+    memory: Annotated[int, Meta(ge=16 * 1024 * 1024, le=2**50)] | None = None  # bytes, of all its processes together
+    cpus: Annotated[float, Meta(ge=0.01, le=4096)] | None = None  # cores' worth of time; more is throttled, not ended
+    cpu_seconds: Annotated[float, Meta(ge=1, le=31 * 86400)] | None = None  # of all its processes together
+    disk: Annotated[int, Meta(ge=1024 * 1024, le=2**60)] | None = None  # bytes in its work directory
+    processes: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None  # that live at one time, threads among them
+
+
 class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Say what somebody wants done."""
 
@@ -60,7 +70,12 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     data: dict[str, Any] = {}
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    retry_on: Annotated[list[Literal["failure", "error"]], Meta(max_length=2)] = []  # lost ones are retried anyway
     lease: Annotated[float, Meta(ge=5, le=86400)] | None = None  # seconds; None: what the task says
+    timeout: Annotated[float, Meta(ge=1, le=31 * 86400)] | None = None  # seconds of one run, by the worker's clock
+    not_before: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch
+    expires_at: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch; counts until the grant
+    limits: Limits | None = None
     group: Name = "default"  # whose share of the slots it uses
     concurrency_key: Name | None = None  # requests with one key run a few at a time: settings say how many
     requires: dict[str, Any] | None = None  # a JSON Schema that a worker's metadata must satisfy
@@ -509,6 +524,7 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: RequestState
     attempt: int
     submitted: float
+    submitter: str | None = None  # the broker's user that submitted it; None: the broker did not say
     worker: str | None = None
     abort: str | None = None  # why it is to be stopped
     not_before: float | None = None

@@ -20,7 +20,7 @@ import msgspec
 from mqworker import explain
 from mqworker.dispatch import Dispatch, Lane, Want
 from mqworker.examiner import Draft, Examiner, wrong_input
-from mqworker.ledger import (
+from mqworker.facts import (
     AbortAsked,
     AbortResult,
     Accept,
@@ -43,7 +43,7 @@ from mqworker.ledger import (
     Wake,
     Write,
 )
-from mqworker.ledger import Pause as KeepPause
+from mqworker.facts import Pause as KeepPause
 from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
 from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (

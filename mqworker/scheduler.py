@@ -21,7 +21,8 @@ from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import NOBODY, Draft
-from mqworker.ledger import ImportRefused, Ledger, Wanted
+from mqworker.facts import ImportRefused, Wanted
+from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,

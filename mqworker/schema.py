@@ -22,7 +22,7 @@ from sqlalchemy import (
 
 from mqworker.lifecycle import FINAL, State
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 EVER: Final = frozenset({"meta", "requests", "attempts", "artifacts", "imports"})  # tables of every version
 
 schema: Final = MetaData()
@@ -52,7 +52,9 @@ requests = Table(
     Column("token", String),
     Column("abort", String),  # why it is to be stopped
     Column("not_before", Float),
+    Column("expires_at", Float),  # it is aborted if it is not granted until then
     Column("submitted", Float, nullable=False),
+    Column("submitter", String),  # the broker's user; None: the broker did not say
     Column("granted", Float),
     Column("ended", Float),
     Column("reason", String),  # a Reason as JSON
@@ -107,6 +109,27 @@ pauses = Table(
     Column("kind", String, primary_key=True),
     Column("name", String, primary_key=True),
     Column("reason", String, nullable=False),
+    Column("since", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Requests that were to be aborted before anybody knew them: the submission behind the abort arrives aborted.
+abort_marks = Table(
+    "abort_marks",
+    schema,
+    Column("id", String, primary_key=True),
+    Column("reason", String, nullable=False),
+    Column("user", String),  # the broker's user that asked; None: the broker did not say
+    Column("at", Float, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# Whose a worker's name is: the broker's user that used it first.
+worker_names = Table(
+    "worker_names",
+    schema,
+    Column("name", String, primary_key=True),
+    Column("user", String, nullable=False),
     Column("since", Float, nullable=False),
     sqlite_with_rowid=False,
 )

@@ -15,8 +15,7 @@ from sqlalchemy.exc import IntegrityError
 import mqworker.ledger
 from mqworker import schema
 from mqworker.errors import IllegalMove, LedgerInvalid, LedgerLocked, LedgerUnavailable, SettingsError
-from mqworker.ledger import (
-    PAGE,
+from mqworker.facts import (
     AbortAsked,
     AbortResult,
     Accept,
@@ -28,7 +27,6 @@ from mqworker.ledger import (
     ImportRefused,
     LaneCount,
     LaneRow,
-    Ledger,
     Move,
     Moved,
     Need,
@@ -42,6 +40,7 @@ from mqworker.ledger import (
     Wake,
     Wanted,
 )
+from mqworker.ledger import PAGE, Ledger
 from mqworker.lifecycle import FINAL, MOVES, Event, State, meets
 from mqworker.messages import (
     After,
@@ -1340,7 +1339,7 @@ def test_a_ledger_of_the_first_schema_is_told_as_such(path):
             other.execute(f"CREATE TABLE {table} (key TEXT, value INTEGER)")
         other.execute("INSERT INTO meta VALUES ('schema', 1), ('term', 7)")
 
-    with pytest.raises(LedgerInvalid, match="to have schema 2, got schema 1"):
+    with pytest.raises(LedgerInvalid, match="to have schema 3, got schema 1"):
         Ledger.open(f"sqlite:///{path}")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mqworker.ledger import Accept, Grant, Need, Offer
+from mqworker.facts import Accept, Grant, Need, Offer
 from mqworker.lifecycle import State
 from mqworker.messages import (
     Abort,
