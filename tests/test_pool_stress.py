@@ -473,7 +473,9 @@ class World:
         else:
             left = [row.id for row in self.rows() if State(row.state) not in FINAL]
             views, _ = self.driven.ledger.view(left)
-            pytest.fail(f"not drained: {[(one.request.id, self.driven.pool.decorate(one).waits) for one in views]}")
+            pytest.fail(
+                f"not drained: {[(one.request.id, self.driven.pool.views.decorate(one).waits) for one in views]}"
+            )
         self.settle_memory()
 
     def settle_memory(self):
