@@ -33,9 +33,7 @@ class Cluster:
         self._home = home
         self._settings = settings
         self._owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else None  # the server refuses to run as root
-        self._other = (
-            [] if self._owner is None else ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
-        )
+        self._other = [] if self._owner is None else ["--reuid", "postgres", "--regid", "postgres", "--clear-groups"]
         self._secret = secrets.token_hex(8)
         self._server: subprocess.Popen | None = None
         self.port = _free_port()
