@@ -324,10 +324,12 @@ _heads_of_group = (
         _column("grp") == bindparam("group"),
         _column("seq") > bindparam("after"),
     )
-    .order_by(_column("seq"))
+    # By the key too, which is always the same. Else PostgreSQL may take all requests by their age, to save a look into
+    # the index of lanes; and pass a million that have ended before it comes to one that waits.
+    .order_by(_column("ckey"), _column("seq"))
     .limit(bindparam("limit"))
 )
-_heads = _heads_of_group.where(_column("ckey") == bindparam("key"))
+_heads = _heads_of_group.where(_column("ckey") >= bindparam("key"), _column("ckey") <= bindparam("key"))
 # By itself, since no index of PostgreSQL serves a comparison that also holds between two NULLs.
 _heads_without_key = _heads_of_group.where(_column("ckey").is_(None))
 _members = (

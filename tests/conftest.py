@@ -30,7 +30,7 @@ from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.ledger import Ledger
 from mqworker.privatenode import PrivateNode, find_programs
-from mqworker.schema import schema
+from mqworker.schema import REVISION, schema
 from mqworker.task import Task
 from mqworker.topology import Topology
 from tests.cluster import Cluster
@@ -266,6 +266,7 @@ def postgresql_databases(brokers) -> Iterator[Callable[[int], str]]:
             Ledger.open(url).close()
         tables = ", ".join(f'"{table.name}"' for table in schema.sorted_tables)
         made[number].execute(f"TRUNCATE {tables} RESTART IDENTITY")
+        made[number].execute("UPDATE alembic_version SET version_num = %s", [REVISION])
         made[number].execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
         made[number].execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
         return url

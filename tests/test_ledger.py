@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import sqlite3
@@ -8,12 +9,12 @@ import threading
 from contextlib import ExitStack, closing
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy.exc import IntegrityError
 
 import mqworker.ledger
-from mqworker import schema
+from mqworker import migrations, schema
 from mqworker.errors import IllegalMove, LedgerInvalid, LedgerLocked, LedgerUnavailable, SettingsError
 from mqworker.facts import (
     AbortAsked,
@@ -62,6 +63,7 @@ BROKEN = Reason(text="the compiler said no", stage="build", exit_code=2, status=
 
 FIRST, OTHER = "t1", "t2"  # tokens of claims
 ACCEPTED = Accepted(seq=1, status="accepted", state=State.PENDING)
+FACTS = [table for table in schema.schema.sorted_tables if table.name not in {"leader", "renewals"}]
 
 
 def an_id(number=1):
@@ -186,23 +188,43 @@ def ledger(url):
 def empty_ledgers(engine, request):
     """Make two ledgers empty, as often as asked."""
     with ExitStack() as stack:
-        opened = []
+        urls = ["sqlite://", "sqlite://"]
+        if engine == "postgresql":
+            urls = [request.getfixturevalue("postgresql_databases")(number) for number in (0, 1)]
+        opened = [stack.enter_context(closing(Ledger.open(url))) for url in urls]
 
         def empty():
-            if engine == "sqlite":
-                stack.close()
-                urls = ["sqlite://", "sqlite://"]
-            else:
-                urls = [request.getfixturevalue("postgresql_databases")(number) for number in (0, 1)]
-            if engine == "sqlite" or not opened:
-                opened[:] = [stack.enter_context(closing(Ledger.open(url))) for url in urls]
-            else:
-                for ledger in opened:
-                    with ledger._database._writing.begin() as connection:
-                        connection.exec_driver_sql(f"UPDATE leader SET term = {ledger.term}")
+            for ledger in opened:
+                with ledger._database.transaction() as connection:
+                    for table in reversed(FACTS):
+                        connection.execute(table.delete())
+                    if engine == "postgresql":
+                        connection.exec_driver_sql("ALTER SEQUENCE artifacts_id_seq RESTART")
+                    else:
+                        connection.exec_driver_sql("DELETE FROM sqlite_sequence")
             return opened
 
         yield empty
+
+
+def given_some(**strategies):
+    """Give many examples to the quick database, and a few to the one that is asked over TCP."""
+
+    def decorate(test):
+        @pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
+        @functools.wraps(test, assigned=("__name__", "__doc__", "__module__"))
+        def several(engine, empty_ledgers):
+            @settings(max_examples=10 if engine == "postgresql" else 100, deadline=None)
+            @given(**strategies)
+            def each(**given_values):
+                test(empty_ledgers, **given_values)
+
+            each()
+
+        del several.__wrapped__  # pytest would ask for its arguments
+        return several
+
+    return decorate
 
 
 def facts(ledger):
@@ -210,8 +232,7 @@ def facts(ledger):
     with ledger._database.snapshot() as connection:
         return {
             table.name: [tuple(row) for row in connection.execute(table.select().order_by(*table.primary_key))]
-            for table in schema.schema.sorted_tables
-            if table.name not in {"leader", "renewals"}
+            for table in FACTS
         }
 
 
@@ -234,7 +255,8 @@ def assert_consistent(ledger):
     with ledger._database.snapshot() as connection:
         wrong = connection.exec_driver_sql("""
             SELECT id, state, unmet, count(d.after) FROM requests LEFT JOIN dependencies AS d ON d.request = seq
-            GROUP BY seq HAVING unmet != count(d.after) AND state = 'pending' OR state != 'pending' AND count(d.after) > 0
+            GROUP BY seq
+            HAVING unmet != count(d.after) AND state = 'pending' OR state != 'pending' AND count(d.after) > 0
         """).all()
         ended = connection.exec_driver_sql("""
             SELECT d.after, state FROM dependencies AS d JOIN requests ON id = d.after
@@ -599,8 +621,7 @@ def several_lives(draw):
     return sets
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(sets=several_lives())
+@given_some(sets=several_lives())
 def test_a_set_of_writes_does_what_its_writes_do_one_by_one(empty_ledgers, sets):
     together, single = empty_ledgers()
     for writes in sets:
@@ -838,16 +859,51 @@ def test_only_a_delayed_request_is_woken(ledger):
     [
         ("_held", "requests_held"),
         ("_lanes", "requests_lanes"),
-        ("_heads", "requests_lanes (requirement=? AND priority=? AND grp=? AND ckey=? AND seq>?)"),
+        ("_heads", "requests_lanes (requirement=? AND priority=? AND grp=? AND ckey>? AND ckey<?)"),
+        ("_heads_without_key", "requests_lanes (requirement=? AND priority=? AND grp=? AND ckey=? AND seq>?)"),
         ("_members", "requests_members (requirement=?)"),
     ],
 )
-def test_what_a_scheduler_reads_is_found_by_an_index_and_not_sorted(ledger, read, index):
-    compiled = getattr(mqworker.ledger, read).compile(dialect=ledger._reading.dialect)
-    with ledger._reading.connect() as connection:
-        [plan] = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", (1,) * len(compiled.params)).all()
+def test_what_a_scheduler_reads_is_found_by_an_index_and_not_sorted(path, read, index):
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger, ledger._database.snapshot() as connection:
+        compiled = getattr(mqworker.ledger, read).compile(dialect=connection.dialect)
+        [plan] = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {compiled}", (1,) * len(compiled.positiontup)).all()
 
     assert plan[-1].endswith(index)
+
+
+@pytest.mark.parametrize(
+    ("read", "values", "index"),
+    [
+        (
+            "_heads",
+            {"requirement": 1, "priority": 0, "group": "default", "key": "k", "after": 0, "limit": 9},
+            "requests_lanes",
+        ),
+        (
+            "_heads_without_key",
+            {"requirement": 1, "priority": 0, "group": "default", "after": 0, "limit": 9},
+            "requests_lanes",
+        ),
+        ("_members", {"requirement": 1, "limit": 9}, "requests_members"),
+    ],
+)
+def test_postgresql_finds_what_a_scheduler_reads_by_an_index_whatever_it_knows_of_the_table(
+    postgresql_url, read, values, index
+):
+    with closing(Ledger.open(postgresql_url)) as ledger:
+        ledger.commit([accept(number, concurrency_key=[None, "k"][number % 2]) for number in range(1, 900)])
+        ledger.commit([abort(number) for number in range(1, 600)])
+        for analysed in (False, True):
+            with ledger._database._writing.begin() as connection:
+                if analysed:
+                    connection.exec_driver_sql("ANALYZE requests")
+                statement = getattr(mqworker.ledger, read)
+                compiled = statement.compile(dialect=connection.dialect, compile_kwargs={"render_postcompile": True})
+                plan = connection.exec_driver_sql(f"EXPLAIN {compiled}", compiled.params | values).scalars().all()
+            text = "\n".join(plan)
+            assert f"using {index} on requests" in text, text
+            assert "Sort" not in text, text
 
 
 # ---------------------------------------------------------------- requirement classes and pauses
@@ -1139,8 +1195,7 @@ def graphs(draw):
     return needs, [*zip(order, endings, strict=True)], draw(st.integers(0, 8))
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(graph=graphs())
+@given_some(graph=graphs())
 def test_a_request_is_free_exactly_when_all_its_needs_are_met_and_aborted_when_one_cannot_be(empty_ledgers, graph):
     needs, endings, early = graph
     states = {}
@@ -1288,14 +1343,21 @@ def test_what_was_committed_is_there_after_opening_again(url):
         ]
 
 
-def test_commits_reach_the_disk_before_they_are_answered(ledger):
-    with ledger._reading.connect() as connection:
+def test_commits_reach_the_disk_before_they_are_answered(path):
+    with closing(Ledger.open(f"sqlite:///{path}")) as ledger, ledger._database.snapshot() as connection:
         settings = [
             connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys")
         ]
 
     assert settings == ["wal", 2, 1]  # 2 is FULL
+
+
+@pytest.mark.parametrize(("wanted", "got"), [("off", "on"), ("remote_apply", "remote_apply")])
+def test_commits_in_postgresql_are_as_durable_as_wished_and_never_less_than_a_disk(postgresql_url, wanted, got):
+    url = f"{postgresql_url}?options=-csynchronous_commit%3D{wanted}"
+    with closing(Ledger.open(url)) as ledger, ledger._database.snapshot() as connection:
+        assert connection.exec_driver_sql("SHOW synchronous_commit").scalar_one() == got
 
 
 def test_a_ledger_may_be_used_in_another_thread_than_it_was_opened_in(ledger):
@@ -1316,11 +1378,21 @@ def test_folders_that_are_missing_are_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://me:secret@db/mq", "sqlite://host/x", "sqlite:///x?mode=ro", "/var/lib/ledger.db", ""]
+    "wrong",
+    [
+        "mysql://me:secret@db/mq",
+        "postgresql://me:secret@db:x/mq",
+        "postgresql://me:secret@db",
+        "postgresql://me:secret@127.0.0.1:1/mq?nonsense=secret",
+        "sqlite://host/x",
+        "sqlite:///x?mode=ro",
+        "/var/lib/ledger.db",
+        "",
+    ],
 )
-def test_a_url_that_is_not_of_a_sqlite_file_is_a_wrong_setting(url):
-    with pytest.raises(SettingsError, match="sqlite:///") as caught:
-        Ledger.open(url)
+def test_a_url_that_is_not_of_a_ledger_is_a_wrong_setting(wrong):
+    with pytest.raises(SettingsError, match=r"expected a ledger's URL|expected options") as caught:
+        Ledger.open(wrong)
 
     assert "secret" not in str(caught.value)
 
@@ -1358,22 +1430,21 @@ def test_a_database_of_something_else_is_no_ledger_and_is_left_alone(path):
     assert path.read_bytes() == before
 
 
-def test_a_ledger_of_another_schema_is_refused(path):
-    Ledger.open(f"sqlite:///{path}").close()
-    with closing(sqlite3.connect(path)) as other, other:
-        other.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
+def test_a_ledger_of_a_newer_schema_is_refused(url):
+    with closing(Ledger.open(url)) as ledger, ledger._database.transaction() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0999'")
 
-    with pytest.raises(LedgerInvalid, match="got schema 99"):
-        Ledger.open(f"sqlite:///{path}")
+    with pytest.raises(LedgerInvalid, match="got the schema 0999, which a newer mqworker made"):
+        Ledger.open(url)
 
 
 def test_a_ledger_of_the_first_schema_is_told_as_such(path):
     with closing(sqlite3.connect(path)) as other, other:
-        for table in schema.EVER:
+        for table in migrations.FIRST:
             other.execute(f"CREATE TABLE {table} (key TEXT, value INTEGER)")
         other.execute("INSERT INTO meta VALUES ('schema', 1), ('term', 7)")
 
-    with pytest.raises(LedgerInvalid, match="to have schema 3, got schema 1"):
+    with pytest.raises(LedgerInvalid, match="to have schema 2 or a later one, got schema 1"):
         Ledger.open(f"sqlite:///{path}")
 
 
@@ -1389,7 +1460,7 @@ def test_an_opening_that_failed_holds_no_lock(path):
 
 def test_a_ledger_whose_making_was_cut_off_is_made_anew(path, monkeypatch):
     with monkeypatch.context() as cut:
-        cut.setattr(schema, "SCHEMA_VERSION", None)  # fails once all tables have been made
+        cut.setattr(schema, "REVISION", None)  # fails once all tables have been made
         with pytest.raises(IntegrityError):
             Ledger.open(f"sqlite:///{path}")
 
@@ -1425,18 +1496,19 @@ HOLDING = """
 """
 
 
-def test_a_second_ledger_in_the_same_process_is_refused(ledger, path):
-    with pytest.raises(LedgerLocked, match=f"process {os.getpid()} .*ledger.db.lock"):
-        Ledger.open(f"sqlite:///{path}")
+def test_a_second_ledger_in_the_same_process_is_refused(ledger, url):
+    for opening in (Ledger.open, Ledger.check):
+        with pytest.raises(LedgerLocked, match=f"process {os.getpid()} ") as caught:
+            opening(url)
+        assert "mqworker:***@" in str(caught.value) or "ledger.db.lock" in str(caught.value)
 
     assert ledger.commit([accept()])[0].status == "accepted"
 
 
-@pytest.mark.usefixtures("ledger")
 def test_another_name_of_the_same_file_is_refused_too(path, tmp_path):
     (tmp_path / "link.db").symlink_to(path)
 
-    with pytest.raises(LedgerLocked):
+    with closing(Ledger.open(f"sqlite:///{path}")), pytest.raises(LedgerLocked):
         Ledger.open(f"sqlite:///{tmp_path}/link.db")
 
 
@@ -1467,7 +1539,8 @@ def test_a_closed_ledger_can_be_opened_by_another_process(path):
 # ---------------------------------------------------------------- when the world is unwell
 
 
-def test_a_killed_writer_leaves_every_answered_commit_whole(url):
+def test_a_killed_writer_leaves_every_answered_commit_whole(path):
+    url = f"sqlite:///{path}"
     writing = """
         ledger = Ledger.open(sys.argv[1])
         number = int(sys.argv[2])
@@ -1493,7 +1566,8 @@ def test_a_killed_writer_leaves_every_answered_commit_whole(url):
         answered = len(states)
 
 
-def test_a_killed_writer_leaves_nothing_half_settled(url):
+def test_a_killed_writer_leaves_nothing_half_settled(path):
+    url = f"sqlite:///{path}"
     writing = """
         ledger = Ledger.open(sys.argv[1])
         for first in range(1, 100_000, 4):
@@ -1565,7 +1639,7 @@ def test_a_disk_without_room_for_a_ledger_is_told_at_opening(tmp_path):
 
 
 def test_a_database_that_somebody_else_holds_is_told_and_used_when_it_is_free_again(path, monkeypatch):
-    monkeypatch.setattr("mqworker.ledger.BUSY_TIMEOUT", 0.05)
+    monkeypatch.setattr("mqworker.sqlite.BUSY_TIMEOUT", 0.05)
     with closing(Ledger.open(f"sqlite:///{path}")) as ledger:
         before = facts(ledger)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
