@@ -23,8 +23,9 @@ checks it.
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       its engines  sqlite (a file and its lock), postgresql (sessions, elections and terms)
                    database (what both are to the ledger), migrations (its schema over time)
-      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them)
-    1 judgement    explain (why a request waits)
+      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them),
+                     brokerurl (what a broker's URL says)
+    1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
                      dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time, given facts

@@ -25,11 +25,13 @@ from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
+    FULL_ID,
     MAX_MESSAGE_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
     CountRequests,
+    DrainWorkers,
     Explain,
     GetCapabilities,
     GetPool,
@@ -62,7 +64,7 @@ from mqworker.messages import (
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
+from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -85,13 +87,15 @@ def now() -> Moment:
 
 def kept_by(ledger: Ledger) -> Kept:
     """Read what a new scheduler begins with."""
+    held = ledger.held()
     return Kept(
         newest=ledger.newest(),
         newest_requirement=ledger.newest_requirement(),
         requirements=ledger.requirements(),
         lanes=ledger.lanes(),
-        held=ledger.held(),
+        held=held,
         blocked=ledger.blocked(),
+        histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
     )
 
@@ -103,6 +107,8 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
+        histories=ledger.histories(asks.histories) if asks.histories else {},
+        expired=None if asks.expired is None else ledger.expired(asks.expired, EXPIRED_AT_ONCE),
     )
 
 
@@ -125,6 +131,7 @@ class Scheduler:
         retry_delay: float,
         offer_timeout: float,
         no_worker_after: float,
+        pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
         link: Callable[..., Link] = Link,
@@ -145,6 +152,7 @@ class Scheduler:
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
+            pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
         self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
@@ -470,7 +478,7 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+                return await self._abort(ids, reason)
             case Reprioritise(ids=ids, priority=priority):
                 return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
@@ -479,6 +487,8 @@ class Scheduler:
             case Resume(kind=kind, name=name):
                 await self._settled(partial(self._pool.resume, kind, name))
                 return PauseList(pauses=self._pool.pauses())
+            case DrainWorkers():
+                return await self._drain(query)
             case ListPauses():
                 return PauseList(pauses=self._pool.pauses())
             case Explain():
@@ -514,6 +524,27 @@ class Scheduler:
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
 
+    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+        """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
+        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+        to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
+        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        results = await asyncio.gather(*(self._settled(ask) for ask in asks))
+        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        return RequestList(
+            requests=[*answer.requests, *came.requests],
+            missing=[one for one in answer.missing if one not in to_come],
+            marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
+        )
+
+    async def _drain(self, query: DrainWorkers) -> Answer:
+        if unknown := self._pool.unknown_classes(query.classes):
+            text = f"expected names of capability classes, got {', '.join(unknown)}; `mqworker capabilities` lists them"
+            return Problem(kind="not_found", text=text)
+        names = await self._settled(partial(self._pool.drain, query, self._now()))
+        workers = self._pool.views.workers(ListWorkers())
+        return WorkerList(workers=[worker for worker in workers if worker.name in names])
+
     async def _explain(self, query: Explain) -> Answer:
         view = None
         if query.id is not None:
@@ -541,7 +572,9 @@ class Scheduler:
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
-        draft = self._pool.examine(msgspec.structs.replace(old.request, id=query.new_id))
+        # When it had to be done is over, or nobody knows.
+        anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
+        draft = self._pool.examine(anew)
         artifacts = await self._artifacts([draft])
         receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
         result = receipt.results[0]
@@ -582,6 +615,7 @@ async def run(
     store_url: str,
     retry_delay: float,
     no_worker_after: float,
+    pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
     metrics_listen: str,
@@ -609,6 +643,7 @@ async def run(
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
+            pause_after=pause_after,
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)

@@ -138,11 +138,13 @@ IS_WAITING: Final = text(f"state = '{State.PENDING}' AND unmet = 0 AND not_befor
 IS_HELD: Final = text(
     f"state IN ('{State.OFFERED}', '{State.RUNNING}') OR state = '{State.PENDING}' AND not_before IS NOT NULL"
 )
+IS_EXPIRING: Final = text(f"state IN ('{State.PENDING}', '{State.OFFERED}') AND expires_at IS NOT NULL")
 
 _r = requests.c
 _index("requests_lanes", _r.requirement, _r.priority, _r.grp, _r.ckey, _r.seq, where=IS_WAITING)
 _index("requests_held", _r.seq, where=IS_HELD)
 _index("requests_members", _r.requirement, _r.priority.desc(), _r.seq, where=IS_PENDING)
+_index("requests_expiring", _r.expires_at, where=IS_EXPIRING)
 # Holds all that a selection can ask for, so that counting reads no request.
 _index("requests_by_state", _r.state, _r.seq, _r.task, _r.grp, _r.submitted)
 _index("requests_by_task", _r.task, _r.seq)

@@ -14,6 +14,8 @@ def upgrade() -> None:
     """Add columns and tables, and move the term to where a standby looks for it."""
     op.add_column("requests", sa.Column("expires_at", sa.Float))
     op.add_column("requests", sa.Column("submitter", _TEXT))
+    expiring = sa.text("state IN ('pending', 'offered') AND expires_at IS NOT NULL")
+    op.create_index("requests_expiring", "requests", ["expires_at"], sqlite_where=expiring, postgresql_where=expiring)
     op.create_table(
         "abort_marks",
         sa.Column("id", _TEXT, primary_key=True),
