@@ -19,6 +19,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     TextClause,
@@ -51,7 +52,10 @@ _WHOLE: Final = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's Integ
 
 # Which schema a database has, as Alembic keeps it.
 revisions: Final = Table(
-    "alembic_version", MetaData(), Column("version_num", String(32), primary_key=True, nullable=False)
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
 )
 
 

@@ -294,6 +294,17 @@ def postgresql_databases(brokers) -> Iterator[Callable[[int], str]]:
 
 
 @pytest.fixture
+def postgresql_void(brokers) -> Iterator[str]:
+    """The URL of a database in PostgreSQL without any table."""
+    server = brokers("postgresql").url
+    name = f"v{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
 def postgresql_url(postgresql_databases) -> str:
     """The URL of an empty ledger in PostgreSQL, the test's own."""
     return postgresql_databases(0)
