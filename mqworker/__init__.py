@@ -20,8 +20,10 @@ checks it.
                    holdings (what it has in memory)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
-                     state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
-      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them)
+                     state (a worker's spool and lock), limits (what a run may use), watchdog (ends slots that
+                       cannot end themselves), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
+      the ground   processes (Linux processes and clocks), cgroup (control groups), schema (the ledger's
+                       tables), facts (what goes into them)
     1 judgement    explain (why a request waits)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),

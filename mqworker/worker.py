@@ -176,7 +176,9 @@ class Worker:
         self._kill_threads = ThreadPoolExecutor(slots + 2, thread_name_prefix="kill")
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._spooling: list[Outcome] = []
+        self._is_spooling = False
         self._watching = asyncio.Event()  # a run with limits has begun
+        self._noted = True  # whose processes the slots are
         self._lacking: dict[str, str | None] = {}  # room, by what is in the way
         self._reading = link(
             amqp_url,
@@ -435,7 +437,8 @@ class Worker:
                 self._metrics.runs.labels(task=task, result=outcome.result).inc()
                 self._run_over(outcome.token)
                 self._spooling.append(outcome)
-                if len(self._spooling) == 1:
+                if not self._is_spooling:
+                    self._is_spooling = True
                     self._start(self._spool())
             case Unspool(ref):
                 self._start(self._in_disk_thread(partial(self._state.unspool, ref)))
@@ -539,6 +542,8 @@ class Worker:
         """Take no work while there is no room for it."""
         while self._rooms:
             await self._in_disk_thread(self._find_room)
+            if not self._noted:
+                self._note_children()
             for what, why in self._lacking.items():
                 self._agent.hold(what, why)
             self._metrics.held.set(self._agent.held is not None)
@@ -580,6 +585,7 @@ class Worker:
                 directory = self._directories.pop(outcome.token, None)
                 if directory is not None:
                     self._start(self._remove(directory))
+        self._is_spooling = False
         self._agent.hold("spool", None)
         self._idle.set()
 
@@ -647,7 +653,7 @@ class Worker:
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,
                 pass_fds=[held],
-                env={},
+                env=_child_environment(),
             )
         finally:
             os.close(held)
@@ -897,13 +903,26 @@ def _take_work_directory(base: Path, name: str) -> tuple[Path, int]:
 
 
 def _sweep(state: WorkerState, work_directory: Path) -> None:
-    """End what a predecessor left running, and remove its runs' directories, chroots and all."""
+    """End what a predecessor left running, and remove its mounts and its runs' directories, chroots and all."""
     left: Sequence[processes.Process] = [*state.noted_slots(), *processes.inside(work_directory)]
     for process in left:
         processes.kill_tree(process)
+    for point in processes.unmount_below(work_directory):
+        logger.warning("a run has left something mounted, which is unmounted", extra={"path": point})
     for entry in work_directory.iterdir():
         if entry.name != "lock":
             processes.remove_tree(entry)
+
+
+def _take_groups() -> Cgroups | None:
+    """Take over the control group of this service, if it is there to be divided; without, limits are watched."""
+    try:
+        groups = Cgroups.take()
+    except HostUnfit as error:
+        logger.info("limits of runs are kept without control groups", extra={"reason": str(error)})
+        return None
+    logger.info("limits of runs are kept by the kernel, in control groups")
+    return groups
 
 
 async def run(
@@ -921,6 +940,8 @@ async def run(
     allow_tasks: Collection[str],
     deny_tasks: Collection[str],
     metrics_listen: str,
+    bounds: Limits | None = None,
+    min_free_disk: int = 0,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT: the first drains it, the second stops it now; SIGHUP looks at the host.
 
@@ -933,6 +954,8 @@ async def run(
     server = None
     lock = None
     try:
+        if state.copied is not None:
+            logger.warning("the state directory is a copy", extra={"reason": state.copied})
         directory, lock = _take_work_directory(work_dir, name)
         processes.become_subreaper()
         await asyncio.to_thread(_sweep, state, directory)
@@ -942,12 +965,13 @@ async def run(
             name=name,
             host=socket.gethostname(),
             incarnation=state.incarnation,
+            home=state.home,
             slots=slots,
             store_id=store.id,
             static_metadata=static_metadata,
             allow_tasks=allow_tasks,
             deny_tasks=deny_tasks,
-            make_token=lambda: uuid.uuid4().hex,
+            make_token=lambda: f"{state.home}-{uuid.uuid4().hex}",
             wall=time.time,
         )
         worker = Worker(
@@ -961,6 +985,10 @@ async def run(
             metadata_interval=metadata_interval,
             drain_grace=drain_grace,
             metrics=metrics,
+            bounds=bounds,
+            min_free_disk=min_free_disk,
+            rooms=[one for one in (directory, state_dir, store.folder) if one is not None],
+            groups=_take_groups(),
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=worker.health)
