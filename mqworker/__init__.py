@@ -23,7 +23,8 @@ checks it.
                      state (a worker's spool and lock), limits (what a run may use), watchdog (ends slots that
                        cannot end themselves), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       the ground   processes (Linux processes and clocks), cgroup (control groups), schema (the ledger's
-                       tables), facts (what goes into them)
+                       tables), facts (what goes into them),
+                     brokerurl (what a broker's URL says)
     1 judgement    explain (why a request waits)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
