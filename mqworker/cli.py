@@ -378,6 +378,9 @@ def worker(
         list[str] | None, typer.Option(metavar="TASK", help="Run no other; may be repeated; default: all.")
     ] = None,
     deny_task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Do not run it; may be repeated.")] = None,
+    min_free_disk: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="Take no work with less free; 0: take it always.")
+    ] = None,
 ) -> None:
     """Run a worker: it runs what this host can run."""
     shell: Shell = context.obj
@@ -393,6 +396,7 @@ def worker(
             "worker.tags": tag or None,
             "worker.allow_tasks": allow_task or None,
             "worker.deny_tasks": deny_task or None,
+            "worker.min_free_disk": min_free_disk,
         }
     )
     from mqworker import worker as resident  # noqa: PLC0415  # the other commands do without
@@ -412,6 +416,8 @@ def worker(
             allow_tasks=settings.worker.allow_tasks,
             deny_tasks=settings.worker.deny_tasks,
             metrics_listen=settings.worker.metrics_listen,
+            bounds=settings.worker.limits,
+            min_free_disk=settings.worker.min_free_disk,
         )
     )
 
