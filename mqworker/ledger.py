@@ -503,7 +503,8 @@ class Ledger:
             if committed and doubt.writes is writes:
                 return doubt.results
         if not writes:
-            self._database.confirm()
+            if not self._database.sure:
+                self._database.confirm()
             return []
         done: dict[int, Result] = {}
         with self._database.transaction() as connection:
