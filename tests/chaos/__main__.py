@@ -16,6 +16,7 @@ def main():
     parser.add_argument("--keep", help="keep everything in this directory; else it is kept only if the run fails")
     parser.add_argument("--only", action="append", default=[], help="only faults whose kind contains this; repeatable")
     parser.add_argument("--list", action="store_true", help="list the kinds of fault")
+    parser.add_argument("--judge", metavar="FILE", help="judge the evidence.json of an earlier run again")
     given = parser.parse_args()
     if os.geteuid() == 0 and "MQWORKER_CHAOS_MOUNTS" not in os.environ and shutil.which("unshare"):
         # Mounts of its own: the small disks that faults fill go with the last process, however that ends.

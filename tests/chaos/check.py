@@ -85,6 +85,10 @@ def runs_of(evidence):
     return runs
 
 
+def _most_attempts(row):
+    return json.loads(row["body"]).get("max_attempts", 3)  # a default is not written
+
+
 class _Check:
     def __init__(self, evidence):
         self.evidence = evidence
@@ -185,7 +189,7 @@ class _Check:
                 self._find("ends are true", f"{request} is aborted, and nobody asked for it")
             if row["state"] in {"success", "failure"}:
                 self._has_ended_so(request, row)
-            if data["how"] == "ok" and row["state"] == "error" and row["tried"] < json.loads(row["body"])["max_attempts"]:
+            if data["how"] == "ok" and row["state"] == "error" and row["tried"] < _most_attempts(row):
                 self._find("ends are true", f"{request} is error after {row['tried']} tries: {row['reason']}")
 
     def _abort_asked(self, request):
@@ -262,7 +266,7 @@ class _Check:
             if any(one["result"] is None for one in rows):
                 self._find("attempts are counted", f"{request} has an attempt that never ended")
             counted = sum(bool(one["counted"]) for one in rows)
-            most = json.loads(row["body"])["max_attempts"] if '"max_attempts"' in row["body"] else 3
+            most = _most_attempts(row)
             if row["tried"] != counted or counted > most:
                 self._find("attempts are counted", f"{request}: {counted} of {most} count, the ledger says {row['tried']}")
         for line in self.evidence.tables["happenings"]:

@@ -236,6 +236,8 @@ class _Figures:
                     again += _first_after(one["healed"], [at for at, worker in grants if who in {None, worker}])
                     recorded += _first_after(one["healed"], ends)
             missed = self.known["missed"][kind.name]
+            if not missed and not self.by_kind[kind.name]:
+                continue
             rows.append((kind.name, self.by_kind[kind.name], missed, *_percentiles(again)[1::3], *_percentiles(recorded)[1::3]))
         head = ("kind", "times", "could not be done then", "grant p50", "grant max", "record p50", "record max")
         return (

@@ -1,5 +1,7 @@
 """One run: light the fire, keep it burning, put it out, wait for the dust to settle, and judge."""
 
+import dataclasses
+import json
 import os
 import random
 import secrets
@@ -31,6 +33,10 @@ def run(given):
     if given.list:
         print("\n".join(faults.KINDS))
         return 0
+    if given.judge:
+        violations = check(proof.Evidence(**json.loads(Path(given.judge).read_text())))
+        print("\n".join(f"{one.promise}: {one.text}" for one in violations) or "no violation")
+        return int(bool(violations))
     seed = secrets.randbelow(10**6) if given.seed is None else given.seed
     directory = Path(tempfile.mkdtemp(prefix="mqworker-chaos-", dir="/var/tmp"))
     directory.chmod(0o711)
@@ -190,17 +196,11 @@ class _Fire:
 
     def _finished(self, name):
         party = self.world.party(name)
-        deadline = time.monotonic() + DRAIN
-        while time.monotonic() < deadline and not self.interrupted:
-            process = party.process
-            if process is not None and process.poll() == 0:
-                party.wanted = False
-                return True
-            time.sleep(0.1)
+        _await(lambda: party.finished or self.interrupted, DRAIN)
         party.wanted = False
-        if party.process is not None:
+        if not party.finished:
             party.signal(signal.SIGKILL, "the end")
-        return self.interrupted
+        return party.finished or self.interrupted
 
     def _last_words(self, name):
         log = self.directory / "logs" / f"{name}.log"
@@ -250,7 +250,9 @@ class _Fire:
             left.append(f"messages in the queue {name}")
         for name, queue in world.queues().items():
             lives = name in assigned or name.startswith((f"{world.prefix}.worker.", f"{topology.report}."))
-            if name not in known and not lives:
+            # Those of schedulers that were killed with their classes are nobody's, and the broker's own to remove.
+            expires = name.startswith(f"{topology.work}.") and "x-expires" in queue.get("arguments", {})
+            if name not in known and not lives and not expires:
                 left.append(f"the queue {name}, with {queue.get('messages')} messages, which nobody uses")
         return left
 
@@ -278,6 +280,7 @@ class _Fire:
     # ------------------------------------------------------------ judging
 
     def _judge(self, found):
+        (self.directory / "evidence.json").write_text(json.dumps(dataclasses.asdict(found)))
         violations = check(found)
         text, unproven = report.write(found, violations, self.facts, seconds=time.monotonic() - self.began)
         if self.given.report:

@@ -50,6 +50,8 @@ class Party:
         self.log = log
         self.process = None
         self.wanted = False
+        self.ends = False  # it comes to an end of its own, with exit code 0
+        self.finished = False
         self.due = 0.0  # when it is to be started, on the monotonic clock
         self.started = 0.0
         self.starts = 0
@@ -104,6 +106,8 @@ class Supervisor:
             self._record.note("ended", party=party.name, pid=party.process.pid, exit=code, by_us=party.by_us)
             party.process = None
             party.by_us = None
+            if party.ends and code == 0:
+                party.wanted, party.finished = False, True
             party.due = time.monotonic() + party.restart_after * self._rng.uniform(0.2, 2)
         if party.wanted and time.monotonic() >= party.due:
             with party.log.open("ab") as log:
@@ -239,6 +243,7 @@ class World:
             module = "tests.chaos.commander" if name == "commander" else "tests.chaos.submitter"
             record = str(self.directory / "record" / f"{name}.jsonl")
             self._party(name, module, record, str(self.pace_file), f"{seed}-{name}")
+            self.party(name).ends = True
 
     def pace(self, *, rate, stop=False):
         """Tell the submitters how many requests a second each may make."""
