@@ -38,7 +38,8 @@ CREATE TRIGGER IF NOT EXISTS chaos_gone AFTER DELETE ON requests BEGIN
     INSERT INTO {MOVES} VALUES ({NOW_IN_SQLITE}, old.id, old.state, NULL, old.attempt, old.worker, old.token); END;
 CREATE TRIGGER IF NOT EXISTS chaos_abort AFTER UPDATE ON requests WHEN old.abort IS NULL AND new.abort IS NOT NULL BEGIN
     INSERT INTO {HAPPENINGS} VALUES ({NOW_IN_SQLITE}, 'abort', new.id, new.attempt, new.worker, old.state); END;
-CREATE TRIGGER IF NOT EXISTS chaos_ended AFTER UPDATE ON attempts WHEN old.result IS NULL AND new.result IS NOT NULL BEGIN
+CREATE TRIGGER IF NOT EXISTS chaos_ended AFTER UPDATE ON attempts
+    WHEN old.result IS NULL AND new.result IS NOT NULL BEGIN
     INSERT INTO {HAPPENINGS} VALUES ({NOW_IN_SQLITE}, 'ended', new.request, new.number, new.worker, new.result); END;
 CREATE TRIGGER IF NOT EXISTS chaos_changed AFTER UPDATE ON attempts
     WHEN old.result IS NOT NULL AND old.result IS NOT new.result BEGIN
@@ -47,7 +48,7 @@ CREATE TRIGGER IF NOT EXISTS chaos_late AFTER UPDATE ON attempts WHEN old.late I
     INSERT INTO {HAPPENINGS} VALUES ({NOW_IN_SQLITE}, 'late', new.request, new.number, new.worker, NULL); END;
 CREATE TRIGGER IF NOT EXISTS chaos_term AFTER UPDATE ON meta WHEN new.key = 'term' BEGIN
     INSERT INTO {HAPPENINGS} VALUES ({NOW_IN_SQLITE}, 'term', NULL, new.value, NULL, NULL); END;
-"""
+"""  # noqa: S608  # constants
 
 
 class Audit:

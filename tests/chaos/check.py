@@ -1,4 +1,4 @@
-"""The judge: what was sent, receipted, granted, started, ended and recorded must fit together, without a gap or a surplus.
+"""The judge: what was sent, receipted, granted, started, ended and recorded must fit, without a gap or a surplus.
 
 Pure: it is told everything and opens nothing, so that it can be shown evidence that was doctored.
 """
@@ -24,6 +24,7 @@ MAY_END = {  # how a run is to go, and how its request may end; an abort may com
     "kill-slot": {"error"},
     "kill-agent": {"error"},
 }
+BEFORE_SPOOLED = 3.0  # seconds, on a busy machine, from the end of a run until its outcome is on disk
 ROUNDING = 0.005  # seconds; the ledger's clock and the journal's are one, but are read with a millisecond's grain
 
 
@@ -113,6 +114,7 @@ class _Check:
         self._artifacts()
         self._commands()
         self._late()
+        self._outcomes()
         for promise, texts in (
             ("what a party should never do", self.evidence.misdeeds),
             ("nothing is left", self.evidence.left),
@@ -268,7 +270,9 @@ class _Check:
             counted = sum(bool(one["counted"]) for one in rows)
             most = _most_attempts(row)
             if row["tried"] != counted or counted > most:
-                self._find("attempts are counted", f"{request}: {counted} of {most} count, the ledger says {row['tried']}")
+                self._find(
+                    "attempts are counted", f"{request}: {counted} of {most} count, the ledger says {row['tried']}"
+                )
         for line in self.evidence.tables["happenings"]:
             if line["what"] == "changed":
                 self._find("nothing is counted twice", f"{line['request']}: attempt {line['attempt']} ended anew")
@@ -278,19 +282,25 @@ class _Check:
 
     def _artifacts(self):
         made = Counter(
-            (one["request"], one["attempt"]) for one in self.evidence.tables["artifacts"] if one["category"] == "test:ashes"
+            (one["request"], one["attempt"])
+            for one in self.evidence.tables["artifacts"]
+            if one["category"] == "test:ashes"
         )
         results = {(one["request"], one["number"]): one["result"] for rows in self.attempts.values() for one in rows}
         for (request, attempt), number in made.items():
             wanted = json.loads(self.requests[request]["body"])["data"].get("artifacts", 0)
             if number > wanted:
-                self._find("nothing is counted twice", f"{request}: attempt {attempt} made {number} of {wanted} artifacts")
+                self._find(
+                    "nothing is counted twice", f"{request}: attempt {attempt} made {number} of {wanted} artifacts"
+                )
             if results.get((request, attempt)) in {None, "lost", "handed_back"}:
                 self._find("artifacts come with the outcome", f"{request}: attempt {attempt} has some and no outcome")
         for (request, attempt), result in results.items():
             wanted = json.loads(self.requests[request]["body"])["data"].get("artifacts", 0)
             if result == "success" and made[request, attempt] != wanted:
-                self._find("artifacts come with the outcome", f"{request}: {made[request, attempt]} of {wanted} artifacts")
+                self._find(
+                    "artifacts come with the outcome", f"{request}: {made[request, attempt]} of {wanted} artifacts"
+                )
 
     def _late(self):
         """What a worker was told does not count is kept as history."""
@@ -298,6 +308,23 @@ class _Check:
             rows = [row for row in self.attempts[one["request"]] if row["number"] == int(one["attempt"])]
             if not rows or rows[0]["late"] is None:
                 self._find("late outcomes are kept", f"{one['request']}, attempt {one['attempt']}: {one.get('reason')}")
+
+    def _outcomes(self):
+        """What a run did to its end is not lost, unless its worker was hurt before it can have been on disk."""
+        for rows in self.attempts.values():
+            for one in rows:
+                run = self.runs.get(one["token"])
+                if run is None or run.end is None or one["result"] != "lost" or one["late"] is not None:
+                    continue
+                begin, end = run.last_wall - BEFORE_SPOOLED, run.last_wall + BEFORE_SPOOLED
+                hurt = any(
+                    who in {None, one["worker"]} and since < end and begin < until
+                    for who, since, until in self.evidence.hurt
+                )
+                if not hurt and "its lease of" not in (one["reason"] or ""):  # it ended with its lease
+                    self._find(
+                        "outcomes survive", f"{one['request']}: {run} came to its end and is lost: {one['reason']}"
+                    )
 
     # ------------------------------------------------------------ commands
 

@@ -124,7 +124,9 @@ def main():
     rng = random.Random(f"{seed} {time.time_ns()}")
     while True:
         try:
-            with Client(os.environ["MQWORKER_AMQP_URL"], prefix=os.environ["MQWORKER_PREFIX"], timeout=PATIENCE) as client:
+            with Client(
+                os.environ["MQWORKER_AMQP_URL"], prefix=os.environ["MQWORKER_PREFIX"], timeout=PATIENCE
+            ) as client:
                 Commander(client, Record(record), pace, rng).run()
         except OutsideError as error:
             print(f"the client is down, and comes again: {error}", flush=True)

@@ -462,13 +462,13 @@ def kinds_here(world):
     return [kind for kind in KINDS.values() if have[kind.needs]], [k.name for k in KINDS.values() if not have[k.needs]]
 
 
-def plan(kinds, times, rng):
-    """Return rounds of one to three faults, each kind so many times, in random order; some faults are alone."""
+def plan(kinds, times, rng, *, sizes=(1, 2, 3, 3)):
+    """Return rounds of so many faults, each kind so many times, in random order; some faults may be alone."""
     left = [kind for kind in kinds for _ in range(times)]
     rng.shuffle(left)
     rounds = []
     while left:
-        wanted = rng.choice([1, 2, 3, 3])
+        wanted = rng.choice(sizes)
         chosen = []
         for kind in [*left]:
             if len(chosen) < wanted and not any(kind.excludes and kind.excludes == other.excludes for other in chosen):
@@ -505,7 +505,6 @@ class Round:
 
     def _one(self, kind, number, seed, delay, missed):
 
-
         doing = Doing(self._world, kind, number)
         self._world.over.wait(delay)
         if self._world.over.is_set():
@@ -514,4 +513,6 @@ class Round:
             kind.do(self._world, Dice(Random(seed), quick=self._quick), doing)
         except Exception as error:  # noqa: BLE001  # a fault that fails to be done is not the pool's
             missed.append(kind)
-            self._world.record.note("missed", kind=kind.name, number=number, why=f"{type(error).__name__}: {error}"[:300])
+            self._world.record.note(
+                "missed", kind=kind.name, number=number, why=f"{type(error).__name__}: {error}"[:300]
+            )

@@ -72,17 +72,23 @@ def write(found, violations, known, *, seconds):
     figures = _Figures(found, known)
     unproven = figures.unproven()
     given = known["given"]
-    good = not violations and not unproven
-    parts = [
-        "# Under fire",
-        f"**{verdict(found, violations)}.** {'It holds.' if good else 'IT DOES NOT HOLD.' if violations else 'IT PROVES NOTHING.'}",
-        f"`python -m tests.chaos --minutes {given.minutes:g} --seed {known['seed']} --ledger {given.ledger}"
-        f"{' --quick' if given.quick else ''}`, {seconds / 60:.1f} minutes.",
+    holds = "IT DOES NOT HOLD." if violations else "IT PROVES NOTHING." if unproven else "It holds."
+    command = f"python -m tests.chaos --minutes {given.minutes:g} --seed {known['seed']} --ledger {given.ledger}"
+    where = (
         f"mqworker {__version__}, RabbitMQ {known['broker']}, {known['ledger']}, Python {platform.python_version()},"
         f" pika {importlib.metadata.version('pika')}, Linux {platform.release()},"
-        f" {len(os.sched_getaffinity(0))} cores, {known['memory']:.0f} GiB.",
-        f"{known['schedulers']} scheduler(s), {len(WORKERS)} workers of {SLOTS} slots, {len(SUBMITTERS)} submitters, one who"
-        " aborts, reprioritises, pauses, resumes and retries; each with a TCP proxy before the broker.",
+        f" {len(os.sched_getaffinity(0))} cores, {known['memory']:.0f} GiB."
+    )
+    who = (
+        f"{known['schedulers']} scheduler(s), {len(WORKERS)} workers of {SLOTS} slots, {len(SUBMITTERS)} submitters,"
+        " and one who aborts, reprioritises, pauses, resumes and retries; each has a TCP proxy before the broker."
+    )
+    parts = [
+        "# Under fire",
+        f"**{verdict(found, violations)}.** {holds}",
+        f"`{command}{' --quick' if given.quick else ''}`, {seconds / 60:.1f} minutes.",
+        where,
+        who,
     ]
     if known["left_out"]:
         parts.append(f"**LEFT OUT** (they need root, or a standby): {', '.join(known['left_out'])}.")
@@ -119,19 +125,19 @@ class _Figures:
     def unproven(self):
         """Say what the run has not shown."""
         given = self.known["given"]
-        if given.quick:
-            least = QUICK
-        else:
-            least = {name: int(rate * given.minutes) for name, rate in DEMANDS.items()}
+        long = {name: int(rate * given.minutes) for name, rate in DEMANDS.items()}
+        least = QUICK if given.quick else long
         lacking = []
         if len(self.requests) < least["requests"]:
             lacking.append(f"{len(self.requests)} requests, and not {least['requests']}")
         if len(self.known["faults"]) < least["faults"]:
             lacking.append(f"{len(self.known['faults'])} faults, and not {least['faults']}")
         if not given.only:
-            for kind in KINDS:
-                if kind not in self.known["left_out"] and self.by_kind[kind] < least["each kind"]:
-                    lacking.append(f"{self.by_kind[kind]} times {kind}, and not {least['each kind']}")
+            lacking += [
+                f"{self.by_kind[kind]} times {kind}, and not {least['each kind']}"
+                for kind in KINDS
+                if kind not in self.known["left_out"] and self.by_kind[kind] < least["each kind"]
+            ]
         needed = {"re-issues": self.reissues, "lost leases": self.results["lost"]}
         if not given.quick:  # in three minutes, luck decides whether one comes too late
             needed["refused outcomes"] = self.refused
@@ -190,7 +196,9 @@ class _Figures:
 
     def _abort_times(self):
         asked = {
-            one["request"]: one["at"] for one in self.happenings if one["what"] == "abort" and one["detail"] == "running"
+            one["request"]: one["at"]
+            for one in self.happenings
+            if one["what"] == "abort" and one["detail"] == "running"
         }
         return [
             move["at"] - asked[move["request"]]
@@ -238,7 +246,9 @@ class _Figures:
             missed = self.known["missed"][kind.name]
             if not missed and not self.by_kind[kind.name]:
                 continue
-            rows.append((kind.name, self.by_kind[kind.name], missed, *_percentiles(again)[1::3], *_percentiles(recorded)[1::3]))
+            rows.append(
+                (kind.name, self.by_kind[kind.name], missed, *_percentiles(again)[1::3], *_percentiles(recorded)[1::3])
+            )
         head = ("kind", "times", "could not be done then", "grant p50", "grant max", "record p50", "record max")
         return (
             "Recovery, in seconds from the end of the fault: until the next grant (for a fault of one worker, to that"

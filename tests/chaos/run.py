@@ -21,7 +21,10 @@ from tests.chaos.world import SUBMITTERS, WORKERS, Missed, World
 
 RATE = 4.0  # requests a second, of each submitter
 BACKLOG = 120  # live requests, above which the submitters wait
-CALM = (1.0, 3.0)  # seconds between two rounds, after the pool has recovered
+CALM = {
+    True: (0.2, 1.0),
+    False: (1.0, 3.0),
+}  # seconds between two rounds, after the pool has recovered, in a quick run or a long one
 RECOVERY = 45.0  # seconds; who has not recovered by then meets the next round all the same
 LAST = {True: 35.0, False: 90.0}  # seconds kept for the drain and the verdict, of a quick run and of a long one
 DRAIN = 240.0  # seconds; who still waits then waits for ever
@@ -48,7 +51,7 @@ def run(given):
         code = fire.burn()
     finally:
         if given.keep or code:
-            _keep(directory, Path(given.keep or f"/var/tmp/mqworker-chaos-failed-{seed}"))
+            _keep(directory, Path(given.keep or f"{directory}-failed"))
         shutil.rmtree(directory, ignore_errors=True)
     return code
 
@@ -122,7 +125,8 @@ class _Fire:
         if self.given.only:
             kinds = [kind for kind in kinds if any(word in kind.name for word in self.given.only)]
         times = 1 if self.given.quick else max(1, round(self.given.minutes / 60 * 11))
-        plan = faults.plan(kinds, times, self.rng)
+        sizes = (3, 4) if self.given.quick else (1, 2, 3, 3)
+        plan = faults.plan(kinds, times, self.rng, sizes=sizes)
         doing = faults.Round(self.world, self.rng, quick=self.given.quick)
         self._calm(2, end)
         while time.monotonic() < end and not self.interrupted:
@@ -145,7 +149,7 @@ class _Fire:
             if all(new > old for new, old in zip(now, before, strict=True)):
                 break
             self._calm(0.3, end)
-        self._calm(self.rng.uniform(*CALM), end)
+        self._calm(self.rng.uniform(*CALM[self.given.quick]), end)
 
     def _news(self):
         return self.world.audit.newest()
@@ -164,7 +168,9 @@ class _Fire:
         if time.monotonic() - self.told > TELL:
             self.told = time.monotonic()
             final = " ".join(f"{number} {state}" for state, number in sorted(states.items()) if state in FINAL)
-            self.say(f"{live} live, {final}; {sum(results.values())} runs, {results.get('lost', 0)} lost; {self.done} faults")
+            self.say(
+                f"{live} live, {final}; {sum(results.values())} runs, {results.get('lost', 0)} lost; {self.done} faults"
+            )
 
     # ------------------------------------------------------------ settling
 
@@ -176,9 +182,11 @@ class _Fire:
         world.heal()
         world.pace(rate=0.0, stop=True)
         left = []
-        for name in (*SUBMITTERS, "commander"):
-            if not self._finished(name):
-                left.append(f"{name} has not come to its end: {self._last_words(name)}")
+        left += [
+            f"{name} has not come to its end: {self._last_words(name)}"
+            for name in (*SUBMITTERS, "commander")
+            if not self._finished(name)
+        ]
         left += self._drained()
         left += self._after_the_drain()
         for name in (*WORKERS, *world.scheduler_names):
@@ -225,7 +233,10 @@ class _Fire:
         """Say why what still waits does so."""
         with self._client() as client:
             views = client.list(states=["pending", "offered", "running"], limit=5)
-            return [f"{view.request.id} is {view.state}, attempt {view.attempt}, {view.waits or view.worker}" for view in views]
+            return [
+                f"{view.request.id} is {view.state}, attempt {view.attempt}, {view.waits or view.worker}"
+                for view in views
+            ]
 
     def _after_the_drain(self):
         """With everything ended, and everybody there: what is left of the runs, and on the broker?"""
@@ -233,7 +244,11 @@ class _Fire:
         left = []
         for name in WORKERS:
             _await(lambda name=name: not any(faults.descendants(slot.pid) for slot in world.slots(name)), 10)
-            left += [f"a process of a run: {faults.descendants(slot.pid)}" for slot in world.slots(name) if faults.descendants(slot.pid)]
+            left += [
+                f"a process of a run: {faults.descendants(slot.pid)}"
+                for slot in world.slots(name)
+                if faults.descendants(slot.pid)
+            ]
             spool = world.directory / "state" / name / "spool"
             _await(lambda spool=spool: not [*spool.iterdir()], 20)
             left += [f"in the spool of {name}: {path.name}" for path in spool.iterdir()]

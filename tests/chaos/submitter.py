@@ -80,7 +80,9 @@ class Submitter:
         rng = self._rng
         how = rng.choices([*HOWS], [often for often, _ in HOWS.values()])[0]
         most = HOWS[how][1]
-        seconds = rng.choices([0.0, rng.uniform(0.001, 0.05), rng.uniform(0.1, 2), rng.uniform(2, 8)], [45, 25, 22, 7])[0]
+        seconds = rng.choices([0.0, rng.uniform(0.001, 0.05), rng.uniform(0.1, 2), rng.uniform(2, 8)], [45, 25, 22, 7])[
+            0
+        ]
         if rng.random() < 0.008:
             seconds = rng.uniform(8, 20)
         request_id = str(uuid.UUID(int=rng.getrandbits(64) << 64 | uuid.uuid4().int >> 64, version=4))
@@ -159,7 +161,16 @@ class Submitter:
         request = self._make()
         request.pop("concurrency_key", None)
         self._note_sent([request])
-        command = [sys.executable, "-P", "-m", "mqworker", "submit", request["task"], "--data", json.dumps(request["data"])]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "mqworker",
+            "submit",
+            request["task"],
+            "--data",
+            json.dumps(request["data"]),
+        ]
         command += ["--id", request["id"], f"--priority={request['priority']}", "--group", request["group"]]
         command += ["--max-attempts", str(request["max_attempts"])]
         if "lease" in request:

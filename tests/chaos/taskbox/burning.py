@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from mqworker.task import Task
 
@@ -114,7 +114,7 @@ class _Life:
         self._beats = self.box / "beats" / token
         self._over = threading.Event()
 
-    def __enter__(self) -> "_Life":
+    def __enter__(self) -> Self:
         self._lock = os.open(self.box / "locks" / self._request, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
