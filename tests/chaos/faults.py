@@ -25,7 +25,6 @@ class Kind:
     excludes: str | None = None  # no two of one round share it
     scope: str = "pool"  # "worker": what is looked at is the next grant to this worker
     needs: str | None = None  # "disks" or "standby": what has to be there
-    heavy: float = 5.0  # seconds that it takes, about
 
 
 class Dice:
@@ -36,7 +35,8 @@ class Dice:
         self.quick = quick
 
     def party(self, world):
-        return self.rng.choice([*WORKERS, *WORKERS, *world.scheduler_names, *world.scheduler_names, *CLIENTS])
+        ledgers = [name for name in world.proxies if name.endswith("ledger")]
+        return self.rng.choice([*WORKERS, *WORKERS, *world.scheduler_names, *world.scheduler_names, *CLIENTS, *ledgers])
 
     def seconds(self, low, high):
         return self.rng.uniform(low, high)
@@ -201,20 +201,28 @@ def stop_agent(world, dice, doing):
         _end_party(world, doing, worker, signal.SIGTERM)
 
 
-def kill_scheduler(world, dice, doing):
-    _kill_party(world, doing, dice.rng.choice(world.scheduler_names))
+def kill_scheduler(world, _dice, doing):
+    _kill_party(world, doing, world.active())
 
 
-def stop_scheduler(world, dice, doing):
-    _end_party(world, doing, dice.rng.choice(world.scheduler_names), signal.SIGTERM)
+def stop_scheduler(world, _dice, doing):
+    _end_party(world, doing, world.active(), signal.SIGTERM)
 
 
 def freeze_scheduler_briefly(world, dice, doing):
-    _freeze_party(world, doing, dice.rng.choice(world.scheduler_names), dice.seconds(0.3, 3))
+    _freeze_party(world, doing, world.active(), dice.seconds(0.3, 3))
 
 
 def freeze_scheduler_long(world, dice, doing):
-    _freeze_party(world, doing, dice.rng.choice(world.scheduler_names), dice.seconds(*BEYOND))
+    _freeze_party(world, doing, world.active(), dice.seconds(7, 16) if world.cluster else dice.seconds(*BEYOND))
+
+
+def kill_standby(world, _dice, doing):
+    _kill_party(world, doing, world.standby())
+
+
+def freeze_standby(world, dice, doing):
+    _freeze_party(world, doing, world.standby(), dice.seconds(*BEYOND))
 
 
 def kill_client(world, dice, doing):
@@ -404,7 +412,35 @@ def fill_spool(world, dice, doing):
 
 
 def fill_ledger(world, dice, doing):
-    _fill(world, dice, doing, "ledger")
+    try:
+        _fill(world, dice, doing, "ledger")
+    finally:
+        world.start_database()  # without room for its log a database server ends
+
+
+def kill_database(world, dice, doing):
+    doing.harm("database")
+    world.kill_database()
+    try:
+        doing.wait(dice.seconds(0, 5))
+    finally:
+        world.start_database()
+    doing.heal()
+
+
+def freeze_session(world, dice, doing):
+    """Freeze the database's process that serves the active scheduler."""
+    pid = world.audit.session()
+    if pid is None:
+        raise Missed("the scheduler has no session")
+    process = identify(pid)
+    doing.harm("ledger", pid=pid)
+    _signal(process, signal.SIGSTOP)
+    try:
+        doing.wait(dice.seconds(9, 12) if dice.quick else 40.0)
+    finally:
+        _signal(process, signal.SIGCONT)
+    doing.heal()
 
 
 def stall_ledger(world, dice, doing):
@@ -419,39 +455,43 @@ def stall_ledger(world, dice, doing):
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("slot killed", kill_slot, scope="worker", heavy=0),
-        Kind("slot frozen briefly", freeze_slot_briefly, scope="worker", heavy=2),
-        Kind("slot frozen beyond the lease", freeze_slot_long, scope="worker", heavy=9),
-        Kind("agent killed", kill_agent, scope="worker", heavy=1),
-        Kind("agent stopped in order", stop_agent, scope="worker", heavy=4),
-        Kind("agent frozen briefly", freeze_agent_briefly, scope="worker", heavy=2),
-        Kind("agent frozen beyond the lease", freeze_agent_long, scope="worker", heavy=9),
-        Kind("worker frozen as a whole beyond the lease", freeze_worker, scope="worker", heavy=10),
-        Kind("scheduler killed", kill_scheduler, heavy=1),
-        Kind("scheduler stopped in order", stop_scheduler, heavy=1),
-        Kind("scheduler frozen briefly", freeze_scheduler_briefly, heavy=2),
-        Kind("scheduler frozen beyond the lease", freeze_scheduler_long, heavy=9),
-        Kind("client killed", kill_client, heavy=1),
-        Kind("broker killed", kill_broker, excludes="broker", heavy=10),
-        Kind("broker restarted in order", restart_broker, excludes="broker", heavy=14),
-        Kind("broker frozen", freeze_broker, excludes="broker", heavy=5),
-        Kind("submit queue deleted", delete_submit_queue, excludes="broker", heavy=2),
-        Kind("outcome queue deleted", delete_outcome_queue, excludes="broker", heavy=2),
-        Kind("api queue deleted", delete_api_queue, excludes="broker", heavy=0),
-        Kind("class queue deleted", delete_class_queue, excludes="broker", heavy=0),
-        Kind("worker queue deleted", delete_worker_queue, excludes="broker", heavy=0),
-        Kind("report queue deleted", delete_report_queue, excludes="broker", heavy=0),
-        Kind("connection closed", close_connection, excludes="broker", heavy=0),
-        Kind("memory alarm", memory_alarm, excludes="broker", heavy=7),
-        Kind("disk alarm", disk_alarm, excludes="broker", heavy=7),
-        Kind("network cut", cut_network, excludes="network", heavy=4),
-        Kind("network stalled", stall_network, excludes="network", heavy=11),
-        Kind("network half-open", leave_half_open, excludes="network", heavy=14),
-        Kind("network slow", slow_network, excludes="network", heavy=5),
-        Kind("store's disk full", fill_store, needs="disks", heavy=5),
-        Kind("spool's disk full", fill_spool, needs="disks", heavy=5),
-        Kind("ledger's disk full", fill_ledger, excludes="ledger", needs="disks", heavy=5),
-        Kind("ledger stalled", stall_ledger, excludes="ledger", heavy=40),
+        Kind("slot killed", kill_slot, scope="worker"),
+        Kind("slot frozen briefly", freeze_slot_briefly, scope="worker"),
+        Kind("slot frozen beyond the lease", freeze_slot_long, scope="worker"),
+        Kind("agent killed", kill_agent, scope="worker"),
+        Kind("agent stopped in order", stop_agent, scope="worker"),
+        Kind("agent frozen briefly", freeze_agent_briefly, scope="worker"),
+        Kind("agent frozen beyond the lease", freeze_agent_long, scope="worker"),
+        Kind("worker frozen as a whole beyond the lease", freeze_worker, scope="worker"),
+        Kind("scheduler killed", kill_scheduler),
+        Kind("scheduler stopped in order", stop_scheduler),
+        Kind("scheduler frozen briefly", freeze_scheduler_briefly),
+        Kind("scheduler frozen beyond the lease", freeze_scheduler_long),
+        Kind("standby killed", kill_standby, needs="standby"),
+        Kind("standby frozen beyond the lease", freeze_standby, needs="standby"),
+        Kind("client killed", kill_client),
+        Kind("broker killed", kill_broker, excludes="broker"),
+        Kind("broker restarted in order", restart_broker, excludes="broker"),
+        Kind("broker frozen", freeze_broker, excludes="broker"),
+        Kind("submit queue deleted", delete_submit_queue, excludes="broker"),
+        Kind("outcome queue deleted", delete_outcome_queue, excludes="broker"),
+        Kind("api queue deleted", delete_api_queue, excludes="broker"),
+        Kind("class queue deleted", delete_class_queue, excludes="broker"),
+        Kind("worker queue deleted", delete_worker_queue, excludes="broker"),
+        Kind("report queue deleted", delete_report_queue, excludes="broker"),
+        Kind("connection closed", close_connection, excludes="broker"),
+        Kind("memory alarm", memory_alarm, excludes="broker"),
+        Kind("disk alarm", disk_alarm, excludes="broker"),
+        Kind("network cut", cut_network, excludes="network"),
+        Kind("network stalled", stall_network, excludes="network"),
+        Kind("network half-open", leave_half_open, excludes="network"),
+        Kind("network slow", slow_network, excludes="network"),
+        Kind("store's disk full", fill_store, needs="disks"),
+        Kind("spool's disk full", fill_spool, needs="disks"),
+        Kind("ledger's disk full", fill_ledger, excludes="ledger", needs="disks"),
+        Kind("ledger stalled", stall_ledger, excludes="ledger"),
+        Kind("database killed", kill_database, excludes="ledger", needs="standby"),
+        Kind("database's session frozen", freeze_session, excludes="ledger", needs="standby"),
     )
 }
 

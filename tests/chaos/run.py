@@ -12,6 +12,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from sqlalchemy.exc import OperationalError
+
 from mqworker.client import Client
 from mqworker.errors import MqworkerError
 from tests.chaos import evidence as proof
@@ -142,17 +144,20 @@ class _Fire:
 
     def _recover(self, end):
         """Wait until something is granted and recorded again, then a little more."""
-        before = self._news()
+        before = self._news() or (0, 0)
         deadline = min(end, time.monotonic() + RECOVERY)
         while time.monotonic() < deadline and not self.interrupted:
             now = self._news()
-            if all(new > old for new, old in zip(now, before, strict=True)):
+            if now is not None and all(new > old for new, old in zip(now, before, strict=True)):
                 break
             self._calm(0.3, end)
         self._calm(self.rng.uniform(*CALM[self.given.quick]), end)
 
     def _news(self):
-        return self.world.audit.newest()
+        try:
+            return self.world.audit.newest()
+        except OperationalError:
+            return None
 
     def _calm(self, seconds, end):
         until = min(end, time.monotonic() + seconds)
@@ -162,7 +167,10 @@ class _Fire:
 
     def _tick(self):
         """Keep the backlog short, and say how it goes."""
-        states, results = self.world.audit.counts()
+        try:
+            states, results = self.world.audit.counts()
+        except OperationalError:  # the ledger is on fire, too
+            return
         live = sum(number for state, number in states.items() if state not in FINAL)
         self.world.pace(rate=RATE if live < BACKLOG else 0.0)
         if time.monotonic() - self.told > TELL:
@@ -196,8 +204,6 @@ class _Fire:
         left += self._after_the_stop()
         found = proof.gather(world)
         found.left += left
-        if self.given.keep:
-            world.keep_ledger(self.directory / "kept")
         self.facts = report.facts(world, self.given, self.seed)
         self.facts["left_out"] = self.left_out
         return found

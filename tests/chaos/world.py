@@ -5,10 +5,10 @@ Each process reaches the broker by a proxy of its own, and is started again when
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ WORKERS = {"w0": ["left"], "w1": ["left"], "w2": ["right"], "w3": ["right"]}  # 
 SLOTS = 3
 SUBMITTERS = ("s0", "s1")
 POLL = 0.05  # seconds
-TMPFS = {"ledger": "192m", "store": "96m", "state": "24m"}  # what the disks hold that can be full
+TMPFS = {"ledger": "512m", "store": "96m", "state": "24m"}  # what the disks hold that can be full
 MARK = "MQWORKER_TASK_CHAOS"  # in the environment of everything that stems from a pool; tasks may read it
 YOUNG_QUEUE = 4.0  # seconds; a quorum queue younger than about one does not survive a kill of its broker
 
@@ -141,6 +141,7 @@ class World:
         self._node_thread = ThreadPoolExecutor(1, thread_name_prefix="node")  # outlives the node that it starts
         self._quorum_deleted = 0.0
         self.node = None
+        self.cluster = None
         self.proxies = {}
         self.taken = {worker: threading.Lock() for worker in WORKERS}  # by a fault that must not meet another there
 
@@ -175,7 +176,7 @@ class World:
         self._quorum_deleted = time.monotonic()
         self.store_url = f"file://{self.directory / 'store'}"
         Store.open(self.store_url, create=True)  # workers may start before their scheduler
-        self.ledger_url = f"sqlite:///{self.directory / 'ledger' / 'ledger.db'}"
+        self._make_ledger()
         self.audit = Audit(self.ledger_url)
         self.supervisor = Supervisor(self.record, self.rng)
         self.supervisor.start()
@@ -198,9 +199,64 @@ class World:
             self._stack.callback(subprocess.run, ["umount", "--lazy", str(self.directory / name)], check=False)
         self.mounted = True
 
+    def _make_ledger(self):
+        if self.kind == "sqlite":
+            self.ledger_url = f"sqlite:///{self.directory / 'ledger' / 'ledger.db'}"
+            return
+        from tests.cluster import Cluster  # noqa: PLC0415  # needs PostgreSQL, which SQLite does not
+
+        tempfile.tempdir = str(self.directory / "ledger")  # on the small disk
+        (self.directory / "ledger").chmod(0o711)
+        self.cluster = Cluster(["max_wal_size=64MB", "min_wal_size=32MB"])
+        tempfile.tempdir = None
+        self._stack.callback(lambda: self._on_node(lambda: self.cluster.__exit__(None, None, None)))
+        self._on_node(self._start_cluster)
+        self.ledger_url = self.cluster.url()
+
+    def _start_cluster(self):
+        tempfile.tempdir = str(self.directory / "ledger")
+        try:
+            self.cluster.__enter__()
+        finally:
+            tempfile.tempdir = None
+
+    def database_runs(self):
+        return self.cluster is not None and alive(self.cluster.pid)
+
+    def kill_database(self):
+        """End the database as a crash would."""
+        os.kill(self.cluster.pid, signal.SIGQUIT)
+        self._on_node(self._bury_database)
+
+    def start_database(self):
+        """Start the database, unless it runs."""
+        if self.cluster is not None and not self.database_runs():
+            self._on_node(self._bury_database)
+            self._on_node(self.cluster.start)
+
+    def _bury_database(self):
+        deadline = time.monotonic() + 20
+        while self.database_runs() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
     @property
     def scheduler_names(self):
-        return ("scheduler",)
+        return ("scheduler",) if self.kind == "sqlite" else ("first", "second")
+
+    def active(self):
+        """Return the name of the active scheduler."""
+        if self.kind == "sqlite":
+            return "scheduler"
+        pid = self.audit.active()
+        for name in self.scheduler_names:
+            if pid is not None and self.party(name).pid == pid:
+                return name
+        raise Missed("no scheduler is active")
+
+    def standby(self):
+        """Return the name of the scheduler that stands by."""
+        active = self.active()
+        return next(name for name in self.scheduler_names if name != active)
 
     def _environment(self, name):
         proxy = self.proxies.get(name)
@@ -214,7 +270,7 @@ class World:
             "MQWORKER_AMQP_URL": proxy.url(self.node.url),
             "MQWORKER_PREFIX": self.prefix,
             "MQWORKER_STORE": self.store_url,
-            "MQWORKER_LEDGER": self.ledger_url,
+            "MQWORKER_LEDGER": self._ledger_url(name),
             "MQWORKER_LOG_FORMAT": "json",
             "MQWORKER_SCHEDULER_METRICS_LISTEN": "",
             "MQWORKER_SCHEDULER_RETRY_DELAY": "0.3",
@@ -224,6 +280,15 @@ class World:
             "MQWORKER_WORKER_DRAIN_GRACE": "2",
             "MQWORKER_CONFIG": os.devnull,
         }
+
+    def _ledger_url(self, name):
+        """Return the ledger's URL for a party: a scheduler reaches a database server by a proxy of its own, too."""
+        if self.kind == "sqlite" or name not in self.scheduler_names:
+            return self.ledger_url if self.kind == "sqlite" else "sqlite:///nowhere"
+        key = f"{name}'s ledger"
+        if key not in self.proxies:
+            self.proxies[key] = self._stack.enter_context(Proxy.before(self.ledger_url))
+        return self.proxies[key].url(self.ledger_url)
 
     def _party(self, name, *command, **environment):
         log = self.directory / "logs" / f"{name}.log"
@@ -398,11 +463,12 @@ class World:
                     with suppress(ProcessLookupError):
                         os.kill(slot.pid, signal.SIGCONT)
         self.start_broker()
+        self.start_database()
 
-    def keep_ledger(self, to):
-        """Copy what is on the small disks to where it stays."""
-        for what in ("ledger", "state"):
-            shutil.copytree(self.directory / what, to / what, dirs_exist_ok=True)
+
+def alive(pid):
+    """Tell whether a process lives; a zombie does not."""
+    return identify(pid) is not None
 
 
 def children(pid):
