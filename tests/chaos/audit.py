@@ -87,7 +87,7 @@ def _in_sqlite(triggers):
         condition = "" if when is None else f" WHEN {when}"
         now = "(julianday('now') - 2440587.5) * 86400.0"
         yield (
-            f"CREATE TRIGGER IF NOT EXISTS chaos_{name} AFTER {event} ON {table}{condition}"
+            f"CREATE TRIGGER IF NOT EXISTS chaos_{name} AFTER {event} ON {table}{condition}"  # noqa: S608  # constants
             f" BEGIN INSERT INTO {into} VALUES ({now}, {values}); END"
         )
 
@@ -99,7 +99,7 @@ def _in_postgresql(triggers):
         condition = "" if when is None else f" WHEN ({when})"
         now = "extract(epoch FROM clock_timestamp())"
         yield (
-            f"CREATE OR REPLACE FUNCTION chaos_{name}() RETURNS trigger LANGUAGE plpgsql AS $$"
+            f"CREATE OR REPLACE FUNCTION chaos_{name}() RETURNS trigger LANGUAGE plpgsql AS $$"  # noqa: S608  # constants
             f" BEGIN INSERT INTO {into} VALUES ({now}, {values}); RETURN NULL; END $$"
         )
         yield (

@@ -331,7 +331,7 @@ def memory_alarm(world, dice, doing):
 
 
 def disk_alarm(world, dice, doing):
-    _alarm(world, dice, doing, ("set_disk_free_limit", "900TB"), ("set_disk_free_limit", "50MB"))
+    _alarm(world, dice, doing, ("set_disk_free_limit", "900000GB"), ("set_disk_free_limit", "50MB"))
 
 
 # ---------------------------------------------------------------- the network
