@@ -131,6 +131,9 @@ class WorkerMetrics(_Process):
             "mqworker_worker_runs_total", "Runs that ended here, by task and result.", ["task", "result"]
         )
         self.refusals = self._counter("mqworker_worker_refusals_total", "Tickets that this worker refused.", ["task"])
+        self.held = self._gauge(
+            "mqworker_worker_held", "1 while the worker takes no work for want of room; /healthz says where."
+        )
         self.slot_restarts = self._counter(
             "mqworker_worker_slot_restarts_total", "Slot processes started after the first ones."
         )
