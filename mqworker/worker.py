@@ -475,8 +475,14 @@ class Worker:
             self._act()
             return
         self._directories[act.token] = directory
+        try:
+            for_slot, cores = self._limit(act, child, directory)
+        except HostUnfit as error:  # without its limits it must not run
+            self._agent.hold("limits", str(error))
+            self._agent.not_started(act.token, str(error))
+            self._act()
+            return
         self._hold_deadline(act.slot, act.deadline_ns)
-        for_slot, cores = self._limit(act, child, directory)
         child.order(
             RunTask(
                 request=act.request,
@@ -495,6 +501,8 @@ class Worker:
         child.token = act.token
         child.ooms = processes.oom_kills()
         if not limits.any_of(bounds):
+            if child.group is not None:
+                child.group.bound(memory=None, cpus=None, processes=None)  # the run before this one may have had some
             return None, []
         watch = Watch(limits=bounds, slot=child.process.pid, directory=directory, cgroup=child.group)
         self._watches[act.slot] = watch
