@@ -479,6 +479,7 @@ class Worker:
             for_slot, cores = self._limit(act, child, directory)
         except HostUnfit as error:  # without its limits it must not run
             self._agent.hold("limits", str(error))
+            self._lacking["limits"] = None  # until the next look at what is in the way
             self._agent.not_started(act.token, str(error))
             self._act()
             return
@@ -643,8 +644,12 @@ class Worker:
                 os.close(printed)
             child = self._children[number] = _Child(process, output)
         if self._groups is not None:
-            child.group = self._groups.make(number)
-            child.group.put(process.pid)
+            try:
+                group = self._groups.make(number)
+                group.put(process.pid)
+                child.group = group
+            except HostUnfit as error:
+                logger.warning("a slot has no control group", extra={"slot": number, "reason": str(error)})
         self._hold_deadline(number, watchdog.NO_DEADLINE)
         self._note_children()
         child.order(Outfit(store=self._store_url))
