@@ -67,6 +67,7 @@ class SchedulerMetrics(_Process):
 
     def __init__(self, *, version: str) -> None:
         super().__init__(role="scheduler", version=version)
+        self.active = self._gauge("mqworker_scheduler_active", "1 while this scheduler is active, not standby.")
         self.term = self._gauge("mqworker_scheduler_term", "The term of this scheduler.")
         self.requests = self._gauge("mqworker_requests", "Requests that are not final, by state.", ["state"])
         self.received = self._counter(

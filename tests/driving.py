@@ -230,7 +230,7 @@ class Peer:
             version="0",
         )
 
-    def beat(self, *running, claiming=(), unsettled=(), slots=None):
+    def beat(self, *running, claiming=(), unsettled=(), slots=None, **fields):
         return Heartbeat(
             queue=self.queue,
             assigned=self.queue,
@@ -241,6 +241,7 @@ class Peer:
             ],
             claiming=list(claiming),
             unsettled=list(unsettled),
+            **fields,
         )
 
     def claim(self, request, attempt=1, token=None):
