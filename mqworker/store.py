@@ -191,6 +191,9 @@ class Store:
 
     def _take_id(self) -> None:
         with _guarded(f"make a store at {self.url}"):
+            with suppress(FileNotFoundError):
+                obstore.head(self._objects, _ID_KEY)
+                return  # a disk that is full keeps nobody from what is there
             try:
                 obstore.put(self._objects, _ID_KEY, str(uuid.uuid4()).encode(), mode="create")
             except AlreadyExistsError:
