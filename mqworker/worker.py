@@ -175,6 +175,7 @@ class Worker:
         # What must be killed does not wait for a disk, and not for another that does not die.
         self._kill_threads = ThreadPoolExecutor(slots + 2, thread_name_prefix="kill")
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
+        self._room_thread = ThreadPoolExecutor(1, thread_name_prefix="room")  # an outcome waits for no chroot to go
         self._spooling: list[Outcome] = []
         self._is_spooling = False
         self._watching = asyncio.Event()  # a run with limits has begun
@@ -234,7 +235,7 @@ class Worker:
             await self._reading.close()
             await self._writing.close()
             await asyncio.gather(*links, return_exceptions=True)
-            for threads in (self._disk_thread, self._kill_threads, self._look_thread):
+            for threads in (self._disk_thread, self._kill_threads, self._look_thread, self._room_thread):
                 threads.shutdown()
             with contextlib.suppress(OSError):  # they are gone: what a full disk still says of them harms nobody
                 self._state.note_slots([])
@@ -313,6 +314,9 @@ class Worker:
 
     async def _in_disk_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._disk_thread, call)
+
+    async def _in_room_thread(self, call: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._room_thread, call)
 
     async def _in_kill_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._kill_threads, call)
@@ -552,7 +556,7 @@ class Worker:
     async def _look_at_disks(self) -> None:
         """Take no work while there is no room for it."""
         while self._rooms:
-            await self._in_disk_thread(self._find_room)
+            await self._in_room_thread(self._find_room)
             if not self._noted:
                 self._note_children()
             for what, why in self._lacking.items():
@@ -602,7 +606,7 @@ class Worker:
 
     async def _remove(self, directory: Path) -> None:
         try:
-            await self._in_disk_thread(partial(processes.remove_tree, directory))
+            await self._in_room_thread(partial(processes.remove_tree, directory))
         except HostUnfit as error:
             logger.error("a run's directory could not be removed", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
 

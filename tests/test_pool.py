@@ -3,7 +3,7 @@
 import pytest
 
 from mqworker.facts import Accept, Grant, Need, Offer
-from mqworker.lifecycle import State
+from mqworker.lifecycle import MAX_BACK_OFF, State
 from mqworker.messages import (
     Abort,
     Alive,
@@ -717,6 +717,20 @@ def test_reports_that_are_older_than_the_newest_are_dropped(driven, anna):
     anna.say(anna.beat(ref))
     driven.turn()
     assert len(anna.hear(Alive)) == 1
+
+
+def test_a_back_off_is_no_longer_than_it_may_be_though_the_clock_was_set_back_before_a_restart(driven, anna):
+    one = driven.request()
+    anna.end(anna.run(one), "lost")
+    again = Driven(driven.ledger, term=2)
+    again.steady = -36000.0
+    again.pool.restore(kept_by(again.ledger), again.moment)
+    anna = Peer(again, incarnation=2).join()
+    again.pass_time(MAX_BACK_OFF + 1)
+    anna.say(anna.beat())
+    again.turn()
+
+    assert again.states(one) == ["offered"]
 
 
 def test_of_two_workers_with_one_name_the_second_is_refused_until_the_first_is_silent(driven, anna):
