@@ -228,7 +228,7 @@ class Peer:
             version="0",
         )
 
-    def beat(self, *running, claiming=(), unsettled=(), slots=None):
+    def beat(self, *running, claiming=(), unsettled=(), slots=None, **fields):
         return Heartbeat(
             queue=self.queue,
             assigned=self.queue,
@@ -239,6 +239,7 @@ class Peer:
             ],
             claiming=list(claiming),
             unsettled=list(unsettled),
+            **fields,
         )
 
     def claim(self, request, attempt=1, token=None):
