@@ -276,4 +276,3 @@ def test_a_rolling_upgrade_under_load_loses_nothing_and_repeats_nothing(pool, ru
         assert {versions[one] for one in special} == {"version 2"}
         assert {"version 1", "version 2"} == set(versions.values())
         assert runs.count("start") == len(ids)
-        runs.assert_no_overlap()
