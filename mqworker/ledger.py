@@ -472,6 +472,11 @@ class Ledger:
         return self._database.term
 
     @property
+    def upgraded_from(self) -> str | None:
+        """Name the older schema that it had until it was opened; None: it had none, or this one."""
+        return None if self._database.found == schema.REVISION else self._database.found
+
+    @property
     def sure(self) -> bool:
         """Tell whether nobody else can have been elected yet; if not, `commit` finds out."""
         return self._database.sure

@@ -157,7 +157,7 @@ class PostgresqlDatabase(Database):
             if self._look(connection):
                 connection.execute(text(_END_SESSION))
                 connection.execute(select(leader).with_for_update())
-            migrations.bring_up(connection, self.name)
+            self.found = migrations.bring_up(connection, self.name)
             session = connection.execute(text(_MY_SESSION)).one()
             term = connection.scalar(_elect, {"pid": session.pid, "began": session.began})
             holder = f"process {os.getpid()} on {socket.gethostname()}"

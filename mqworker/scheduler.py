@@ -669,6 +669,8 @@ async def run(
             if ledger is None:
                 return
             doors.callback(ledger.close)
+            if ledger.upgraded_from is not None:
+                logger.info("the ledger's schema was brought up to date", extra={"before": ledger.upgraded_from})
             scheduler = Scheduler(
                 amqp_url=amqp_url,
                 topology=Topology(prefix),
