@@ -229,7 +229,7 @@ def _convert(key: str, value: Any, source: str) -> Any:
         if key in FREE_TABLES and isinstance(value, dict) and len(value) > 1:
             for name, one in value.items():  # the one that is wrong says so of itself
                 _convert(key, {name: one}, source)
-        shown = "a URL" if "url" in key else repr(value)  # a URL carries a password
+        shown = "something else" if KEYS[key] == Url else repr(value)  # a URL carries a password
         raise SettingsError(f"unusable value for {key} (from {source}): {error}; got {shown}") from error
     # Residents change their directory: a path means the same from anywhere.
     return converted.expanduser().absolute() if isinstance(converted, Path) else converted
