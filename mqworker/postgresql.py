@@ -95,7 +95,16 @@ _CODES: Final[dict[str, tuple[type[MqworkerError], str]]] = {
     "XX002": (LedgerInvalid, "bring back a backup"),
 }
 # A refusal at the door has no code, only words.
-_REFUSALS: Final = ("authentication failed", "pg_hba.conf", "does not exist", "no password supplied", "not permitted")
+_REFUSALS: Final = (
+    "authentication failed",
+    "pg_hba.conf",
+    "does not exist",
+    "no password supplied",
+    "not permitted",
+    "permission denied",
+    "does not support SSL",
+    "certificate verify failed",
+)
 
 
 class PostgresqlDatabase(Database):

@@ -691,6 +691,11 @@ async def run(
                 await scheduler.run()
             except LedgerLost as error:
                 logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            except LedgerUnavailable as error:
+                if not stopping.is_set():
+                    raise
+                logger.warning("scheduler has stopped before it could begin", extra={"reason": str(error)})
+                return
             else:
                 logger.info("scheduler has stopped")
                 return
