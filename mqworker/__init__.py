@@ -23,7 +23,8 @@ checks it.
     1 judgement    explain (why a request waits)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
-                     dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time, given facts
+                     dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what):
+                     pure; told the time, given facts
       its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)

@@ -55,10 +55,14 @@ FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
+USER_HEADER: Final = "x-mqworker-user"
+SENDING_HEADERS: Final = ("CC", "BCC")  # RabbitMQ's sender-selected distribution
 REASON_CHARACTERS: Final = 2000
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
+ACCESS_REFUSED: Final = 403
+NOT_FOUND: Final = 404
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,11 @@ def redact(url: str) -> str:
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     user = f"{parts.username}:***@" if parts.password is not None else f"{parts.username}@" if parts.username else ""
     return f"{parts.scheme}://{user}{host}{port}{parts.path}"
+
+
+def user_of(url: str) -> str:
+    """Return the broker's user that a URL names: guest, if none."""
+    return unquote(urlsplit(url).username or "guest")
 
 
 def _read_url(url: str) -> URLParameters:
@@ -233,13 +242,13 @@ class Link:
         if "blocked_connection_timeout" not in options:
             parameters.blocked_connection_timeout = blocked_seconds
         self._parameters = parameters
-        self._where = _Where(
-            parameters.host, parameters.port, parameters.virtual_host, unquote(urlsplit(url).username or "guest")
-        )
+        self._where = _Where(parameters.host, parameters.port, parameters.virtual_host, user_of(url))
+        self.user = self._where.user  # what the broker lets stand as the user_id of what is published here
         self._plan = plan
         self._on_up = on_up
         self._on_down = on_down
         self._on_blocked = on_blocked
+        self._looks_only = False  # this user may not declare what lasts
         self._life: _Life | None = None
         self._running = False
         self._closing = asyncio.Event()
@@ -269,7 +278,7 @@ class Link:
         failures = 0
         try:
             while not self._closing.is_set():
-                life = _Life(self._parameters, self._where, self._plan, self._on_blocked)
+                life = _Life(self._parameters, self._where, self._plan, self._on_blocked, looks_only=self._looks_only)
                 self._life = life
                 began = time.monotonic()
                 try:
@@ -283,6 +292,9 @@ class Link:
                     return
                 if not isinstance(end, MqworkerError):
                     raise end
+                if life.denied and not self._looks_only:
+                    self._looks_only = True  # whoever may has declared it, as a rule: look at once
+                    continue
                 self.last_error = end
                 self._tell_waiters()
                 if was_up:
@@ -433,12 +445,20 @@ class Link:
             timestamp=int(time.time()),
             type=kind,
             app_id="mqworker",
+            user_id=self.user,
         )
         return self._life.publish(exchange, key, body, properties, mandatory=mandatory)
 
     def put_aside(self, delivery: Delivery, *, exchange: str, reason: str) -> asyncio.Future[None]:
-        """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers."""
-        headers = {**delivery.headers, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        """Publish a delivery as it came, for a person to look at, with reason, first exchange and user in headers.
+
+        Its user_id cannot be kept, since it would be a lie of ours. Nor are headers by which the broker would send it
+        elsewhere too.
+        """
+        kept = {name: value for name, value in delivery.headers.items() if name not in SENDING_HEADERS}
+        headers = {**kept, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        if delivery.user_id is not None:
+            headers[USER_HEADER] = delivery.user_id
         return self.publish(
             exchange=exchange,
             key=exchange,
@@ -485,6 +505,8 @@ class _Life:
         where: _Where,
         plan: Callable[[str], Plan],
         on_blocked: Callable[[bool], None],
+        *,
+        looks_only: bool,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.epoch = secrets.token_hex(8)
@@ -499,6 +521,8 @@ class _Life:
         self._where = where
         self._plan = plan
         self._on_blocked = on_blocked
+        self._looks_only = looks_only
+        self.denied = False  # something of the plan
         self._closed: asyncio.Future[None] = loop.create_future()
         self._tags: dict[str, str] = {}  # queue -> consumer tag
         self._early: list[Callable[[], None]] = []  # deliveries that came before all of the plan was carried out
@@ -533,7 +557,7 @@ class _Life:
         with self._owners_code():
             plan = self._plan(self.epoch)
             for exchange in plan.exchanges:  # without waiting for answers: a refusal closes the channel in any case
-                channel.exchange_declare(exchange.name, exchange.kind, durable=True)
+                channel.exchange_declare(exchange.name, exchange.kind, durable=True, passive=self._looks_only)
             for queue in plan.queues:
                 self._declare(queue)
             if plan.replies is not None:
@@ -607,6 +631,16 @@ class _Life:
         self.end(self._where.explain(error))
 
     def _on_channel_closed(self, _channel: Channel, error: Exception) -> None:
+        if isinstance(error, ChannelClosedByBroker) and not self.opened.done():  # in the middle of the plan
+            self.denied = error.reply_code == ACCESS_REFUSED
+            if self._looks_only and error.reply_code == NOT_FOUND:
+                self.end(
+                    BrokerUnavailable(
+                        f"no scheduler has set up what this user needs of the broker at {self._where} and may not "
+                        f"declare: {error.reply_text}; start one or run `mqworker topology declare`"
+                    )
+                )
+                return
         self.end(self._where.explain(error))
 
     def _on_cancelled(self, frame: Any) -> None:
@@ -683,6 +717,9 @@ class _Life:
         return future
 
     def _declare(self, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
+        if queue.lasting and self._looks_only:
+            self.channel.queue_declare(queue.name, passive=True, callback=on_done)
+            return
         self.channel.queue_declare(
             queue.name,
             durable=queue.durable,

@@ -352,6 +352,9 @@ def scheduler(
             no_worker_after=settings.scheduler.no_worker_after,
             group_weights=settings.scheduler.group_weights,
             concurrency_limits=settings.scheduler.concurrency_limits,
+            rule=settings.access.rule,
+            operators=settings.access.operators,
+            groups=settings.access.groups,
             metrics_listen=settings.scheduler.metrics_listen,
         )
     )

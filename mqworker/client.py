@@ -26,6 +26,7 @@ from mqworker.errors import (
     ArtifactInvalid,
     BrokerUnavailable,
     Conflict,
+    Forbidden,
     MqworkerError,
     NotFound,
     NotPublished,
@@ -46,10 +47,12 @@ from mqworker.messages import (
     ArtifactList,
     Capability,
     CapabilityList,
+    Command,
     CountRequests,
     Explain,
     Explanation,
     FileEntry,
+    ForgetWorker,
     GetCapabilities,
     GetPool,
     GetRequests,
@@ -131,6 +134,7 @@ _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
     "rejected": Rejected,
     "artifact_invalid": ArtifactInvalid,
     "store_mismatch": StoreMismatch,
+    "forbidden": Forbidden,
 }
 
 
@@ -374,22 +378,28 @@ class Client:
         )
         return self._ask(query, RequestCount).number
 
-    def abort(self, ids: Iterable[str], reason: str) -> Views:
+    def abort(self, ids: Iterable[str], reason: str, *, refused: dict[str, str] | None = None) -> Views:
         """Stop requests, wherever they are, and return them; a running one ends a little later.
+
+        Into `refused` goes why, by id, of those that this user may not command.
 
         Raises:
             NotFound: some are not there; the others are being stopped.
+            Forbidden: this user may not command some, and no `refused` is given; the others are being stopped.
         """
-        return self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped")
+        return self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped", refused)
 
-    def reprioritise(self, ids: Iterable[str], priority: int) -> Views:
+    def reprioritise(self, ids: Iterable[str], priority: int, *, refused: dict[str, str] | None = None) -> Views:
         """Give requests another priority, and return them; to those that have ended it means nothing.
+
+        Into `refused` goes why, by id, of those that this user may not command.
 
         Raises:
             NotFound: some are not there; the others have it.
+            Forbidden: this user may not command some, and no `refused` is given; the others have it.
             Rejected: there is no such priority.
         """
-        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it")
+        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it", refused)
 
     def retry(self, id: str, *, new_id: str | None = None) -> str:  # noqa: A002  # the word for it everywhere else
         """Ask for an ended request to be done anew and return the id of the new request.
@@ -399,6 +409,7 @@ class Client:
         Raises:
             NotFound: there is no such request.
             Conflict: it has not ended.
+            Forbidden: this user may not command it.
             Rejected: the scheduler would not accept it any more.
         """
         new_id = new_id or str(uuid.uuid4())
@@ -458,9 +469,23 @@ class Client:
             fit.learn(limit, page)
 
     def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
-        """Ask workers to look at their hosts again (no names: all), and return what is known now."""
+        """Ask workers to look at their hosts again (no names: all), and return what is known now.
+
+        Raises:
+            Forbidden: this user is no operator.
+        """
         self._ask(RefreshWorkers(names=[*names]), WorkerList)
         return self.workers()
+
+    def forget_worker(self, name: str, *, user: str | None = None) -> None:
+        """Make a worker's name that of whichever of the broker's users uses it next, or of `user`.
+
+        Raises:
+            NotFound: it is nobody's.
+            Forbidden: this user is no operator.
+            Rejected: it cannot be a name.
+        """
+        self._ask(ForgetWorker(name=name, user=user), WorkerList)
 
     def pool(self) -> Pool:
         """Return how the scheduler is."""
@@ -485,6 +510,7 @@ class Client:
         A name that nobody knows is paused too: it may come.
 
         Raises:
+            Forbidden: this user is no operator.
             Rejected: it cannot be a name.
         """
         return self._ask(Pause(kind=kind, name=name, reason=reason), PauseList).pauses
@@ -493,6 +519,7 @@ class Client:
         """End a pause, if there is one, and return what is still paused.
 
         Raises:
+            Forbidden: this user is no operator.
             Rejected: it cannot be a name.
         """
         return self._ask(Resume(kind=kind, name=name), PauseList).pauses
@@ -649,10 +676,13 @@ class Client:
     def _ask(self, query: Query, kind: type[_T]) -> _T:
         return self._call(self._answer(_checked(query), kind, self._deadline()))
 
-    def _command(self, ids: Iterable[str], query: Callable[[Ids], Query], done: str) -> Views:
+    def _command(
+        self, ids: Iterable[str], query: Callable[[Ids], Query], done: str, refused: dict[str, str] | None
+    ) -> Views:
         """Ask for something to be done to any number of requests, and return them."""
         views: Views = []
         missing: Ids = []
+        forbidden: dict[str, str] = {}
         left = [*ids]
         fit = self._requests_at_once
         while left:
@@ -662,9 +692,15 @@ class Client:
             fit.learn(len(answer.requests), answer)
             views += answer.requests
             missing += answer.missing
+            forbidden |= answer.forbidden
+            if refused is not None:
+                refused |= answer.forbidden
+        others = f"; the other {len(views)} {done}" if views else ""
         if missing:
-            others = f"; the other {len(views)} {done}" if views else ""
             raise NotFound(f"{_no_request(missing)}{others}")
+        if forbidden and refused is None:
+            first = next(iter(forbidden.values()))
+            raise Forbidden(f"not on {', '.join(forbidden)}: {first}{others}")
         return views
 
     def _pages(self, query: ListRequests, limit: int | None) -> Iterator[RequestView]:
@@ -750,7 +786,8 @@ class Client:
 
     async def _answer(self, query: Query, kind: type[_T], left: Callable[[], float]) -> _T:
         name = tag_of(query)
-        body = await self._exchange(self._topology.api, name, encode(query), f"the query {name}", left)
+        exchange = self._topology.command if isinstance(query, Command) else self._topology.api
+        body = await self._exchange(exchange, name, encode(query), f"the query {name}", left)
         answer = decode(body, cast("Any", Answer))
         if isinstance(answer, Problem):
             raise _PROBLEMS[answer.kind](answer.text)

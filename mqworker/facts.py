@@ -39,6 +39,7 @@ class Accept:
     rejected: Reason | None = None
     requirement: int | None = None  # its requirement class; None only for what is rejected
     inputs: tuple[int, ...] = ()  # artifact ids that its data name
+    submitter: str | None = None  # the broker's user; None: the broker did not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +157,15 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """Make a worker's name that of a broker's user; None: nobody's. The result says whether it was somebody's."""
+
+    name: str
+    user: str | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rekey:
     """Put requests that have not ended into other requirement classes; the result is their number."""
 
@@ -163,7 +173,7 @@ class Rekey:
 
 
 Write: TypeAlias = (
-    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Import | Pause | Resume | Rekey
+    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Import | Pause | Resume | Own | Rekey
 )
 
 # ---------------------------------------------------------------- what is read

@@ -66,6 +66,7 @@ from mqworker.facts import (
     Moved,
     Need,
     Offer,
+    Own,
     Pause,
     Rekey,
     RequirementRow,
@@ -113,6 +114,7 @@ _meta, _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts =
     schema.artifacts,
 )
 _artifact_files, _artifact_relations, _imports = schema.artifact_files, schema.artifact_relations, schema.imports
+_worker_names = schema.worker_names
 
 _THE_ID: Final = "the_id"
 _THE_ATTEMPT: Final = "the_attempt"
@@ -277,6 +279,10 @@ _pause_again = (
     .values(reason=bindparam("reason"))
 )
 _resume = delete(_pauses).where(_pauses.c.kind == bindparam("the_kind"), _pauses.c.name == bindparam("the_name"))
+
+_disown = delete(_worker_names).where(_worker_names.c.name == bindparam("the_name"))
+_own = insert(_worker_names)
+_all_worker_names = select(_worker_names.c.name, _worker_names.c.user)
 
 _new_artifact = insert(_artifacts).returning(_artifacts.c.id, sort_by_parameter_order=True)
 _new_file = insert(_artifact_files)
@@ -506,6 +512,11 @@ class Ledger:
                 for row in connection.execute(_all_pauses)
             ]
 
+    def worker_names(self) -> dict[str, str]:
+        """Return whose each worker's name is, of those that are somebody's."""
+        with self._snapshot() as connection:
+            return {row.name: row.user for row in connection.execute(_all_worker_names)}
+
     def used(self, requirements: Collection[int]) -> frozenset[int]:
         """Return those of the requirement classes that have a pending request."""
         with self._snapshot() as connection:
@@ -697,6 +708,8 @@ def _about(write: Write) -> str:
             return f"requirement {write.id}"
         case Pause() | Resume():
             return f"pause {write.kind} {write.name}"
+        case Own():
+            return f"worker {write.name}"
         case Rekey():
             return "all"
         case _:
@@ -892,6 +905,7 @@ def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str
         "attempt": 1,
         "tried": 0,
         "submitted": write.at,
+        "submitter": write.submitter,
         "ended": write.at if beginning.state in FINAL else None,
         "reason": _reason_json(beginning.reason),
     }
@@ -1160,6 +1174,16 @@ def _do_resumes(connection: Connection, writes: Sequence[Resume]) -> list[Result
     ]
 
 
+def _do_owns(connection: Connection, writes: Sequence[Own]) -> list[Result]:
+    def own(write: Own) -> bool:
+        owned = connection.execute(_disown, {"the_name": write.name}).rowcount == 1
+        if write.user is not None:
+            connection.execute(_own, {"name": write.name, "user": write.user, "since": write.at})
+        return owned
+
+    return [own(write) for write in writes]
+
+
 def _do_rekeys(connection: Connection, writes: Sequence[Rekey]) -> list[Result]:
     def rekey(write: Rekey) -> int:
         rows = [{_THE_SEQ: seq, "to_requirement": requirement} for seq, requirement in write.to.items()]
@@ -1182,6 +1206,7 @@ _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
     (Import, _do_imports),
     (Pause, _do_pauses),
     (Resume, _do_resumes),
+    (Own, _do_owns),
     (Rekey, _do_rekeys),  # the last: see _plan
 )
 _KINDS: Final = {kind: number for number, (kind, _) in enumerate(_ORDER)}
@@ -1587,6 +1612,7 @@ def _request_view(
         state=row.state,
         attempt=row.attempt,
         submitted=row.submitted,
+        submitter=row.submitter,
         worker=row.worker,
         abort=row.abort,
         not_before=row.not_before,

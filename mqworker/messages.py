@@ -343,7 +343,7 @@ class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
     parts: list[VerdictPart]
 
 
-# ---------------------------------------------------------------- client -> scheduler (mqworker.api), and the answers
+# ---------------------------------------------------------------- client -> scheduler (mqworker.api, mqworker.command)
 
 
 class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
@@ -417,6 +417,14 @@ class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
     names: list[str] = []
 
 
+class ForgetWorker(Struct, frozen=True, kw_only=True, tag="forget_worker"):
+    """Ask that a worker's name be nobody's any more, or another user's."""
+
+    v: int = VERSION
+    name: Name
+    user: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  # whose it is from now on; None: the next's
+
+
 class ListArtifacts(Struct, frozen=True, kw_only=True, tag="list_artifacts"):
     """Ask for artifacts, newest first."""
 
@@ -483,24 +491,22 @@ class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
     v: int = VERSION
 
 
-Query = (
+# What asks goes to mqworker.api, what changes something to mqworker.command: so the broker's rights can keep some users
+# from the latter.
+Question = (
     GetRequests
     | ListRequests
     | CountRequests
-    | Reprioritise
-    | AbortRequests
-    | RetryRequest
     | ListWorkers
-    | RefreshWorkers
     | ListArtifacts
-    | ImportArtifact
-    | Pause
-    | Resume
     | ListPauses
     | Explain
     | GetCapabilities
     | GetPool
 )
+PoolCommand = RefreshWorkers | ForgetWorker | Pause | Resume  # operators' alone
+Command = Reprioritise | AbortRequests | RetryRequest | ImportArtifact | PoolCommand
+Query = Question | Command
 
 
 class AttemptView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -540,11 +546,12 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RequestList(Struct, frozen=True, kw_only=True, tag="request_list"):
-    """Answer GetRequests, ListRequests, AbortRequests and RetryRequest."""
+    """Answer GetRequests, ListRequests, and commands on requests."""
 
     v: int = VERSION
     requests: list[RequestView] = []
     missing: list[str] = []
+    forbidden: dict[str, str] = {}  # ids of those that a command was not allowed on, and why
 
 
 class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -564,10 +571,11 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     paused: str | None = None  # why; empty: no reason was given
     denied: list[str] = []
     capability_class: str | None = None
+    user: str | None = None  # the broker's user whose name it is; None: nobody's
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers, and RefreshWorkers with nobody: what they find comes later."""
+    """Answer ListWorkers; and RefreshWorkers and ForgetWorker with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -692,7 +700,16 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     """Answer a query that cannot be answered as asked."""
 
     v: int = VERSION
-    kind: Literal["unreadable", "not_found", "conflict", "rejected", "too_large", "artifact_invalid", "store_mismatch"]
+    kind: Literal[
+        "unreadable",
+        "not_found",
+        "conflict",
+        "rejected",
+        "too_large",
+        "artifact_invalid",
+        "store_mismatch",
+        "forbidden",
+    ]
     text: str
 
 
@@ -740,7 +757,7 @@ class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
     term: int
     time: float
     worker: str
-    event: Literal["online", "changed", "offline", "refused"]
+    event: Literal["online", "changed", "offline", "refused", "impostor"]
     reason: str | None = None
 
 

@@ -7,6 +7,7 @@ of what waits, the first few of each lane; the rest is read when their turn come
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ import msgspec
 
 from mqworker import explain
 from mqworker.dispatch import Dispatch, Lane, Want
+from mqworker.errors import Impostor
 from mqworker.examiner import Draft, Examiner, wrong_input
 from mqworker.facts import (
     AbortAsked,
@@ -35,6 +37,7 @@ from mqworker.facts import (
     Moved,
     Need,
     Offer,
+    Own,
     Rekey,
     RequirementRow,
     Resume,
@@ -106,6 +109,8 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+MOST_NAMES: Final = 20_000  # of workers, that one broker's user may have: more is no farm, but an attack on memory
+IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -162,6 +167,7 @@ class Kept:
     held: Sequence[Live]  # offered, running, or waiting out a delay
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
+    worker_names: Mapping[str, str]  # to the broker's user whose each is
 
 
 class _Named(NamedTuple):
@@ -276,6 +282,9 @@ class Pool:
         self._running: dict[str, _Entry] = {}
         self._workers: dict[str, _Worker] = {}
         self._pauses: dict[tuple[str, str], PauseView] = {}
+        self._owners: dict[str, str] = {}  # of workers' names: the broker's user that used each first
+        self._names_of: Counter[str] = Counter()  # how many are whose
+        self._impostors: dict[tuple[str, str | None], None] = {}  # of whom was told
         self._swept = 0.0
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
@@ -359,6 +368,8 @@ class Pool:
         self._last_seq = kept.newest
         self._requirements.count_from(kept.newest_requirement)
         self._blocked = kept.blocked
+        for name, user in kept.worker_names.items():
+            self._set_owner(name, user)
         for pause in kept.pauses:
             self._pauses[pause.kind, pause.name] = pause
             if pause.kind == "group":
@@ -530,8 +541,10 @@ class Pool:
         artifacts: Mapping[int, RecordedArtifact],
         moment: Moment,
         answer: Callable[[Receipt], None],
+        *,
+        submitter: str | None = None,
     ) -> None:
-        """Accept or reject requests; the answer is given once the ledger has them."""
+        """Accept or reject requests of a broker's user; the answer is given once the ledger has them."""
         results: list[Receipted | None] = [None] * len(drafts)
 
         def settle(index: int, one: Receipted) -> None:
@@ -550,7 +563,11 @@ class Pool:
             seq = self._last_seq
             if problem is not None:
                 write = Accept(
-                    seq=seq, request=request, at=moment.wall, rejected=Reason(text=problem, stage="submission")
+                    seq=seq,
+                    request=request,
+                    at=moment.wall,
+                    rejected=Reason(text=problem, stage="submission"),
+                    submitter=submitter,
                 )
                 self._write(
                     write, partial(self._accepted, request=request, moment=moment, settle=partial(settle, index))
@@ -568,7 +585,14 @@ class Pool:
                 else:
                     behind = entry
             self._write(
-                Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
+                Accept(
+                    seq=seq,
+                    request=request,
+                    at=moment.wall,
+                    requirement=one.id,
+                    inputs=draft.inputs,
+                    submitter=submitter,
+                ),
                 partial(
                     self._accepted,
                     request=request,
@@ -630,8 +654,17 @@ class Pool:
 
     # ------------------------------------------------------------ reports
 
-    def report(self, report: Report, moment: Moment) -> None:
-        """Take a worker's word; one that is older than the newest known is dropped."""
+    def report(self, report: Report, moment: Moment, user: str | None = None) -> None:
+        """Take a worker's word; one that is older than the newest known is dropped.
+
+        Raises:
+            Impostor: the worker's name is that of another of the broker's users.
+        """
+        try:
+            self._check_name(report.worker, user, moment)
+        except Impostor as error:
+            self._tell_impostor(report, error)
+            raise
         worker = self._workers.setdefault(report.worker, _Worker(name=report.worker))
         if (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
             return
@@ -654,6 +687,45 @@ class Pool:
                     self._claim(worker, part, moment)
                 case Refusal():
                     self._refusal(worker, part)
+
+    def _check_name(self, name: str, user: str | None, moment: Moment) -> None:
+        """Make a worker's name that of the user who is the first to use it, and let nobody else use it."""
+        owner = self._owners.get(name)
+        if owner is None:
+            if user is None:
+                return
+            if self._names_of[user] < MOST_NAMES:
+                self._set_owner(name, user)
+                self._write(Own(name=name, user=user, at=moment.wall), lambda _: None)
+                return
+            text = f"expected at most {MOST_NAMES} names of workers of the broker's user {user}, got one more: {name}"
+        elif owner == user:
+            return
+        else:
+            who = "a user whom the broker does not name (no user_id)" if user is None else f"the broker's user {user}"
+            text = (
+                f"expected what is said as worker {name} from the broker's user {owner}, who was the first, got it from"
+                f" {who}: give this worker another name or that user, or release the name: `mqworker forget {name}`"
+            )
+        if owner is not None and (name, user) not in self._impostors and len(self._impostors) < IMPOSTORS_TOLD:
+            self._impostors[name, user] = None
+            self._publish_worker_event(name, "impostor", text, moment)
+        raise Impostor(text)
+
+    def _tell_impostor(self, report: Report, error: Impostor) -> None:
+        """Answer who speaks in another's name, but never where the rightful one hears."""
+        rightful = self._workers.get(report.worker)
+        if rightful is None or rightful.epoch != report.epoch:
+            part = Assign(queue=None, reason=str(error))
+            self._verdicts.setdefault((report.worker, report.epoch), []).append(part)
+
+    def _set_owner(self, name: str, user: str | None) -> None:
+        before = self._owners.pop(name, None)
+        if before is not None:
+            self._names_of[before] -= 1
+        if user is not None:
+            self._owners[name] = user
+            self._names_of[user] += 1
 
     def _hello(self, worker: _Worker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
@@ -854,10 +926,27 @@ class Pool:
 
     # ------------------------------------------------------------ outcomes
 
-    def outcomes(self, message: Outcomes, moment: Moment) -> None:
-        """Take a worker's outcomes; each is answered, whatever becomes of it."""
+    def outcomes(self, message: Outcomes, moment: Moment, user: str | None = None) -> None:
+        """Take a worker's outcomes; each is answered, whatever becomes of it.
+
+        Raises:
+            Impostor: the worker's name is that of another of the broker's users. They are not answered, so that they
+                stay in the spool of a worker whose user was changed until its name is released. Or a run that one of
+                them is of is another user's.
+        """
+        self._check_name(message.worker, user, moment)
+        for outcome in message.outcomes:
+            self._check_holder(outcome, user)
         for outcome in message.outcomes:
             self._outcome(message.worker, message.epoch, outcome, moment)
+
+    def _check_holder(self, outcome: Outcome, user: str | None) -> None:
+        """Let nobody end a run of another user's worker; a worker may have another name than when it was granted."""
+        entry = self._entries.get(outcome.request)
+        lease = None if entry is None else entry.lease
+        holder = None if lease is None or lease.token != outcome.token else self._owners.get(lease.worker)
+        if holder is not None and holder != user:
+            raise Impostor(f"expected the outcome of a run of the broker's user {holder} from that user, got {user}'s")
 
     def _outcome(self, worker: str, epoch: str, outcome: Outcome, moment: Moment) -> None:
         def answer(ended: Ended) -> None:
@@ -1078,6 +1167,13 @@ class Pool:
         """Record an artifact that no request made."""
         self._write(Import(key=key, artifact=artifact, at=moment.wall), then)
 
+    def forget_worker(self, name: str, user: str | None, moment: Moment, then: Callable[[bool], None]) -> None:
+        """Make a worker's name nobody's, or another user's; what runs there goes on."""
+        self._set_owner(name, user)
+        for key in [key for key in self._impostors if key[0] == name]:
+            del self._impostors[key]
+        self._write(Own(name=name, user=user, at=moment.wall), then)
+
     def refresh(self, names: Sequence[str]) -> None:
         """Ask workers for fresh metadata; no names: all that are online."""
         for worker in self._workers.values():
@@ -1227,7 +1323,7 @@ class Pool:
     def decorate(self, view: RequestView) -> RequestView:
         """Add what only memory knows: progress, and what a pending request waits for."""
         entry = self._entries.get(view.request.id)
-        progress = None if entry is None or entry.lease is None else entry.lease.run
+        progress = None if entry is None or entry.lease is None else _shown(entry.lease.run)
         return msgspec.structs.replace(view, progress=progress, waits=self._waits(view, entry))
 
     def _waits(self, view: RequestView, entry: _Entry | None) -> str | None:
@@ -1413,7 +1509,9 @@ class Pool:
                 host=worker.hello.host if worker.hello else "",
                 state=worker.state,  # type: ignore[arg-type]  # one of the three words
                 slots=worker.hello.slots if worker.hello else 0,
-                running=[lease.run for lease in map(self._lease_held, sorted(worker.leases)) if lease is not None],
+                running=[
+                    _shown(lease.run) for lease in map(self._lease_held, sorted(worker.leases)) if lease is not None
+                ],
                 queue=worker.heartbeat.assigned if worker.heartbeat else None,
                 tasks=worker.hello.tasks if worker.hello else {},
                 metadata=worker.hello.metadata if worker.hello else {},
@@ -1423,6 +1521,7 @@ class Pool:
                 paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
                 denied=worker.hello.denied if worker.hello else [],
                 capability_class=self._matching.class_of(worker.name),
+                user=self._owners.get(worker.name),
             )
             for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
         ]
@@ -1609,6 +1708,9 @@ class Pool:
         )
 
     def _tell_worker(self, worker: _Worker, event: str, moment: Moment) -> None:
+        self._publish_worker_event(worker.name, event, worker.reason, moment)
+
+    def _publish_worker_event(self, worker: str, event: str, reason: str | None, moment: Moment) -> None:
         self._sends.append(
             Send(
                 exchange=self._topology.events,
@@ -1616,14 +1718,19 @@ class Pool:
                 message=WorkerEvent(
                     term=self._term,
                     time=moment.wall,
-                    worker=worker.name,
-                    event=event,  # type: ignore[arg-type]  # one of the four words
-                    reason=worker.reason,
+                    worker=worker,
+                    event=event,  # type: ignore[arg-type]  # one of the five words
+                    reason=reason,
                 ),
                 mandatory=False,
                 persistent=False,
             )
         )
+
+
+def _shown(run: RunProgress) -> RunProgress:
+    """Return a run as everybody may see it: whoever knows its token could speak for it."""
+    return msgspec.structs.replace(run, token="")
 
 
 def _lane_of(row: Live) -> Lane:

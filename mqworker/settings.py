@@ -22,7 +22,7 @@ from mqworker.messages import Name
 
 PREFIX: Final = "MQWORKER_"
 CONFIG_VARIABLE: Final = "MQWORKER_CONFIG"
-TABLES: Final = ("worker", "scheduler")
+TABLES: Final = ("worker", "scheduler", "access")
 
 # These are read elsewhere: by the command line, by tasks and by the tests.
 FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG", "MQWORKER_TASK_MODULES")
@@ -87,6 +87,14 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
         return {**self.metadata, "system:tags": self.tags} if self.tags else dict(self.metadata)
 
 
+class AccessSettings(Struct, frozen=True, kw_only=True):
+    """Keep who may do what; only `mqworker scheduler` reads it. Users are the broker's."""
+
+    rule: Literal["group", "own", "anyone"] = "group"  # whose requests one may abort, retry and reprioritise
+    operators: list[str] = []  # who may do everything; the scheduler's own user is one in any case
+    groups: dict[Name, list[str]] = {}  # members, who alone submit into it; a group that is not named is open
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """Keep every setting; times are in seconds."""
 
@@ -99,6 +107,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +130,11 @@ def _leaves(struct: type[Struct], table: str = "") -> Iterator[tuple[str, Any]]:
 
 KEYS: Final[Mapping[str, Any]] = dict(_leaves(Settings))
 # The keys of these are the administrator's own; as variables they are JSON.
-FREE_TABLES: Final = frozenset({"worker.metadata", "scheduler.group_weights", "scheduler.concurrency_limits"})
-LISTS: Final = frozenset({"worker.tags", "worker.allow_tasks", "worker.deny_tasks"})  # as variables, with commas
+FREE_TABLES: Final = frozenset(
+    {"worker.metadata", "scheduler.group_weights", "scheduler.concurrency_limits", "access.groups"}
+)
+# As variables, with commas.
+LISTS: Final = frozenset({"worker.tags", "worker.allow_tasks", "worker.deny_tasks", "access.operators"})
 
 
 def variable(key: str) -> str:
@@ -149,6 +161,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, config: Path |
         **{key: value for key, value in values.items() if "." not in key},
         worker=WorkerSettings(**_table("worker", values)),
         scheduler=SchedulerSettings(**_table("scheduler", values)),
+        access=AccessSettings(**_table("access", values)),
     )
     return Loaded(settings=settings, sources={key: source for key, (_, source) in found.items()}, config=path)
 
