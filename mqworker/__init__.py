@@ -16,10 +16,13 @@ checks it.
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
+                   views (what the scheduler shows of the pool)
+                   holdings (what it has in memory)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
-      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them)
+      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them),
+                     brokerurl (what a broker's URL says)
     1 judgement    explain (why a request waits)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),

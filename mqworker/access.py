@@ -1,12 +1,15 @@
-"""Who may submit into which group, command whose requests, and command the pool: the rule, without its world.
+"""Who may do what: submit into a group, command a request or the pool, speak as a worker. The rule, without its world.
 
 Knows no broker and no ledger: a user is a name that the broker has validated, or None, where it was told none. Who is
 nobody may do what everybody may, and no more.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
+
+MOST_NAMES: Final = 20_000  # of workers, of one user: more is no farm, but an attack on memory
 
 Rule: TypeAlias = Literal["group", "own", "anyone"]
 User: TypeAlias = str | None
@@ -57,3 +60,38 @@ class Access:
 
 def _name(user: User) -> str:
     return "somebody whom the broker did not name (no user_id)" if user is None else f"the broker's user {user}"
+
+
+class WorkerNames:
+    """Know whose each worker's name is: that of the broker's user that used it first."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, str] = {}
+        self._numbers: Counter[str] = Counter()
+
+    def user(self, name: str) -> User:
+        """Return whose a name is; None: nobody's."""
+        return self._users.get(name)
+
+    def give(self, name: str, user: User) -> None:
+        """Make a name a user's; None: nobody's."""
+        before = self._users.pop(name, None)
+        if before is not None:
+            self._numbers[before] -= 1
+        if user is not None:
+            self._users[name] = user
+            self._numbers[user] += 1
+
+    def speak(self, name: str, user: User) -> str | None:
+        """Judge what a user says in a worker's name."""
+        owner = self._users.get(name)
+        if owner == user:
+            return None
+        if owner is None:
+            if self._numbers[user or ""] < MOST_NAMES:
+                return None
+            return f"expected at most {MOST_NAMES} names of workers of {_name(user)}, got one more: {name}"
+        return (
+            f"expected what is said as worker {name} from {_name(owner)}, who was the first to say so, got it from "
+            f"{_name(user)}: give that worker another name or user, or release the name: `mqworker forget {name}`"
+        )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mqworker.amqp import Consumer, Delivery, Link, Plan, redact
+from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import redact
 from mqworker.client import Client
 from mqworker.debianhost import missing_packages, why_no_unshare
 from mqworker.errors import LedgerLocked, MqworkerError, NotPublished, OutsideError, StoreUnavailable, Unanswered

@@ -260,6 +260,7 @@ class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
     v: int = VERSION
     term: int
     number: int
+    secret: str  # of the scheduler that sent it
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)

@@ -19,7 +19,8 @@ import msgspec
 
 from mqworker import __version__
 from mqworker.access import Access, Rule, User
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan, user_of
+from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
 from mqworker.errors import BrokerRefused, BrokerUnavailable, Impostor, LedgerUnavailable, NotPublished, PeerError
 from mqworker.examiner import NOBODY, Draft
@@ -329,7 +330,7 @@ class Scheduler:
             self._reading.ack(delivery)
         if moment.steady - self._shown >= SHOW:
             self._shown = moment.steady
-            self._pool.show(moment)
+            self._pool.views.show(moment.steady)
 
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
@@ -404,12 +405,10 @@ class Scheduler:
         moment = self._now()
         if delivery.exchange == self._topology.report:
             report = decode(delivery.body, Report | Probe)  # type: ignore[arg-type]  # a union of structs
-            if isinstance(report, Report):
-                self._pool.report(report, moment, delivery.user_id)
-            elif (refused := self._access.operate(delivery.user_id)) is None:
+            if isinstance(report, Probe):
                 self._pool.probe(report, moment)
             else:
-                raise Impostor(refused)
+                self._pool.report(report, moment, delivery.user_id)
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
             self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
@@ -500,7 +499,7 @@ class Scheduler:
                 return await self._requests(ids)
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
-                return RequestList(requests=[self._pool.decorate(view) for view in views])
+                return RequestList(requests=[self._pool.views.decorate(view) for view in views])
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
@@ -518,11 +517,11 @@ class Scheduler:
             case Explain():
                 return await self._explain(query)
             case GetCapabilities():
-                return self._pool.capabilities(query, self._now())
+                return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
                 return await self._retry(query, user)
             case ListWorkers():
-                return WorkerList(workers=self._pool.workers(query))
+                return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
@@ -538,11 +537,11 @@ class Scheduler:
             case ImportArtifact():
                 return await self._import(query)
             case GetPool():
-                return self._pool.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
+                return self._pool.views.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
 
     async def _requests(self, ids: Sequence[str]) -> RequestList:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
-        return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
+        return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
     async def _each(self, ids: Sequence[str], user: User, ask: Callable[[str], Callable[..., None]]) -> RequestList:
         """Let the pool judge a command on each request that the user may command, and show what became of them."""
@@ -576,7 +575,7 @@ class Scheduler:
         draft = self._pool.examine(request, bound=bound)
         if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
-        return self._pool.explanation(draft, view)
+        return self._pool.views.explanation(draft, view)
 
     async def _retry(self, query: RetryRequest, user: User) -> Answer:
         known = await self._requests([query.id])
@@ -650,6 +649,7 @@ async def run(
     server = None
     try:
         metrics = SchedulerMetrics(version=__version__)
+        own = read_url(amqp_url).user
         scheduler = Scheduler(
             amqp_url=amqp_url,
             topology=Topology(prefix),
@@ -661,7 +661,7 @@ async def run(
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
-            access=Access(rule=rule, operators={*operators, user_of(amqp_url)}, groups=groups),
+            access=Access(rule=rule, operators={*operators, *([own] if own is not None else ())}, groups=groups),
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)

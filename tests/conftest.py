@@ -246,10 +246,16 @@ def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
 
 
 @pytest.fixture(scope="module")
-def node_to_hurt(tmp_path_factory) -> Iterator[PrivateNode]:
-    """A node without plugins that each test may freeze or fill, and leaves well."""
+def nodes_of_module(tmp_path_factory) -> Iterator[Callable[..., PrivateNode]]:
+    """Start nodes for all tests of a file; takes what PrivateNode takes, but for the directory."""
     with _private_nodes(tmp_path_factory.mktemp("nodes")) as start:
-        yield start(plugins=())
+        yield start
+
+
+@pytest.fixture(scope="module")
+def node_to_hurt(nodes_of_module) -> PrivateNode:
+    """A node without plugins that each test may freeze or fill, and leaves well."""
+    return nodes_of_module(plugins=())
 
 
 @pytest.fixture
