@@ -422,8 +422,8 @@ class Link:
 
         The future fails with NotPublished if no queue takes the message (unless not mandatory), a queue refuses it, the
         connection is lost before the confirm, it is down now, or it can never be taken: the key has more than AMQP's
-        255 bytes, or the body more than MAX_BODY_BYTES. It need not be awaited. After NotPublished the message may have
-        arrived all the same: use its message_id again.
+        255 bytes, or the body more than MAX_BODY_BYTES; with BrokerRefused if this user may not write to the exchange.
+        It need not be awaited. After NotPublished the message may have arrived all the same: use its message_id again.
         """
         if self._life is None or not self._life.up:
             return _failed(
@@ -630,6 +630,9 @@ class _Life:
         if not self.opened.done():
             self.opened.set_result(False)
         for future, _, exchange, key in self._unconfirmed.values():
+            if isinstance(error, BrokerRefused) and f"access to exchange '{exchange}'" in str(error):
+                _fail(future, BrokerRefused(str(error)))  # in vain however often
+                continue
             _fail(
                 future,
                 NotPublished(
@@ -959,3 +962,31 @@ async def remove(url: str, topology: Topology, *, extra_queues: Iterable[str] = 
     finally:
         await link.close()
         await running
+
+
+async def declare(url: str, topology: Topology) -> None:
+    """Make everything that lasts of a topology.
+
+    Raises:
+        BrokerUnavailable: nobody answers within a few seconds.
+        BrokerRefused: the broker does not let us, or has something else of one of the names.
+    """
+    link = Link(
+        url,
+        name=f"mqworker declares {topology.prefix}",
+        plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
+    )
+    running = asyncio.create_task(link.run())
+    try:
+        await link.wait_up(timeout=SOCKET_SECONDS)
+    except BrokerUnavailable as error:
+        if not link.looks_only:
+            raise
+        raise BrokerRefused(f"expected a user of the broker who may declare, got one who may not: {error}") from error
+    finally:
+        await link.close()
+        await running
+    if link.looks_only:
+        raise BrokerRefused(
+            "expected a user of the broker who may declare, got one who may not; but everything is there"
+        )

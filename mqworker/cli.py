@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests
+from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests, cli_topology
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
 from mqworker.lifecycle import FINAL
@@ -33,6 +33,7 @@ from mqworker.screen import (
 from mqworker.shell import (
     DID_NOT_SUCCEED,
     INTERRUPTED,
+    POOL,
     REQUESTS,
     AsJson,
     Shell,
@@ -71,6 +72,7 @@ application = typer.Typer(
 application.add_typer(cli_requests.application)  # without a name: its commands are ours
 application.add_typer(cli_pool.application)
 application.add_typer(cli_artifact.application, name="artifact", rich_help_panel=REQUESTS)
+application.add_typer(cli_topology.application, name="topology", rich_help_panel=POOL)
 
 RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id, or a unique beginning of it.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name; `mqworker tasks` lists them.")]

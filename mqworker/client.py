@@ -24,6 +24,7 @@ from mqworker import requires as schemas
 from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
+    BrokerRefused,
     BrokerUnavailable,
     Conflict,
     Forbidden,
@@ -830,6 +831,8 @@ class Client:
                         news = {answer, over}
                         await asyncio.wait(news, timeout=min(left(), pause), return_when=asyncio.FIRST_COMPLETED)
                         pause *= 2
+                    except BrokerRefused as error:
+                        raise Forbidden(f"expected a user of the broker who may send {what}: {error}") from error
                     except NotPublished as error:
                         trouble = str(error)
                         await asyncio.wait({answer}, timeout=min(left(), PAUSE_SECONDS))

@@ -267,6 +267,7 @@ def request_page(view: RequestView, now: float) -> Group:
             ("Data", json.dumps(request.data, ensure_ascii=False)),
             ("Limits", f"priority {request.priority}, at most {request.max_attempts} attempts, lease {lease}"),
             ("Group", None if request.group == DEFAULT_GROUP else request.group),
+            ("Submitter", view.submitter),
             ("Key", request.concurrency_key),
             ("Requires", None if request.requires is None else json.dumps(request.requires, ensure_ascii=False)),
             ("After", "\n".join(_after(view))),

@@ -15,7 +15,7 @@ import pytest
 
 from mqworker import amqp
 from mqworker.amqp import REPLY_TO, Consumer, Link, Plan
-from mqworker.brokerurl import check_url, redact
+from mqworker.brokerurl import check_url, read_url, redact
 from mqworker.errors import BrokerRefused, BrokerUnavailable, NotPublished, SettingsError
 from mqworker.topology import Exchange, Queue, Topology
 
@@ -726,9 +726,8 @@ def test_what_is_published_names_its_user_and_what_is_put_aside_the_first_one(ow
         async with running(own_amqp_url, plan) as watch, running(theirs, names.plan()) as other:
             await soon(names.publish(other.link, headers={"CC": ["elsewhere"], "n": 1}))
             first = await soon(got.get())
-            watch.link.declare(
-                Queue(name=f"{names.queue}.2", exclusive=True, bindings=((names.exchange, names.exchange),))
-            )
+            mine = Queue(name=f"{names.queue}.2", exclusive=True, bindings=((names.exchange, names.exchange),))
+            await soon(watch.link.declare(mine))
             watch.link.consume(Consumer(queue=f"{names.queue}.2", on_delivery=got.put_nowait))
             await soon(watch.link.put_aside(first, exchange=names.exchange, reason="no"))
             second = await soon(got.get())
@@ -867,6 +866,13 @@ def test_what_is_no_broker_url_is_a_settings_error_without_the_password(url):
     assert ":5672" not in str(caught.value)
     with pytest.raises(SettingsError):
         Link(url, name="test", plan=lambda _: Plan())
+
+
+def test_who_logs_in_by_certificate_may_say_as_whom():
+    url = "amqps://{}host/?certfile=/cert.pem&auth_mechanism=external"
+
+    assert (read_url(url.format("")).user, read_url(url.format("")).password) == (None, None)
+    assert (read_url(url.format("anna@")).user, read_url(url.format("anna@")).password) == ("anna", None)
 
 
 def test_a_good_url_is_shown_without_its_password_and_options():
