@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test sim sim-mutants bench lint format clean
+.PHONY: help demo test test-rabbitmq4 sim sim-mutants bench lint format clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -17,6 +17,13 @@ test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real 
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
 	@$(MAKE) --no-print-directory lint
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
+
+RABBITMQ ?= 4.0 4.3
+test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each RabbitMQ of RABBITMQ="4.0 4.3", in a folder
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@$(BIN)/python -m tests.roots $(RABBITMQ)
+	@for version in $(RABBITMQ); do echo "tests with RabbitMQ $$version"; MQWORKER_TEST_RABBITMQ=$$version PYTHONDONTWRITEBYTECODE= \
+	  $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --deselect tests/live/test_demo.py tests/live || exit; done
 
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked

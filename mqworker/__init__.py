@@ -23,7 +23,8 @@ checks it.
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
       the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them),
                      brokerurl (what a broker's URL says)
-    1 judgement    explain (why a request waits), rights (what each role may do on the broker)
+    1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere),
+                     rights (what each role may do on the broker)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
                      dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what):

@@ -57,6 +57,13 @@ class Access:
             f"got it from {_name(user)}"
         )
 
+    def commanders(self, submitter: User, group: str) -> frozenset[User] | None:
+        """Return who may command a request; None: everybody."""
+        if self.rule == "anyone":
+            return None
+        members = self.groups.get(group, ()) if self.rule == "group" else ()
+        return frozenset({*self.operators, *members, *(() if submitter is None else (submitter,))})
+
 
 def _name(user: User) -> str:
     return "somebody whom the broker did not name (no user_id)" if user is None else f"the broker's user {user}"

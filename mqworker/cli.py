@@ -352,6 +352,7 @@ def scheduler(
             store_url=settings.store,
             retry_delay=settings.scheduler.retry_delay,
             no_worker_after=settings.scheduler.no_worker_after,
+            pause_after=settings.scheduler.pause_after,
             group_weights=settings.scheduler.group_weights,
             concurrency_limits=settings.scheduler.concurrency_limits,
             rule=settings.access.rule,

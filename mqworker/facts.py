@@ -30,7 +30,8 @@ class Accept:
     """Keep a submission: pending, or rejected for a reason.
 
     What it comes after and takes from must have been accepted before it, also in the same set; else it is rejected.
-    What of that has ended already counts at once: if it cannot be met any more, the request is aborted at once.
+    What of that has ended already counts at once: if it cannot be met any more, the request is aborted at once. So is
+    what was to be aborted before it came.
     """
 
     seq: int  # given by the scheduler; rises with each, gaps are fine
@@ -40,6 +41,7 @@ class Accept:
     requirement: int | None = None  # its requirement class; None only for what is rejected
     inputs: tuple[int, ...] = ()  # artifact ids that its data name
     submitter: str | None = None  # the broker's user; None: the broker did not say
+    heeds: frozenset[str | None] | None = None  # users whose abort that came before it counts; None: everybody's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +126,18 @@ class AbortAsked:
     request: str
     reason: str
     at: float
+    stage: str | None = None  # of the reason
+    running: bool = True  # False: leave one that runs
+    mark: bool = False  # keep it for a request that nobody knows yet
+    known: bool = True  # False: leave one that has come meanwhile, since nobody has judged who may abort it
+    user: str | None = None  # the broker's user that asked; None: the broker did not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmark:
+    """Forget the aborts of requests that have not come; the result is their number."""
+
+    before: float  # asked for before then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +187,21 @@ class Rekey:
 
 
 Write: TypeAlias = (
-    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Import | Pause | Resume | Own | Rekey
+    Need
+    | Accept
+    | Wake
+    | Move
+    | Offer
+    | Return
+    | Grant
+    | End
+    | AbortAsked
+    | Unmark
+    | Import
+    | Pause
+    | Resume
+    | Own
+    | Rekey
 )
 
 # ---------------------------------------------------------------- what is read
@@ -228,6 +256,13 @@ class Wanted(NamedTuple):
     key: str | None
     after: int
     limit: int
+
+
+class Expired(NamedTuple):
+    """Show what is not granted by the time it had to be, and when the next will not be; None: there is no other."""
+
+    requests: tuple[tuple[str, float], ...]  # with when each expired, the first of them first
+    next: float | None
 
 
 class RequirementRow(NamedTuple):
@@ -297,6 +332,7 @@ class AbortResult:
 
     before: State | None
     after: State | None
+    marked: bool = False  # it is kept for a request that nobody knows yet
     task: str | None = None
     attempt: int | None = None
     before_lane: LaneRow | None = None  # where it stood, if it was pending
@@ -314,4 +350,7 @@ class ImportRefused:
 Granting: TypeAlias = Literal["granted", "again", "void"]
 Imported: TypeAlias = int
 Rekeyed: TypeAlias = int
-Result: TypeAlias = Accepted | bool | Moved | Granting | Ended | AbortResult | Imported | ImportRefused | Rekeyed
+Unmarked: TypeAlias = int
+Result: TypeAlias = (
+    Accepted | bool | Moved | Granting | Ended | AbortResult | Imported | ImportRefused | Rekeyed | Unmarked
+)

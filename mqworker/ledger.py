@@ -55,6 +55,7 @@ from mqworker.facts import (
     Accepted,
     End,
     Ended,
+    Expired,
     Grant,
     Granting,
     Import,
@@ -74,11 +75,12 @@ from mqworker.facts import (
     Resume,
     Return,
     Stranded,
+    Unmark,
     Wake,
     Wanted,
     Write,
 )
-from mqworker.lifecycle import FINAL, MOVES, Event, State, meets, move
+from mqworker.lifecycle import FINAL, MOVES, Event, State, Tried, delayed_until, meets, move
 from mqworker.messages import (
     Artifact,
     AttemptView,
@@ -113,6 +115,7 @@ _meta, _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts =
     schema.attempts,
     schema.artifacts,
 )
+_abort_marks = schema.abort_marks
 _artifact_files, _artifact_relations, _imports = schema.artifact_files, schema.artifact_relations, schema.imports
 _worker_names = schema.worker_names
 
@@ -254,6 +257,11 @@ _abort_later = _of_seq.where(_requests.c.abort.is_(None)).values(abort=bindparam
 _move = _of_seq.values(priority=bindparam("to_priority"))
 _rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
 
+_mark = insert(_abort_marks)
+_marked = select(_abort_marks.c.id, _abort_marks.c.reason, _abort_marks.c.user).where(_abort_marks.c.id.in_(_ids))
+_take_marks = delete(_abort_marks).where(_abort_marks.c.id.in_(_ids))
+_unmark = delete(_abort_marks).where(_abort_marks.c.at < bindparam("before"))
+
 _new_dependency = insert(_dependencies)
 _anybody_waits = select(_dependencies.c.request).limit(1)
 _waited_for = select(_dependencies.c.after).where(_dependencies.c.after.in_(_ids)).distinct()
@@ -355,6 +363,18 @@ _dependents = (
 )
 _used = _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
 _blocked = select(func.count(_dependencies.c.request.distinct()))
+_expired = (
+    _from("requests_expiring", "id", "expires_at")
+    .where(schema.IS_EXPIRING, column("expires_at") <= bindparam("now"))
+    .order_by(column("expires_at"))
+    .limit(bindparam("limit"))
+)
+_expires_next = (
+    _from("requests_expiring", "expires_at")
+    .where(schema.IS_EXPIRING, column("expires_at") > bindparam("now"))
+    .order_by(column("expires_at"))
+    .limit(1)
+)
 _newest = select(func.max(_requests.c.seq))
 _newest_requirement = select(func.max(_requirements.c.id))
 _has_live_requests = or_(
@@ -526,6 +546,25 @@ class Ledger:
         """Count the requests that wait for others."""
         with self._snapshot() as connection:
             return connection.scalar(_blocked) or 0
+
+    def expired(self, now: float, limit: int) -> Expired:
+        """Return requests that are not granted and had to be by now, and when the next ones have to be."""
+        with self._snapshot() as connection:
+            rows = connection.execute(_expired, {"now": now, "limit": limit}).all()
+            return Expired(
+                tuple((row.id, row.expires_at) for row in rows), connection.scalar(_expires_next, {"now": now})
+            )
+
+    def histories(self, ids: Collection[str]) -> dict[str, tuple[Tried, ...]]:
+        """Return how the attempts of requests ended that count, the oldest first; of each that has any."""
+        found: defaultdict[str, list[Tried]] = defaultdict(list)
+        with self._snapshot() as connection:
+            for row in _rows(connection, _attempts_of, ids):
+                if row.counted and row.result is not None:
+                    reason = _reason_from(row.reason)
+                    why = "no reason was given" if reason is None else reason.text
+                    found[row.request].append(Tried(row.number, row.worker, row.result, why))
+        return {id_: tuple(tried) for id_, tried in found.items()}
 
     def newest(self) -> int:
         """Return the highest seq that any request has; 0: there is none."""
@@ -710,6 +749,8 @@ def _about(write: Write) -> str:
             return f"pause {write.kind} {write.name}"
         case Own():
             return f"worker {write.name}"
+        case Unmark():
+            return "marks"
         case Rekey():
             return "all"
         case _:
@@ -776,12 +817,18 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
     new = [write for write in writes if write.request.id not in known]
     standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
     made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
+    marks = {row.id: row for row in _rows(connection, _marked, [write.request.id for write in new])}
     results: dict[str, Accepted] = {}
     rows = []
     dependencies = []
     for write in new:
         request = write.request
         beginning = _begin(write, needs[request.id], standing, made)
+        mark = marks.get(request.id)
+        heeded = mark is not None and (write.heeds is None or mark.user in write.heeds)
+        if mark is not None and heeded and beginning.state not in FINAL:
+            reason = Reason(text=mark.reason, stage="abort")
+            beginning = _Beginning(state=move(beginning.state, Event.ABORT), reason=reason)
         standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
         row = _new_request(write, contents[request.id], beginning)
         rows.append(row)
@@ -791,6 +838,7 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
         connection.execute(_accept, rows)
     if dependencies:
         connection.execute(_new_dependency, dependencies)
+    _forget(connection, _take_marks, marks)
 
     def result(write: Accept) -> Accepted:
         before = known.get(write.request.id)
@@ -873,7 +921,7 @@ def _accepted(write: Accept, row: dict[str, Any], beginning: _Beginning) -> Acce
             worker=None,
             token=None,
             abort=None,
-            not_before=None,
+            not_before=row["not_before"],
             submitted=write.at,
         )
         live = _filled(live, beginning.bound)
@@ -904,6 +952,8 @@ def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str
         "state": beginning.state,
         "attempt": 1,
         "tried": 0,
+        "not_before": delayed_until(request, write.at) if beginning.state not in FINAL else None,
+        "expires_at": request.expires_at,
         "submitted": write.at,
         "submitter": write.submitter,
         "ended": write.at if beginning.state in FINAL else None,
@@ -1089,17 +1139,22 @@ def _do_aborts(connection: Connection, writes: Sequence[AbortAsked]) -> list[Res
 
 def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortResult]:
     rows = {row.id: row for row in _rows(connection, _places, [write.request for write in writes])}
+    _keep_marks(connection, [write for write in writes if write.mark and write.request not in rows])
     results: list[AbortResult] = []
     now, later, blocked = [], [], []
     for write in writes:
         row = rows.get(write.request)
         if row is None:
-            results.append(AbortResult(before=None, after=None))
+            results.append(AbortResult(before=None, after=None, marked=write.mark))
             continue
         before = after = State(row.state)
         lane = None
+        if not write.known:
+            results.append(AbortResult(before=before, after=after))
+            continue
         if before is State.RUNNING:
-            later.append({_THE_SEQ: row.seq, "abort": write.reason})
+            if write.running:
+                later.append({_THE_SEQ: row.seq, "abort": write.reason})
         elif before not in FINAL:
             after = move(before, Event.ABORT)
             now.append(
@@ -1108,7 +1163,7 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
                     "state": after,
                     "abort": write.reason,
                     "ended": write.at,
-                    "reason": _reason_json(Reason(text=write.reason)),
+                    "reason": _reason_json(Reason(text=write.reason, stage=write.stage)),
                 }
             )
             if before is State.PENDING:
@@ -1132,6 +1187,22 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
     for number, (freed, stranded) in settled.items():
         results[ended[number]] = replace(results[ended[number]], freed=freed, stranded=stranded)
     return results
+
+
+def _keep_marks(connection: Connection, writes: Sequence[AbortAsked]) -> None:
+    """Keep what is to be aborted once it comes; what was asked first stays."""
+    known = {row.id for row in _rows(connection, _marked, [write.request for write in writes])}
+    rows = [
+        {"id": write.request, "reason": write.reason, "user": write.user, "at": write.at}
+        for write in writes
+        if write.request not in known
+    ]
+    if rows:
+        connection.execute(_mark, rows)
+
+
+def _do_unmarks(connection: Connection, writes: Sequence[Unmark]) -> list[Result]:
+    return [connection.execute(_unmark, {"before": write.before}).rowcount for write in writes]
 
 
 def _do_imports(connection: Connection, writes: Sequence[Import]) -> list[Result]:
@@ -1203,6 +1274,7 @@ _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
     (Grant, _do_grants),
     (End, _do_ends),
     (AbortAsked, _do_aborts),
+    (Unmark, _do_unmarks),
     (Import, _do_imports),
     (Pause, _do_pauses),
     (Resume, _do_resumes),

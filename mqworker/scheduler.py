@@ -28,12 +28,14 @@ from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
+    FULL_ID,
     MAX_MESSAGE_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
     Command,
     CountRequests,
+    DrainWorkers,
     Explain,
     ForgetWorker,
     GetCapabilities,
@@ -68,7 +70,7 @@ from mqworker.messages import (
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
+from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -91,13 +93,15 @@ def now() -> Moment:
 
 def kept_by(ledger: Ledger) -> Kept:
     """Read what a new scheduler begins with."""
+    held = ledger.held()
     return Kept(
         newest=ledger.newest(),
         newest_requirement=ledger.newest_requirement(),
         requirements=ledger.requirements(),
         lanes=ledger.lanes(),
-        held=ledger.held(),
+        held=held,
         blocked=ledger.blocked(),
+        histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
         worker_names=ledger.worker_names(),
     )
@@ -110,6 +114,8 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
+        histories=ledger.histories(asks.histories) if asks.histories else {},
+        expired=None if asks.expired is None else ledger.expired(asks.expired, EXPIRED_AT_ONCE),
     )
 
 
@@ -132,6 +138,7 @@ class Scheduler:
         retry_delay: float,
         offer_timeout: float,
         no_worker_after: float,
+        pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
         access: Access,
@@ -154,6 +161,7 @@ class Scheduler:
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
+            pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
         self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
@@ -422,7 +430,9 @@ class Scheduler:
         submit = decode(delivery.body, Submit)
         drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
-        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery), submitter=delivery.user_id)
+        user = delivery.user_id
+        heeds = partial(self._access.commanders, user)
+        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery), submitter=user, heeds=heeds)
 
     def _draft(self, request: Request, user: User) -> Draft:
         """Ask whether this user may submit it, and whether its task accepts the data."""
@@ -503,7 +513,7 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._each(ids, user, lambda one: partial(self._pool.abort, one, reason, self._now()))
+                return await self._abort(ids, reason, user)
             case Reprioritise(ids=ids, priority=priority):
                 return await self._each(ids, user, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
@@ -512,6 +522,8 @@ class Scheduler:
             case Resume(kind=kind, name=name):
                 await self._settled(partial(self._pool.resume, kind, name))
                 return PauseList(pauses=self._pool.pauses())
+            case DrainWorkers():
+                return await self._drain(query)
             case ListPauses():
                 return PauseList(pauses=self._pool.pauses())
             case Explain():
@@ -558,6 +570,33 @@ class Scheduler:
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing, forbidden=forbidden)
 
+    async def _abort(self, ids: Sequence[str], reason: str, user: User) -> RequestList:
+        """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
+
+        def abort(one: str) -> Callable[..., None]:
+            return partial(self._pool.abort, one, reason, self._now())
+
+        answer = await self._each(ids, user, abort)
+        to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
+        asks = (partial(abort(one), user=user, known=False) for one in to_come)
+        results = await asyncio.gather(*(self._settled(ask) for ask in asks))
+        came = [one for one, result in zip(to_come, results, strict=True) if not result.marked]
+        late = await self._each(came, user, abort)
+        return RequestList(
+            requests=[*answer.requests, *late.requests],
+            missing=[one for one in answer.missing if one not in to_come],
+            forbidden={**answer.forbidden, **late.forbidden},
+            marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
+        )
+
+    async def _drain(self, query: DrainWorkers) -> Answer:
+        if unknown := self._pool.unknown_classes(query.classes):
+            text = f"expected names of capability classes, got {', '.join(unknown)}; `mqworker capabilities` lists them"
+            return Problem(kind="not_found", text=text)
+        names = await self._settled(partial(self._pool.drain, query, self._now()))
+        workers = self._pool.views.workers(ListWorkers())
+        return WorkerList(workers=[worker for worker in workers if worker.name in names])
+
     async def _explain(self, query: Explain) -> Answer:
         view = None
         if query.id is not None:
@@ -588,9 +627,12 @@ class Scheduler:
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
-        draft = self._draft(msgspec.structs.replace(old.request, id=query.new_id), user)
+        # When it had to be done is over, or nobody knows.
+        anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
+        draft = self._draft(anew, user)
         artifacts = await self._artifacts([draft])
-        ask = partial(self._pool.submit, [draft], artifacts, self._now(), submitter=user)
+        heeds = partial(self._access.commanders, user)
+        ask = partial(self._pool.submit, [draft], artifacts, self._now(), submitter=user, heeds=heeds)
         receipt = await self._settled(ask)
         result = receipt.results[0]
         if result.status in ("rejected", "conflict"):
@@ -630,6 +672,7 @@ async def run(
     store_url: str,
     retry_delay: float,
     no_worker_after: float,
+    pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
     rule: Rule,
@@ -662,6 +705,7 @@ async def run(
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
             access=Access(rule=rule, operators={*operators, *([own] if own is not None else ())}, groups=groups),
+            pause_after=pause_after,
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)

@@ -69,11 +69,13 @@ IS_WAITING: Final = text(f"state = '{State.PENDING}' AND unmet = 0 AND not_befor
 IS_HELD: Final = text(
     f"state IN ('{State.OFFERED}', '{State.RUNNING}') OR state = '{State.PENDING}' AND not_before IS NOT NULL"
 )
+IS_EXPIRING: Final = text(f"state IN ('{State.PENDING}', '{State.OFFERED}') AND expires_at IS NOT NULL")
 
 _r = requests.c
 Index("requests_lanes", _r.requirement, _r.priority, _r.grp, _r.ckey, _r.seq, sqlite_where=IS_WAITING)
 Index("requests_held", _r.seq, sqlite_where=IS_HELD)
 Index("requests_members", _r.requirement, _r.priority.desc(), _r.seq, sqlite_where=IS_PENDING)
+Index("requests_expiring", _r.expires_at, sqlite_where=IS_EXPIRING)
 # Holds all that a selection can ask for, so that counting reads no request.
 Index("requests_by_state", _r.state, _r.seq, _r.task, _r.grp, _r.submitted)
 Index("requests_by_task", _r.task, _r.seq)

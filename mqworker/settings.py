@@ -59,6 +59,7 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True):
     metrics_listen: Listen = "127.0.0.1:9107"  # host:port; empty: off
     retry_delay: Seconds = 5.0  # before the second attempt; doubles with each
     no_worker_after: Seconds = 300.0  # how long nobody can run a request before an event says so
+    pause_after: Annotated[int, Meta(ge=0, le=1000)] = 3  # requests that fail on a worker and not elsewhere; 0: never
     group_weights: dict[Name, Weight] = {}  # of groups' shares; a group that is not named has 1
     concurrency_limits: dict[NameOrAny, Limit] = {}  # by concurrency key; "*": of those not named, else 1
 

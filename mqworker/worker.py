@@ -159,7 +159,7 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Work until signalled; then drain, hand back what is left, and take leave.
+        """Work until signalled, or drained to end; then drain, hand back what is left, and take leave.
 
         Raises:
             BrokerRefused: the broker does not let this worker in.
@@ -231,7 +231,7 @@ class Worker:
         self._act()
         settled = self._until(lambda: not self._agent.busy() and not self._agent.unsettled(), stop_now=False)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(settled, SETTLE_SECONDS if self._signals == 1 else STOP_NOW_SECONDS)
+            await asyncio.wait_for(settled, SETTLE_SECONDS if self._signals <= 1 else STOP_NOW_SECONDS)
         self._agent.bye("stopped")
         self._act()
 
@@ -356,6 +356,8 @@ class Worker:
         for act in self._agent.take_acts(self._clock()):
             self._do(act)
         self._idle.set()
+        if self._agent.wants_to_end():
+            self._signalled.set()
 
     def _do(self, act: Act) -> None:
         match act:

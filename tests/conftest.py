@@ -30,6 +30,7 @@ from mqworker.errors import HostUnfit, OutsideError
 from mqworker.privatenode import PrivateNode, find_programs
 from mqworker.task import Task
 from mqworker.topology import Topology
+from tests import roots
 from tests.driving import Driven, Peer
 
 IMAGE = "rabbitmq:4-management"
@@ -98,6 +99,20 @@ class Broker:
     ours: bool
 
 
+def _root() -> Path | None:
+    """Return where the RabbitMQ is that tests are to run with; None: on this machine itself.
+
+    MQWORKER_TEST_RABBITMQ is a version (4.0, 4.3) or a folder.
+
+    Raises:
+        HostUnfit: it is not there.
+    """
+    what = os.environ.get("MQWORKER_TEST_RABBITMQ")
+    root = roots.find(what) if what else None
+    find_programs(root)
+    return root
+
+
 class Lacking(Exception):
     """Say what no broker can be had without, and why, as `missing` takes it."""
 
@@ -137,6 +152,8 @@ class Brokers:
         return found
 
     def _any(self) -> Broker:
+        if os.environ.get("MQWORKER_TEST_RABBITMQ"):
+            return self._node("or another value of MQWORKER_TEST_RABBITMQ")
         url = os.environ.get("MQWORKER_TEST_AMQP_URL")
         if url:
             return Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), ours=False)
@@ -154,12 +171,12 @@ class Brokers:
 
     def _node(self, otherwise: str) -> Broker:
         try:
-            find_programs()
+            root = _root()
         except HostUnfit as error:
             raise Lacking("rabbitmq-server", f"{error} ({otherwise})") from error
         directory = self._new_directory()
         self._stack.callback(shutil.rmtree, directory)
-        node = self._stack.enter_context(PrivateNode(directory))
+        node = self._stack.enter_context(PrivateNode(directory, root=root))
         return Broker(node.url, node.management_url, ours=True)
 
 
@@ -301,14 +318,14 @@ def as_own_user(own_amqp_url, manage, prefix) -> Iterator[Callable[..., str]]:
 @contextmanager
 def _private_nodes(directory: Path) -> Iterator[Callable[..., PrivateNode]]:
     try:
-        find_programs()
+        root = _root()
     except HostUnfit as error:
         missing("rabbitmq-server", str(error))
     with ExitStack() as stack:
 
         def start(**arguments) -> PrivateNode:
             own = directory / f"node-{uuid.uuid4().hex[:8]}"
-            node = PrivateNode(own, **arguments)
+            node = PrivateNode(own, **{"root": root, **arguments})
             stack.callback(shutil.rmtree, own, ignore_errors=True)  # it may not have come to be
             stack.callback(node.kill)
             node.start()

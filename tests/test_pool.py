@@ -813,7 +813,9 @@ def test_a_verdict_that_means_try_again_is_tried_again(driven, anna):
 
     view = driven.view(one)
     assert view.state == "failure"
-    assert view.reason.text == "given back (attempt 2 of 2, none is left)"
+    assert view.reason.text == (
+        "given back (attempt 2 of 2, none is left); before it: attempt 1 on anna: failure, no reason was given"
+    )
 
 
 def test_a_strangers_spelling_of_a_task_makes_no_label(driven, anna):
