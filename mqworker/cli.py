@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -46,6 +47,7 @@ from mqworker.shell import (
     show,
     silence_logging,
     tell,
+    without_secrets,
 )
 from mqworker.task import load_tasks
 
@@ -511,7 +513,8 @@ def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
         work_directory=settings.worker.work_dir,
     )
     found = []
-    for check in checks:
+    for one in checks:
+        check = replace(one, finding=without_secrets(one.finding))  # what others say can have them
         found.append(check)
         if not as_json:
             show(check_table([(check.state, check.what, check.finding, check.advice)]))
