@@ -76,6 +76,7 @@ class KnownWorker:
 
     name: str
     epoch: str = ""
+    home: str = ""
     incarnation: int = -1
     seq: int = -1
     hello: Hello | None = None

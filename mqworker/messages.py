@@ -225,6 +225,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     unsettled: list[RunRef]  # outcomes in the spool: a lease that none of the three lists names is lost
     draining: bool = False  # it was told to take nothing more
     leaving: bool = False  # it ends when nothing runs any more
+    held: str | None = None  # why it takes no work now, though it is well otherwise: a full disk, say
 
 
 class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
@@ -257,6 +258,7 @@ class Report(Struct, frozen=True, kw_only=True, tag="report"):
     epoch: str  # of the worker's connection: where the answer goes
     seq: int  # rises with each report of one agent process
     incarnation: int  # rises with each agent process of one state directory
+    home: Annotated[str, Meta(max_length=40)] = ""  # of that directory; the tokens of its claims begin with it
     parts: list[ReportPart]
 
 
@@ -833,6 +835,8 @@ class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
     inputs: list[RecordedArtifact]
     directory: str
     deadline_ns: int
+    limits: Limits | None = None  # that the slot is to see to itself, as far as the kernel helps one process with it
+    cpus: list[int] = []  # the run keeps to these; empty: to all that its slot has
 
 
 class Renew(Struct, frozen=True, kw_only=True, tag="renew"):
@@ -868,12 +872,13 @@ class SlotOutput(Struct, frozen=True, kw_only=True, tag="slot_output"):
 
 
 class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot_ended"):
-    """Tell the agent how the run ended: every descendant is gone and every artifact in the store."""
+    """Tell the agent how the run ended: artifacts are in the store, and all descendants gone but what is `left`."""
 
     result: Literal["success", "failure", "error", "aborted"]
     reason: Reason | None = None
     again: bool = False
     artifacts: list[Artifact] = []
+    left: str | None = None  # what could not be ended: the slot ends itself, and the run is over when that has gone
 
 
 class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):

@@ -52,6 +52,7 @@ from mqworker.facts import (
 from mqworker.facts import Pause as KeepPause
 from mqworker.holdings import Entry, Holdings, KnownWorker, Lease, Use
 from mqworker.lifecycle import (
+    MAX_BACK_OFF,
     Event,
     State,
     Tried,
@@ -125,6 +126,7 @@ FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts
 HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
 DECLARED_AT_ONCE: Final = 20  # of these queues, before other work goes on
 EXPIRED_AT_ONCE: Final = 1000  # requests
+NAME_IS_FREE_AFTER: Final = 20.0  # seconds of silence: four heartbeats
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -378,7 +380,10 @@ class Pool:
             elif held.state is State.OFFERED:
                 self._return(entry)
             else:
-                self._delay(entry, due=moment.steady + (held.not_before or 0.0) - moment.wall)
+                wait = (held.not_before or 0.0) - moment.wall
+                if held.not_before != held.request.not_before:  # a back-off; the clock may have been set back since
+                    wait = min(wait, MAX_BACK_OFF)
+                self._delay(entry, due=moment.steady + wait)
 
     # ------------------------------------------------------------ requirement classes
 
@@ -667,11 +672,15 @@ class Pool:
             self._tell_impostor(report, error)
             raise
         worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
-        if (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        if (intrudes := self._intrudes(worker, report, moment)) is not None:
+            self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
             return
-        if report.incarnation != worker.incarnation:
+        if worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+            return
+        if report.incarnation != worker.incarnation or report.home != worker.home:
             worker.hello = worker.heartbeat = None
-        worker.incarnation, worker.seq, worker.epoch = report.incarnation, report.seq, report.epoch
+        worker.home, worker.incarnation = report.home, report.incarnation
+        worker.seq, worker.epoch = report.seq, report.epoch
         worker.seen, worker.seen_wall, worker.probe = moment.steady, moment.wall, None
         for part in report.parts:
             match part:
@@ -706,8 +715,29 @@ class Pool:
         """Answer who speaks in another's name, but never where the rightful one hears."""
         rightful = self._workers.get(report.worker)
         if rightful is None or rightful.epoch != report.epoch:
-            part = Assign(queue=None, reason=str(error))
-            self._verdicts.setdefault((report.worker, report.epoch), []).append(part)
+            self._say_to(report.worker, report.epoch, Assign(queue=None, reason=str(error)))
+
+    @staticmethod
+    def _intrudes(worker: KnownWorker, report: Report, moment: Moment) -> str | None:
+        """Say why a report is not that of the worker which has its name; None: it is, or the name is free.
+
+        A successor in the same state directory takes over at once, since there its predecessor is known to have ended.
+        From another one, it is a successor only if the worker is silent: two agents may be given one name by mistake.
+        """
+        if worker.incarnation < 0:
+            return None
+        if report.home == worker.home:
+            if report.incarnation >= worker.incarnation:
+                return None
+            other = "a newer one, which has a copy of its state directory or is its successor,"
+        elif worker.state == "offline" or moment.steady - worker.seen >= NAME_IS_FREE_AFTER:
+            return None
+        else:
+            other = f"another one, on the host {worker.hello.host if worker.hello else 'unknown'},"
+        return (
+            f"expected one worker of the name {worker.name} in the pool, but {other} has it: give one of the two"
+            " another name and state_dir, or stop it"
+        )
 
     def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
@@ -770,7 +800,8 @@ class Pool:
                     self._say(
                         worker, Abort(request=request, attempt=entry.attempt, token=lease.token, reason=entry.abort)
                     )
-            elif lease.token not in settled_soon:  # and its claim came in an earlier report than this
+            elif lease.token not in settled_soon and lease.token.startswith(worker.home):
+                # Its claim came in an earlier report than this. One from another state directory lapses by time.
                 self._lost(entry, "the worker was restarted and does not have this run any more", moment)
         mine = {lease.token for lease in map(self._lease_held, worker.leases) if lease is not None}
         void = [
@@ -1538,7 +1569,10 @@ class Pool:
         self._tell_worker(worker.name, state, moment, reason)
 
     def _say(self, worker: KnownWorker, part: VerdictPart) -> None:
-        self._verdicts.setdefault((worker.name, worker.epoch), []).append(part)
+        self._say_to(worker.name, worker.epoch, part)
+
+    def _say_to(self, name: str, epoch: str, part: VerdictPart) -> None:
+        self._verdicts.setdefault((name, epoch), []).append(part)
 
     def _void(self, worker: KnownWorker, ref: RunRef, reason: str) -> None:
         self._say(worker, Void(request=ref.request, attempt=ref.attempt, token=ref.token, reason=reason))

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, cast
@@ -22,7 +23,16 @@ from mqworker.access import Access, Rule, User
 from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
-from mqworker.errors import BrokerRefused, BrokerUnavailable, Impostor, LedgerUnavailable, NotPublished, PeerError
+from mqworker.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    Impostor,
+    LedgerLocked,
+    LedgerLost,
+    LedgerUnavailable,
+    NotPublished,
+    PeerError,
+)
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
@@ -82,6 +92,12 @@ SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
+# What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
+READING_HEARTBEAT: Final = 5
+STANDBY: Final = "standby"
+STANDS_BY: Final = "for its turn, another scheduler is active"
+HIGHEST_PRIORITY: Final = 2**31 - 1  # of a consumer
 
 _T = TypeVar("_T")
 
@@ -179,6 +195,7 @@ class Scheduler:
             plan=self._reading_plan,
             on_up=self._link_changed,
             on_down=self._reading_down,
+            heartbeat=READING_HEARTBEAT,
         )
         self._writing = link(
             amqp_url,
@@ -194,9 +211,11 @@ class Scheduler:
 
         Raises:
             BrokerRefused: the broker does not let this scheduler in.
+            LedgerLost: another scheduler was elected.
         """
         moment = self._now()
         self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
+        self._metrics.active.set(1)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -231,7 +250,7 @@ class Scheduler:
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
-            return Health(well=False, text="the ledger cannot commit")
+            return Health(well=False, text="the ledger does not answer")
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -240,8 +259,11 @@ class Scheduler:
         topology = self._topology
         report = topology.report_queue(epoch)
 
+        # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
+        priority = min(self._ledger.term, HIGHEST_PRIORITY)
+
         def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack)
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
@@ -250,7 +272,7 @@ class Scheduler:
                 consumer(report.name, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50),
+                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -292,7 +314,22 @@ class Scheduler:
     # ------------------------------------------------------------ the loop
 
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+        """Ask the ledger, again and again while it is away."""
+        while True:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+            except LedgerUnavailable as error:
+                if self._stopping.is_set():
+                    raise
+                self._ledger_well = False
+                self._metrics.commit_failures.inc()
+                logger.error(  # noqa: TRY400  # no traceback at an operator
+                    "the ledger does not answer, trying again", extra={"reason": str(error)}
+                )
+                await asyncio.sleep(COMMIT_RETRY)
+            else:
+                self._ledger_well = True
+                return found
 
     async def _tick(self) -> None:
         while True:
@@ -353,26 +390,17 @@ class Scheduler:
                 results = self._ledger.commit(writes)
             answers = look_up(self._ledger, asks)
 
-        if not writes and not asks:
+        # Also what is said without a write to the ledger is said in our term only.
+        if not writes and not asks and self._ledger.sure:
             self._pool.committed([], Answers())
             return
         began = time.monotonic()
-        while answers is None:
-            try:
-                await self._in_ledger_thread(commit)
-            except LedgerUnavailable as error:
-                self._ledger_well = False
-                self._metrics.commit_failures.inc()
-                logger.error(  # noqa: TRY400  # no traceback at an operator
-                    "the ledger cannot commit, trying again", extra={"reason": str(error)}
-                )
-                await asyncio.sleep(COMMIT_RETRY)
-        self._ledger_well = True
+        await self._in_ledger_thread(commit)
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
         self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(results or [], answers)
+        self._pool.committed(results or [], answers or Answers())
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -681,41 +709,93 @@ async def run(
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
-    """Run a scheduler until SIGTERM or SIGINT.
+    """Run a scheduler until SIGTERM or SIGINT. On PostgreSQL it stands by as long as another one is active.
 
     Raises:
         MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
     """
     gc.set_threshold(*GC_THRESHOLDS)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
-    ledger = await asyncio.to_thread(Ledger.open, ledger_url)
-    server = None
-    try:
-        metrics = SchedulerMetrics(version=__version__)
-        own = read_url(amqp_url).user
-        scheduler = Scheduler(
-            amqp_url=amqp_url,
-            topology=Topology(prefix),
-            ledger=ledger,
-            store=store,
-            metrics=metrics,
-            retry_delay=retry_delay,
-            offer_timeout=offer_timeout,
-            group_weights=group_weights,
-            concurrency_limits=concurrency_limits,
-            no_worker_after=no_worker_after,
-            access=Access(rule=rule, operators={*operators, *([own] if own is not None else ())}, groups=groups),
-            pause_after=pause_after,
-        )
-        if metrics_listen:
-            server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, scheduler.stop)
-        logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger_url, "store": store.id})
-        await scheduler.run()
-        logger.info("scheduler has stopped")
-    finally:
-        if server is not None:
-            server.close()
-        ledger.close()
+    own = read_url(amqp_url).user
+    access = Access(rule=rule, operators={*operators, *([] if own is None else [own])}, groups=groups)
+    while not stopping.is_set():
+        metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
+        duty = _Duty()
+        with ExitStack() as doors:
+            if metrics_listen:
+                server = MetricsServer(metrics_listen, registry=metrics.registry, health=duty.health)
+                doors.callback(server.close)
+            ledger = await _elected(ledger_url, stopping, duty)
+            if ledger is None:
+                return
+            doors.callback(ledger.close)
+            scheduler = Scheduler(
+                amqp_url=amqp_url,
+                topology=Topology(prefix),
+                ledger=ledger,
+                store=store,
+                metrics=metrics,
+                retry_delay=retry_delay,
+                offer_timeout=offer_timeout,
+                group_weights=group_weights,
+                concurrency_limits=concurrency_limits,
+                no_worker_after=no_worker_after,
+                pause_after=pause_after,
+                access=access,
+            )
+            duty.scheduler = scheduler
+            stop = asyncio.create_task(_then(stopping, scheduler.stop))
+            logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger.name, "store": store.id})
+            try:
+                await scheduler.run()
+            except LedgerLost as error:
+                logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            else:
+                logger.info("scheduler has stopped")
+                return
+            finally:
+                stop.cancel()
+
+
+class _Duty:
+    """Know whether this process is the active scheduler, or a standby."""
+
+    def __init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+        self.waits = "for the ledger"
+
+    def health(self) -> Health:
+        """Say so; a standby that cannot reach the ledger is not well."""
+        if self.scheduler is not None:
+            return self.scheduler.health()
+        return Health(well=self.waits == STANDS_BY, text=f"{STANDBY}: waits {self.waits}")
+
+
+async def _elected(url: str, stopping: asyncio.Event, duty: _Duty) -> Ledger | None:
+    """Open a ledger as soon as no other scheduler is active; None: this one was stopped before.
+
+    Raises:
+        MqworkerError: it cannot be opened, and waiting will not help.
+    """
+    told: type[Exception] | None = None
+    while not stopping.is_set():
+        try:
+            return await asyncio.to_thread(Ledger.open, url)
+        except (LedgerLocked, LedgerUnavailable) as error:
+            if not Ledger.may_stand_by(url):
+                raise
+            duty.waits = STANDS_BY if isinstance(error, LedgerLocked) else str(error)
+            if told is not type(error):
+                logger.info("scheduler stands by", extra={"reason": str(error)})
+            told = type(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), STANDBY_SECONDS)
+    return None
+
+
+async def _then(event: asyncio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()

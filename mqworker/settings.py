@@ -19,12 +19,12 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from mqworker.errors import SettingsError
-from mqworker.messages import Name
+from mqworker.messages import Limits, Name
 
 PREFIX: Final = "MQWORKER_"
 CONFIG_VARIABLE: Final = "MQWORKER_CONFIG"
 SECRET_OPTIONS: Final = ("password", "sslpassword", "secret_access_key", "aws_secret_access_key", "token")
-TABLES: Final = ("worker", "scheduler", "access")
+TABLES: Final = ("worker", "worker.limits", "scheduler", "access")
 
 # These are read elsewhere: by the command line, by tasks and by the tests.
 FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG", "MQWORKER_TASK_MODULES")
@@ -80,6 +80,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     allow_tasks: list[str] = []  # empty: all
     deny_tasks: list[str] = []  # goes over allow_tasks
+    limits: Limits = field(default_factory=Limits)  # of each run; a request may ask for less
+    min_free_disk: Annotated[int, Meta(ge=0, le=2**60)] = 1024**3  # bytes; with less it takes no work; 0: off
 
     def state_directory(self) -> Path:
         """Return where the worker keeps its lock and its spool: by name, so that two on one host do not meet."""
@@ -166,7 +168,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, config: Path |
     values = {key: _convert(key, value, source) for key, (value, source) in found.items()}
     settings = Settings(
         **{key: value for key, value in values.items() if "." not in key},
-        worker=WorkerSettings(**_table("worker", values)),
+        worker=WorkerSettings(**_table("worker", values), limits=Limits(**_table("worker.limits", values))),
         scheduler=SchedulerSettings(**_table("scheduler", values)),
         access=AccessSettings(**_table("access", values)),
     )
@@ -212,7 +214,7 @@ def _flag(key: str) -> str:
 
 
 def _table(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+    return {key.rpartition(".")[2]: value for key, value in values.items() if key.rpartition(".")[0] == name}
 
 
 def _find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:

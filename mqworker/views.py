@@ -243,7 +243,7 @@ class Views:
                 metadata=worker.hello.metadata if worker.hello else {},
                 version=worker.hello.version if worker.hello else "",
                 seen=worker.seen_wall,
-                reason=worker.reason,
+                reason=worker.reason or (worker.heartbeat.held if worker.heartbeat else None),
                 paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
                 denied=worker.hello.denied if worker.hello else [],
                 draining=worker.heartbeat is not None and worker.heartbeat.draining and worker.state == "online",
