@@ -1,8 +1,11 @@
 """Whose a worker's name is: who speaks in another's counts for nothing."""
 
+from functools import partial
+
+from mqworker.access import Access
 from mqworker.errors import Impostor
-from mqworker.messages import Assign, Outcome, Outcomes, Report
-from tests.driving import Peer, restart
+from mqworker.messages import Assign, Outcome, Outcomes, Report, Request
+from tests.driving import Peer, an_id, restart
 
 
 def as_user(driven, user, act):
@@ -84,3 +87,26 @@ def test_an_outcome_of_another_users_run_is_refused_whatever_name_it_comes_under
     assert as_user(driven, "u1", lambda: send("anna2")) == [], "the same user, under another name"
     assert driven.states(one) == ["failure"]
     assert mallory.hear() == []
+
+
+def test_an_abort_that_came_first_counts_only_if_it_is_of_who_may_command_the_request(driven):
+    judge = Access(operators={"chief"})
+    for number, (user, state) in enumerate([("anna", "aborted"), ("chief", "aborted"), ("bert", "pending")]):
+        request = Request(id=an_id(500 + number), task="noop")
+        driven.pool.abort(request.id, "not wanted", driven.moment, lambda _: None, user=user)
+        driven.turn()
+        heeds = partial(judge.commanders, "anna")
+        drafts = [driven.pool.examine(request)]
+        driven.pool.submit(drafts, {}, driven.moment, driven.receipts.append, submitter="anna", heeds=heeds)
+        driven.turn()
+        assert (driven.states(request.id), driven.view(request.id).submitter) == ([state], "anna")
+
+
+def test_an_abort_of_what_nobody_knew_leaves_alone_what_came_meanwhile(driven):
+    results = []
+    one = driven.request()
+    driven.pool.abort(one, "not wanted", driven.moment, results.append, user="mallory", known=False)
+    driven.turn()
+
+    assert driven.states(one) == ["pending"]
+    assert not results[0].marked

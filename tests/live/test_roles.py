@@ -3,6 +3,8 @@
 import asyncio
 import json
 import shlex
+import subprocess
+import sys
 import uuid
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit, urlunsplit
@@ -426,15 +428,13 @@ def test_an_impostor_is_told_and_a_name_can_be_given_to_another_user(make_pool, 
 
 
 def test_who_may_command_whose_request_and_submit_into_which_group(make_pool, users, prefix):
-    chief, anna, bert = (users.make("client", name) for name in ("chief", "anna", "bert"))
+    urls = [users.make("client", name) for name in ("chief", "anna", "bert")]
     pool = make_pool(users.make("scheduler"), prefix)
     groups = {"release": [f"{prefix}-anna", f"{prefix}-bert"], "private": [f"{prefix}-anna"]}
     access = {"MQWORKER_ACCESS_GROUPS": json.dumps(groups), "MQWORKER_ACCESS_OPERATORS": f"{prefix}-chief"}
     pool.start("scheduler", "scheduler", **access)
     with ExitStack() as stack:
-        operator, anna, bert = (
-            stack.enter_context(Client(url, prefix=prefix, timeout=60.0)) for url in (chief, anna, bert)
-        )
+        operator, anna, bert = (stack.enter_context(Client(url, prefix=prefix, timeout=60.0)) for url in urls)
         hers, shared, private = (anna.submit("noop", group=group) for group in ("default", "release", "private"))
         assert bert.status(hers).submitter == f"{prefix}-anna", "everybody may look"
 
@@ -459,6 +459,17 @@ def test_who_may_command_whose_request_and_submit_into_which_group(make_pool, us
             with pytest.raises(Forbidden, match="from an operator, got it from the broker's user"):
                 command()
         assert bert.pauses() == []
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "mqworker", "abort", "--task", "noop", "--yes"],
+            env={**pool.environment, "MQWORKER_AMQP_URL": urls[2]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "1 request aborted" in done.stdout
+        assert f"request {private} is left alone: expected a command on a request of the broker's user" in done.stderr
+        assert "2 requests of others left alone" in done.stderr
 
         assert anna.reprioritise([hers], 5)[0].request.priority == 5
         assert operator.pause("group", "default")
