@@ -63,7 +63,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_NS: Final = 5_000_000_000
 BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
-ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
+ABORT_MARGIN_NS: Final = 1_000_000_000  # beyond the task's own grace before its slot is killed: gone in 2 s with that
 BEHIND_NS: Final = 1_000_000_000  # so much later than this process a slot itself ends a run that is over its timeout
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
@@ -163,7 +163,7 @@ class PublishReport:
 
 @dataclass(frozen=True)
 class PublishOutcomes:
-    """Publish outcomes that are on disk."""
+    """Publish outcomes that are on disk, or must go without."""
 
     outcomes: Outcomes
 
@@ -247,7 +247,10 @@ class _Run:
     fraction: float | None = None
     abort: str | None = None
     kill_ns: int | None = None
-    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout"
+    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit"
+    exceeded: Reason | None = None  # a limit
+    out_of_memory: bool = False
+    ended: SlotEnded | None = None  # what its slot said before it ended itself, because of what it could not end
     log_seq: int = 0
     tail: str = ""
 
@@ -264,7 +267,7 @@ class _Run:
 @dataclass(kw_only=True)
 class _Unsettled:
     outcome: Outcome
-    on_disk: bool
+    sendable: bool = False  # it is on disk, or cannot be, and the worker leaves
     sent_ns: int | None = None
 
 
@@ -314,6 +317,7 @@ class Agent:
         name: str,
         host: str,
         incarnation: int,
+        home: str = "",
         slots: int,
         store_id: str,
         static_metadata: Mapping[str, Any],
@@ -325,6 +329,7 @@ class Agent:
         self.name = name
         self._host = host
         self._incarnation = incarnation
+        self._home = home
         self._slots = {number: _Slot() for number in range(slots)}
         self._store_id = store_id
         self._static_metadata = dict(static_metadata)
@@ -348,6 +353,7 @@ class Agent:
         self._draining = False  # for good
         self._told_to_drain = False  # by the scheduler, until it assigns a queue again
         self._leaving = False  # ... and to end when nothing runs
+        self._holds: dict[str, str] = {}  # what is in the way of taking work, and why
         self._hello_wanted = self._beat_wanted = False
         self._hello_since: int | None = (
             None  # the first heartbeat with what has to be known; None: answered, or not said
@@ -416,7 +422,8 @@ class Agent:
         if any(run.request.id == request.id and run.attempt == ticket.attempt for run in self._runs.values()):
             self._acts.append(Ack(delivery))
             return
-        if self._draining or self._told_to_drain or self._analysis is None or self._free() <= 0:
+        out = self._draining or self._told_to_drain or self._holds
+        if out or self._analysis is None or self._free() <= 0:
             self._acts.append(Requeue(delivery))
             return
         self._beat_wanted = self._beat_wanted or ticket.alone  # its other slots are not to be had now
@@ -520,13 +527,9 @@ class Agent:
             return
         alone = asking.ticket.alone
         self._beat_wanted = self._beat_wanted or alone
-        if self._draining or not (idle or alone) or now_ns >= deadline_ns:
-            self._settle(
-                granted,
-                request.task,
-                "handed_back",
-                Reason(text="the worker could not start it in time, or is stopping"),
-            )
+        if self._draining or self._holds or not (idle or alone) or now_ns >= deadline_ns:
+            why = self.held or "the worker could not start it in time, or is stopping"
+            self._settle(granted, request.task, "handed_back", Reason(text=why))
             return
         run = _Run(
             slot=None,
@@ -612,8 +615,8 @@ class Agent:
         self._acts.append(StopRunIn(slot=slot, reason=reason))
 
     def _assign(self, assign: Assign) -> None:
-        self.refused = assign.reason
-        if assign.reason is not None:
+        before, self.refused = self.refused, assign.reason
+        if assign.reason is not None and assign.reason != before:
             logger.error("the scheduler does not take this worker", extra={"reason": assign.reason})
         if assign.queue is not None and self._told_to_drain and not self._leaving:
             self._told_to_drain = False
@@ -638,12 +641,58 @@ class Agent:
                 self._progress(run, stage=stage, fraction=fraction)
             case SlotOutput(text=text) if run is not None:
                 self._show(run, text)
+            case SlotEnded(left=str()) if run is not None and run.killed is None:
+                slot.ready = False
+                run.ended = word
             case SlotEnded() if run is not None and run.killed is None:
                 slot.ready = False  # until it says so
                 if run.over and word.result == "aborted":  # by us, and not by anybody's wish
                     self._end(run, "error", _over(run), ended=word)
                 else:
                     self._end(run, word.result, word.reason, ended=word)
+
+    def outlived(self, number: int, what: str) -> None:
+        """Take what still lives of a slot that has ended: its run is not over before that is gone, too."""
+        run = self._runs.get(self._slots[number].run or "")
+        if run is not None:
+            self._progress(run, stage=f"ending: {what}", fraction=None)
+
+    def out_of_memory(self, number: int) -> None:
+        """Take what the kernel says: it has ended something on this host for want of memory, when a slot was killed."""
+        run = self._runs.get(self._slots[number].run or "")
+        if run is not None:
+            run.out_of_memory = True
+
+    def exceeded(self, number: int, token: str, status: str, text: str) -> None:
+        """Take a limit that a run has exceeded: that ends it."""
+        run = self._runs.get(token)
+        if run is not None and self._slots[number].run == token:
+            run.exceeded = Reason(text=text, stage=run.stage, status=status)
+            self._kill(run, "limit", text)
+
+    def not_started(self, token: str, why: str) -> None:
+        """Take a run back that its slot was not told of, because there is no room to work."""
+        run = self._runs.get(token)
+        if run is not None:
+            self._end(run, "handed_back", Reason(text=why, stage="start"))
+
+    def hold(self, what: str, why: str | None) -> None:
+        """Take no work while something is in the way; None: it is not any more."""
+        if why == self._holds.get(what):
+            return
+        if why is None:
+            del self._holds[what]
+            logger.info("the worker may take work again", extra={"what": what})
+        else:
+            if what not in self._holds:
+                logger.warning("the worker takes no work", extra={"what": what, "reason": why})
+            self._holds[what] = why
+        self._beat_wanted = True
+
+    @property
+    def held(self) -> str | None:
+        """Say why this worker takes no work now; None: it does."""
+        return "; ".join(self._holds.values()) or None
 
     def slot_gone(self, number: int, exit_code: int, last_words: str = "") -> None:
         """Take the end of a slot's process, and what it had still to say; nothing that stems from it lives any more."""
@@ -669,12 +718,21 @@ class Agent:
                 self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
             case "timeout":
                 self._end(run, "error", _over(run, "it did not stop in time and was killed"))
+            case "limit":
+                self._end(run, "error", run.exceeded)
+            case _ if run.ended is not None:
+                said = "" if run.ended.reason is None else f"{run.ended.reason.text} "
+                reason = msgspec.structs.replace(
+                    run.ended.reason or Reason(text=""),
+                    text=f"{said}(at its end, this was in the way: {run.ended.left})",
+                )
+                self._end(run, run.ended.result, reason, ended=run.ended)
             case "lease":
                 self._end(
                     run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
                 )
             case _:
-                self._end(run, *_judge_death(exit_code, stage, run.tail))
+                self._end(run, *_judge_death(exit_code, stage, run.tail, out_of_memory=run.out_of_memory))
 
     @staticmethod
     def _why_gone(run: _Run, exit_code: int) -> str | None:
@@ -714,7 +772,7 @@ class Agent:
             ended=now,
             artifacts=[] if ended is None else ended.artifacts,
         )
-        self._unsettled[ref.token] = _Unsettled(outcome=outcome, on_disk=False)
+        self._unsettled[ref.token] = _Unsettled(outcome=outcome)
         self._acts.append(Spool(outcome, task.lower()))
 
     def _show(self, run: _Run, text: str) -> None:
@@ -767,10 +825,20 @@ class Agent:
 
     # ------------------------------------------------------------ the spool
 
+    def unspoolable(self, outcome: Outcome) -> None:
+        """Take an outcome that cannot be written to disk, where there is no time to wait for that: it is sent so."""
+        unsettled = self._unsettled.get(outcome.token)
+        if unsettled is not None:
+            unsettled.sendable = True
+
+    def is_unsettled(self, token: str) -> bool:
+        """Say whether an outcome is not answered yet."""
+        return token in self._unsettled
+
     def spooled(self, outcome: Outcome) -> None:
         """Take an outcome that is on disk: now it can be sent."""
-        unsettled = self._unsettled.setdefault(outcome.token, _Unsettled(outcome=outcome, on_disk=True))
-        unsettled.on_disk = True
+        unsettled = self._unsettled.setdefault(outcome.token, _Unsettled(outcome=outcome))
+        unsettled.sendable = True
 
     # ------------------------------------------------------------ time
 
@@ -853,8 +921,8 @@ class Agent:
     def _adjust_consumer(self) -> None:
         """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
         wanted = None
-        draining = self._draining or self._told_to_drain
-        if self._epoch is not None and not draining and self._analysis is not None and self._free() > 0:
+        able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
+        if self._epoch is not None and able and self._free() > 0:
             wanted = self._assigned
         if wanted == self._consuming:
             return
@@ -895,7 +963,7 @@ class Agent:
         due = [
             unsettled
             for unsettled in self._unsettled.values()
-            if unsettled.on_disk
+            if unsettled.sendable
             and (unsettled.sent_ns is None or (beat and now_ns - unsettled.sent_ns >= HEARTBEAT_NS))
         ]
         for unsettled in due:
@@ -912,6 +980,7 @@ class Agent:
                     epoch=self._epoch or "",
                     seq=self._seq,
                     incarnation=self._incarnation,
+                    home=self._home,
                     parts=parts,
                 )
             )
@@ -935,7 +1004,7 @@ class Agent:
         return Heartbeat(
             queue=self._consuming,
             assigned=self._assigned,
-            slots=0 if draining or self._has_alone() else alive,
+            slots=0 if draining or self._has_alone() else len(self._runs) if self._holds else alive,
             draining=draining,
             leaving=self._draining or self._leaving,
             running=[
@@ -954,6 +1023,7 @@ class Agent:
                 RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
                 for one in self._unsettled.values()
             ],
+            held=self.held,
         )
 
     def _question(self, asking: _Asking) -> Claim | Refusal:
@@ -1010,11 +1080,14 @@ def _over(run: _Run, more: str | None = None) -> Reason:
     return Reason(text=f"{text} ({more})" if more else text, stage=run.stage, status="timeout")
 
 
-def _judge_death(exit_code: int, stage: str | None, tail: str) -> tuple[OutcomeResult, Reason]:
+def _judge_death(exit_code: int, stage: str | None, tail: str, *, out_of_memory: bool) -> tuple[OutcomeResult, Reason]:
     """Say what it means that a slot's process ended in the middle of a run, by nobody's order."""
     line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), None)
     if exit_code == -9:  # noqa: PLR2004  # SIGKILL, which no task sends to itself by mistake
-        text = "the slot's process was killed (SIGKILL): out of memory, or by hand"
+        if out_of_memory:
+            text = "the slot's process was killed (SIGKILL) when this host was out of memory"
+            return "lost", Reason(text=text, stage=stage, exit_code=exit_code, status="memory", line=line)
+        text = "the slot's process was killed (SIGKILL) by somebody on this host"
         return "lost", Reason(text=text, stage=stage, exit_code=exit_code, line=line)
     how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
     text = f"the task ended its process ({how}) without an outcome"

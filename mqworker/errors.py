@@ -6,13 +6,14 @@ MqworkerError
 │   ├── Rejected             the scheduler did not accept a request
 │   ├── Conflict             the id is taken by a request with other content
 │   ├── NotFound             no such request or artifact
+│   ├── Forbidden            the broker's user may not do this
 │   ├── TakeInvalid          task data have no place for what is to be taken from another request
 │   └── ArtifactInvalid      files or data that do not make an artifact
 ├── OperatorError            this machine or these settings are not right: change them
 │   ├── SettingsError        a setting is missing, unknown or out of range
 │   ├── BrokerRefused        the broker answers, but not to these credentials or this vhost
 │   ├── LedgerLocked         another scheduler writes this ledger
-│   ├── LedgerInvalid        the file is no ledger, or one of another schema
+│   ├── LedgerInvalid        the database is no ledger, or one of another schema
 │   ├── StateLocked          another worker uses this state directory
 │   ├── StoreMismatch        the worker and the scheduler do not share a store
 │   └── HostUnfit            a program or right that is needed is not there
@@ -21,14 +22,17 @@ MqworkerError
 │   ├── NotPublished         a message was returned, refused or cut off before its confirm
 │   ├── Unanswered           the scheduler did not answer in time
 │   ├── LedgerUnavailable    the database cannot commit now
+│   ├── LedgerLost           another scheduler was elected
 │   └── StoreUnavailable     the store cannot be read or written now
 ├── PeerError                somebody's message is not what was agreed
 │   ├── Unreadable           not JSON, not a known type, or not its fields
+│   ├── Impostor             it speaks in a name that is another's
 │   └── NewerVersion         written by a newer mqworker than this one
 ├── Corrupt                  bytes that are not what their sha256 says
 └── IllegalMove              ours: a state was asked to do what it cannot
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -64,6 +68,14 @@ class NotFound(SubmitterError):
     """Raise when no request or artifact has this id."""
 
 
+class Forbidden(SubmitterError):
+    """Raise when the broker's user may not do what it asks for; `refused` says why, by request, of those it may not."""
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refused = refused or {}
+
+
 class TakeInvalid(SubmitterError):
     """Raise when task data have no place for what is to be taken from another request."""
 
@@ -91,7 +103,7 @@ class LedgerLocked(OperatorError):
 
 
 class LedgerInvalid(OperatorError):
-    """Raise when a file is no ledger, or one of another schema."""
+    """Raise when a database is no ledger, or one of another schema."""
 
 
 class StateLocked(OperatorError):
@@ -128,6 +140,10 @@ class LedgerUnavailable(OutsideError):
     """Raise when the database cannot commit now."""
 
 
+class LedgerLost(OutsideError):
+    """Raise when another scheduler was elected, and what this one does counts no more."""
+
+
 class StoreUnavailable(OutsideError):
     """Raise when the store cannot be read or written now."""
 
@@ -138,6 +154,10 @@ class PeerError(MqworkerError):
 
 class Unreadable(PeerError):
     """Raise when a message is not JSON, not of a known type, or lacks its fields."""
+
+
+class Impostor(PeerError):
+    """Raise when a message speaks in a name, or came by a way, that is not its sender's."""
 
 
 class NewerVersion(PeerError):

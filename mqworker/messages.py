@@ -225,6 +225,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     unsettled: list[RunRef]  # outcomes in the spool: a lease that none of the three lists names is lost
     draining: bool = False  # it was told to take nothing more
     leaving: bool = False  # it ends when nothing runs any more
+    held: str | None = None  # why it takes no work now, though it is well otherwise: a full disk, say
 
 
 class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
@@ -257,6 +258,7 @@ class Report(Struct, frozen=True, kw_only=True, tag="report"):
     epoch: str  # of the worker's connection: where the answer goes
     seq: int  # rises with each report of one agent process
     incarnation: int  # rises with each agent process of one state directory
+    home: Annotated[str, Meta(max_length=40)] = ""  # of that directory; the tokens of its claims begin with it
     parts: list[ReportPart]
 
 
@@ -266,6 +268,7 @@ class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
     v: int = VERSION
     term: int
     number: int
+    secret: str  # of the scheduler that sent it
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)
@@ -356,7 +359,7 @@ class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
     parts: list[VerdictPart]
 
 
-# ---------------------------------------------------------------- client -> scheduler (mqworker.api), and the answers
+# ---------------------------------------------------------------- client -> scheduler (mqworker.api, mqworker.command)
 
 
 class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
@@ -428,6 +431,14 @@ class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
 
     v: int = VERSION
     names: list[str] = []
+
+
+class ForgetWorker(Struct, frozen=True, kw_only=True, tag="forget_worker"):
+    """Ask that a worker's name be nobody's any more, or another user's."""
+
+    v: int = VERSION
+    name: Name
+    user: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  # whose it is from now on; None: the next's
 
 
 class ListArtifacts(Struct, frozen=True, kw_only=True, tag="list_artifacts"):
@@ -507,25 +518,22 @@ class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
     v: int = VERSION
 
 
-Query = (
+# What asks goes to mqworker.api, what changes something to mqworker.command: so the broker's rights can keep some users
+# from the latter.
+Question = (
     GetRequests
     | ListRequests
     | CountRequests
-    | Reprioritise
-    | AbortRequests
-    | RetryRequest
     | ListWorkers
-    | RefreshWorkers
     | ListArtifacts
-    | ImportArtifact
-    | Pause
-    | Resume
-    | DrainWorkers
     | ListPauses
     | Explain
     | GetCapabilities
     | GetPool
 )
+PoolCommand = RefreshWorkers | ForgetWorker | DrainWorkers | Pause | Resume  # operators' alone
+Command = Reprioritise | AbortRequests | RetryRequest | ImportArtifact | PoolCommand
+Query = Question | Command
 
 
 class AttemptView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -565,11 +573,12 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RequestList(Struct, frozen=True, kw_only=True, tag="request_list"):
-    """Answer GetRequests, ListRequests, AbortRequests and RetryRequest."""
+    """Answer GetRequests, ListRequests, and commands on requests."""
 
     v: int = VERSION
     requests: list[RequestView] = []
     missing: list[str] = []
+    forbidden: dict[str, str] = {}  # ids of those that a command was not allowed on, and why
     marked: list[str] = []  # of AbortRequests: nobody knows them yet; they are aborted when they come
 
 
@@ -591,10 +600,11 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     denied: list[str] = []
     draining: bool = False  # by its own word, it takes nothing more
     capability_class: str | None = None
+    user: str | None = None  # the broker's user whose name it is; None: nobody's
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers and DrainWorkers, and RefreshWorkers with nobody: what they find comes later."""
+    """Answer ListWorkers and DrainWorkers; RefreshWorkers and ForgetWorker with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -719,7 +729,16 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     """Answer a query that cannot be answered as asked."""
 
     v: int = VERSION
-    kind: Literal["unreadable", "not_found", "conflict", "rejected", "too_large", "artifact_invalid", "store_mismatch"]
+    kind: Literal[
+        "unreadable",
+        "not_found",
+        "conflict",
+        "rejected",
+        "too_large",
+        "artifact_invalid",
+        "store_mismatch",
+        "forbidden",
+    ]
     text: str
 
 
@@ -767,7 +786,7 @@ class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
     term: int
     time: float
     worker: str
-    event: Literal["online", "changed", "offline", "refused", "paused"]
+    event: Literal["online", "changed", "offline", "refused", "paused", "impostor"]
     reason: str | None = None
 
 
@@ -816,6 +835,8 @@ class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
     inputs: list[RecordedArtifact]
     directory: str
     deadline_ns: int
+    limits: Limits | None = None  # that the slot is to see to itself, as far as the kernel helps one process with it
+    cpus: list[int] = []  # the run keeps to these; empty: to all that its slot has
 
 
 class Renew(Struct, frozen=True, kw_only=True, tag="renew"):
@@ -851,12 +872,13 @@ class SlotOutput(Struct, frozen=True, kw_only=True, tag="slot_output"):
 
 
 class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot_ended"):
-    """Tell the agent how the run ended: every descendant is gone and every artifact in the store."""
+    """Tell the agent how the run ended: artifacts are in the store, and all descendants gone but what is `left`."""
 
     result: Literal["success", "failure", "error", "aborted"]
     reason: Reason | None = None
     again: bool = False
     artifacts: list[Artifact] = []
+    left: str | None = None  # what could not be ended: the slot ends itself, and the run is over when that has gone
 
 
 class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):

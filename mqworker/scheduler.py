@@ -9,17 +9,30 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
-from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.access import Access, Rule, User
+from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
-from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
+from mqworker.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    Impostor,
+    LedgerLocked,
+    LedgerLost,
+    LedgerUnavailable,
+    NotPublished,
+    PeerError,
+)
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
@@ -30,9 +43,11 @@ from mqworker.messages import (
     AbortRequests,
     Answer,
     ArtifactList,
+    Command,
     CountRequests,
     DrainWorkers,
     Explain,
+    ForgetWorker,
     GetCapabilities,
     GetPool,
     GetRequests,
@@ -44,6 +59,7 @@ from mqworker.messages import (
     Outcomes,
     Pause,
     PauseList,
+    PoolCommand,
     Probe,
     Problem,
     Query,
@@ -76,6 +92,12 @@ SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
+# What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
+READING_HEARTBEAT: Final = 5
+STANDBY: Final = "standby"
+STANDS_BY: Final = "for its turn, another scheduler is active"
+HIGHEST_PRIORITY: Final = 2**31 - 1  # of a consumer
 
 _T = TypeVar("_T")
 
@@ -97,6 +119,7 @@ def kept_by(ledger: Ledger) -> Kept:
         blocked=ledger.blocked(),
         histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
+        worker_names=ledger.worker_names(),
     )
 
 
@@ -134,6 +157,7 @@ class Scheduler:
         pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
+        access: Access,
         link: Callable[..., Link] = Link,
         clock: Callable[[], Moment] = now,
     ) -> None:
@@ -142,6 +166,7 @@ class Scheduler:
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
+        self._access = access
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -170,6 +195,7 @@ class Scheduler:
             plan=self._reading_plan,
             on_up=self._link_changed,
             on_down=self._reading_down,
+            heartbeat=READING_HEARTBEAT,
         )
         self._writing = link(
             amqp_url,
@@ -185,9 +211,11 @@ class Scheduler:
 
         Raises:
             BrokerRefused: the broker does not let this scheduler in.
+            LedgerLost: another scheduler was elected.
         """
         moment = self._now()
         self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
+        self._metrics.active.set(1)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -222,7 +250,7 @@ class Scheduler:
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
-            return Health(well=False, text="the ledger cannot commit")
+            return Health(well=False, text="the ledger does not answer")
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -231,8 +259,11 @@ class Scheduler:
         topology = self._topology
         report = topology.report_queue(epoch)
 
+        # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
+        priority = min(self._ledger.term, HIGHEST_PRIORITY)
+
         def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack)
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
@@ -241,7 +272,7 @@ class Scheduler:
                 consumer(report.name, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50),
+                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -283,7 +314,22 @@ class Scheduler:
     # ------------------------------------------------------------ the loop
 
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+        """Ask the ledger, again and again while it is away."""
+        while True:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+            except LedgerUnavailable as error:
+                if self._stopping.is_set():
+                    raise
+                self._ledger_well = False
+                self._metrics.commit_failures.inc()
+                logger.error(  # noqa: TRY400  # no traceback at an operator
+                    "the ledger does not answer, trying again", extra={"reason": str(error)}
+                )
+                await asyncio.sleep(COMMIT_RETRY)
+            else:
+                self._ledger_well = True
+                return found
 
     async def _tick(self) -> None:
         while True:
@@ -344,26 +390,17 @@ class Scheduler:
                 results = self._ledger.commit(writes)
             answers = look_up(self._ledger, asks)
 
-        if not writes and not asks:
+        # Also what is said without a write to the ledger is said in our term only.
+        if not writes and not asks and self._ledger.sure:
             self._pool.committed([], Answers())
             return
         began = time.monotonic()
-        while answers is None:
-            try:
-                await self._in_ledger_thread(commit)
-            except LedgerUnavailable as error:
-                self._ledger_well = False
-                self._metrics.commit_failures.inc()
-                logger.error(  # noqa: TRY400  # no traceback at an operator
-                    "the ledger cannot commit, trying again", extra={"reason": str(error)}
-                )
-                await asyncio.sleep(COMMIT_RETRY)
-        self._ledger_well = True
+        await self._in_ledger_thread(commit)
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
         self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(results or [], answers)
+        self._pool.committed(results or [], answers or Answers())
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -407,19 +444,29 @@ class Scheduler:
             if isinstance(report, Probe):
                 self._pool.probe(report, moment)
             else:
-                self._pool.report(report, moment)
+                self._pool.report(report, moment, delivery.user_id)
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
-            self._pool.outcomes(decode(delivery.body, Outcomes), moment)
-        else:
+            self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
+        elif delivery.exchange == self._topology.submit:
             await self._submit(delivery, moment)
+        else:  # whoever may write to a queue's namesake may bind the queue, too: to events and logs, say
+            self._metrics.unreadable.labels(source="elsewhere").inc()
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
         submit = decode(delivery.body, Submit)
-        drafts = [self._pool.examine(request) for request in submit.requests]
+        drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
-        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery))
+        user = delivery.user_id
+        heeds = partial(self._access.commanders, user)
+        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery), submitter=user, heeds=heeds)
+
+    def _draft(self, request: Request, user: User) -> Draft:
+        """Ask whether this user may submit it, and whether its task accepts the data."""
+        draft = self._pool.examine(request)
+        refused = self._access.submit(user, request.group)
+        return draft if refused is None else replace(draft, problem=refused)
 
     async def _artifacts(self, drafts: Sequence[Draft]) -> Mapping[int, RecordedArtifact]:
         wanted = {number for draft in drafts for number in draft.inputs}
@@ -428,9 +475,13 @@ class Scheduler:
         return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
-        """Keep what cannot be read for the operator, as it came, and tell who sent it if it can be told."""
-        self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
-        logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
+        if isinstance(error, Impostor):
+            self._metrics.impostors.inc()
+            logger.warning("an impostor's message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        else:
+            self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
+            logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
         if delivery.exchange == self._topology.submit:
             self._answer(delivery, Receipt(term=self._ledger.term, problem=str(error)))
         try:
@@ -441,7 +492,8 @@ class Scheduler:
             self._reading.ack(delivery)
 
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
-        if delivery.reply_to is None:
+        # Any other name would have us write, with our rights, where whoever asks may not: into a class's queue, say.
+        if delivery.reply_to is None or not delivery.reply_to.startswith(f"{REPLY_TO}."):
             return
         self._writing.publish(
             exchange="",
@@ -458,7 +510,9 @@ class Scheduler:
     async def _serve(self, delivery: Delivery) -> None:
         """Answer one query; reads and writes take their turn among the ledger's sets."""
         try:
-            answer = await self._respond(decode(delivery.body, Query))  # type: ignore[arg-type]  # a union of structs
+            query: Query = decode(delivery.body, cast("Any", Query))  # a union of structs
+            refused = self._refused(query, delivery)
+            answer = await self._respond(query, delivery.user_id) if refused is None else refused
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
@@ -468,7 +522,16 @@ class Scheduler:
         self._answer(delivery, answer)
         self._reading.ack(delivery)
 
-    async def _respond(self, query: Query) -> Answer:
+    def _refused(self, query: Query, delivery: Delivery) -> Problem | None:
+        """Refuse a command that came by another way than that for commands, or from who may not give it."""
+        why = None
+        if isinstance(query, Command) and delivery.exchange != self._topology.command:
+            why = f"expected a command by the exchange {self._topology.command}, got it by {delivery.exchange}"
+        elif isinstance(query, PoolCommand):
+            why = self._access.operate(delivery.user_id)
+        return None if why is None else Problem(kind="forbidden", text=why)
+
+    async def _respond(self, query: Query, user: User) -> Answer:
         match query:
             case GetRequests(ids=ids):
                 return await self._requests(ids)
@@ -478,9 +541,9 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._abort(ids, reason)
+                return await self._abort(ids, reason, user)
             case Reprioritise(ids=ids, priority=priority):
-                return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
+                return await self._each(ids, user, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
                 await self._settled(partial(self._pool.pause, query, self._now()))
                 return PauseList(pauses=self._pool.pauses())
@@ -496,12 +559,16 @@ class Scheduler:
             case GetCapabilities():
                 return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
-                return await self._retry(query)
+                return await self._retry(query, user)
             case ListWorkers():
                 return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
+                return WorkerList(workers=[])
+            case ForgetWorker(name=name, user=owner):
+                if not await self._settled(partial(self._pool.forget_worker, name, owner, self._now())) and not owner:
+                    return Problem(kind="not_found", text=f"expected a worker's name that is a user's, got {name}")
                 return WorkerList(workers=[])
             case ListArtifacts():
                 artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
@@ -516,24 +583,37 @@ class Scheduler:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
         return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
-    async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
-        """Let the pool judge a command on each request, and show what became of them."""
+    async def _each(self, ids: Sequence[str], user: User, ask: Callable[[str], Callable[..., None]]) -> RequestList:
+        """Let the pool judge a command on each request that the user may command, and show what became of them."""
         known = await self._requests(ids)
-        found = [view.request.id for view in known.requests]
+        found: list[str] = []
+        forbidden: dict[str, str] = {}
+        for view in known.requests:
+            why = self._access.command(user, submitter=view.submitter, group=view.request.group)
+            if why is None:
+                found.append(view.request.id)
+            else:
+                forbidden[view.request.id] = why
         await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
-        return msgspec.structs.replace(answer, missing=known.missing)
+        return msgspec.structs.replace(answer, missing=known.missing, forbidden=forbidden)
 
-    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+    async def _abort(self, ids: Sequence[str], reason: str, user: User) -> RequestList:
         """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
-        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+
+        def abort(one: str) -> Callable[..., None]:
+            return partial(self._pool.abort, one, reason, self._now())
+
+        answer = await self._each(ids, user, abort)
         to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
-        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        asks = (partial(abort(one), user=user, known=False) for one in to_come)
         results = await asyncio.gather(*(self._settled(ask) for ask in asks))
-        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        came = [one for one, result in zip(to_come, results, strict=True) if not result.marked]
+        late = await self._each(came, user, abort)
         return RequestList(
-            requests=[*answer.requests, *came.requests],
+            requests=[*answer.requests, *late.requests],
             missing=[one for one in answer.missing if one not in to_come],
+            forbidden={**answer.forbidden, **late.forbidden},
             marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
         )
 
@@ -564,19 +644,24 @@ class Scheduler:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.views.explanation(draft, view)
 
-    async def _retry(self, query: RetryRequest) -> Answer:
+    async def _retry(self, query: RetryRequest, user: User) -> Answer:
         known = await self._requests([query.id])
         if not known.requests:
             return Problem(kind="not_found", text=f"expected the id of a request, got {query.id}, which nobody knows")
         old = known.requests[0]
+        refused = self._access.command(user, submitter=old.submitter, group=old.request.group)
+        if refused is not None:
+            return Problem(kind="forbidden", text=refused)
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
         # When it had to be done is over, or nobody knows.
         anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
-        draft = self._pool.examine(anew)
+        draft = self._draft(anew, user)
         artifacts = await self._artifacts([draft])
-        receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
+        heeds = partial(self._access.commanders, user)
+        ask = partial(self._pool.submit, [draft], artifacts, self._now(), submitter=user, heeds=heeds)
+        receipt = await self._settled(ask)
         result = receipt.results[0]
         if result.status in ("rejected", "conflict"):
             return Problem(kind=result.status, text=result.reason or "")
@@ -618,42 +703,99 @@ async def run(
     pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
+    rule: Rule,
+    operators: Collection[str],
+    groups: Mapping[str, Collection[str]],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
-    """Run a scheduler until SIGTERM or SIGINT.
+    """Run a scheduler until SIGTERM or SIGINT. On PostgreSQL it stands by as long as another one is active.
 
     Raises:
         MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
     """
     gc.set_threshold(*GC_THRESHOLDS)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
-    ledger = await asyncio.to_thread(Ledger.open, ledger_url)
-    server = None
-    try:
-        metrics = SchedulerMetrics(version=__version__)
-        scheduler = Scheduler(
-            amqp_url=amqp_url,
-            topology=Topology(prefix),
-            ledger=ledger,
-            store=store,
-            metrics=metrics,
-            retry_delay=retry_delay,
-            offer_timeout=offer_timeout,
-            group_weights=group_weights,
-            concurrency_limits=concurrency_limits,
-            no_worker_after=no_worker_after,
-            pause_after=pause_after,
-        )
-        if metrics_listen:
-            server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, scheduler.stop)
-        logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger_url, "store": store.id})
-        await scheduler.run()
-        logger.info("scheduler has stopped")
-    finally:
-        if server is not None:
-            server.close()
-        ledger.close()
+    own = read_url(amqp_url).user
+    access = Access(rule=rule, operators={*operators, *([] if own is None else [own])}, groups=groups)
+    while not stopping.is_set():
+        metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
+        duty = _Duty()
+        with ExitStack() as doors:
+            if metrics_listen:
+                server = MetricsServer(metrics_listen, registry=metrics.registry, health=duty.health)
+                doors.callback(server.close)
+            ledger = await _elected(ledger_url, stopping, duty)
+            if ledger is None:
+                return
+            doors.callback(ledger.close)
+            scheduler = Scheduler(
+                amqp_url=amqp_url,
+                topology=Topology(prefix),
+                ledger=ledger,
+                store=store,
+                metrics=metrics,
+                retry_delay=retry_delay,
+                offer_timeout=offer_timeout,
+                group_weights=group_weights,
+                concurrency_limits=concurrency_limits,
+                no_worker_after=no_worker_after,
+                pause_after=pause_after,
+                access=access,
+            )
+            duty.scheduler = scheduler
+            stop = asyncio.create_task(_then(stopping, scheduler.stop))
+            logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger.name, "store": store.id})
+            try:
+                await scheduler.run()
+            except LedgerLost as error:
+                logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            else:
+                logger.info("scheduler has stopped")
+                return
+            finally:
+                stop.cancel()
+
+
+class _Duty:
+    """Know whether this process is the active scheduler, or a standby."""
+
+    def __init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+        self.waits = "for the ledger"
+
+    def health(self) -> Health:
+        """Say so; a standby that cannot reach the ledger is not well."""
+        if self.scheduler is not None:
+            return self.scheduler.health()
+        return Health(well=self.waits == STANDS_BY, text=f"{STANDBY}: waits {self.waits}")
+
+
+async def _elected(url: str, stopping: asyncio.Event, duty: _Duty) -> Ledger | None:
+    """Open a ledger as soon as no other scheduler is active; None: this one was stopped before.
+
+    Raises:
+        MqworkerError: it cannot be opened, and waiting will not help.
+    """
+    told: type[Exception] | None = None
+    while not stopping.is_set():
+        try:
+            return await asyncio.to_thread(Ledger.open, url)
+        except (LedgerLocked, LedgerUnavailable) as error:
+            if not Ledger.may_stand_by(url):
+                raise
+            duty.waits = STANDS_BY if isinstance(error, LedgerLocked) else str(error)
+            if told is not type(error):
+                logger.info("scheduler stands by", extra={"reason": str(error)})
+            told = type(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), STANDBY_SECONDS)
+    return None
+
+
+async def _then(event: asyncio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()

@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from mqworker import dispatch
+from mqworker.access import Access
 from mqworker.amqp import Plan
 from mqworker.errors import LedgerUnavailable
 from mqworker.ledger import Ledger
-from mqworker.messages import AbortRequests, Receipt, RequestList, RetryRequest, Submit, decode, encode, tag_of
+from mqworker.messages import AbortRequests, Command, Receipt, RequestList, RetryRequest, Submit, decode, encode, tag_of
 from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
@@ -183,6 +184,7 @@ class World:
             pause_after=3,
             group_weights=self.scenario.weights,
             concurrency_limits=self.scenario.limits,
+            access=Access(operators={None}),  # this broker names nobody: all is one user's
             link=lambda url, **given: Link(self.broker, url, **given),
             clock=lambda: Moment(steady=self.loop.now + 12345.0, wall=self.scheduler_wall()),
         )
@@ -438,7 +440,7 @@ class Client:
     def _command(self):
         if self._commands and self._link is not None and self._link.epoch is not None:
             query = self._commands[0]
-            self._ask(TOPOLOGY.api, query, tag_of(query), f"command {self._said}")
+            self._ask(_way(query), query, tag_of(query), f"command {self._said}")
 
     def _again(self, *, only_aborts=False):
         if self._link is None or self._link.epoch is None:
@@ -448,7 +450,7 @@ class Client:
         if self.waiting and not only_aborts:
             self._send(list(self.waiting.values()))
         if self._aborts:
-            self._ask(TOPOLOGY.api, AbortRequests(ids=self._aborts, reason="not wanted any more"), "abort_requests")
+            self._ask(TOPOLOGY.command, AbortRequests(ids=self._aborts, reason="not wanted any more"), "abort_requests")
 
     def _send(self, requests):
         if self._link is not None and self._link.epoch is not None:
@@ -483,6 +485,10 @@ class Client:
                     self._aborts.remove(view.request.id)
                     if view.state not in FINAL and view.abort is None:
                         self._world.check.fail("P3", f"the abort of {view.request.id} has left it {view.state}")
+
+
+def _way(query):
+    return TOPOLOGY.command if isinstance(query, Command) else TOPOLOGY.api
 
 
 @cache
