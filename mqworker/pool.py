@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 from types import MappingProxyType
@@ -255,6 +256,7 @@ class Pool:
         self._to_declare: list[str] = []  # classes, for what is done hourly
         self._blame = Blame(pause_after)
         self._expires = -inf  # wall: nothing expires before then
+        self._expiring: list[tuple[float, str]] = []  # wall; of requests in memory, as a heap; perhaps long gone
         self._expired_by: float | None = None  # wall: what has expired by then is to be asked for
         self._histories_wanted: set[str] = set()
         self._histories: Mapping[str, tuple[Tried, ...]] = {}
@@ -1414,9 +1416,14 @@ class Pool:
 
     def offer(self, moment: Moment) -> None:
         """Offer requests to the classes that have credit."""
+        while self._expiring and self._expiring[0][0] <= moment.wall:  # first, since they would count for their groups
+            expires_at, request = heappop(self._expiring)
+            if self._dispatch.waits(request):
+                self._dispatch.forget(request)
+                self._expire(request, expires_at, moment)
         for offer in self._dispatch.offers(moment.steady):
             entry = self._entries[offer.request]
-            if has_expired(entry.request, moment.wall):
+            if has_expired(entry.request, moment.wall):  # it has come back since
                 self._expire(offer.request, entry.request.expires_at or 0.0, moment)
                 continue
             entry.state = State.OFFERED
@@ -1483,6 +1490,8 @@ class Pool:
     def _new_entry(self, entry: Entry) -> Entry:
         self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
+        if entry.request.expires_at is not None:
+            heappush(self._expiring, (entry.request.expires_at, entry.request.id))
         self._uses[entry.one.id].entries += 1
         return entry
 

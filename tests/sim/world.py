@@ -242,6 +242,7 @@ class World:
             case "submit":
                 self.client.submit(given["requests"])
             case "abort":
+                self.check.aborts.add(given["request"])
                 self.client.abort(given["request"])
             case "command":
                 self.client.command(given["query"])
