@@ -63,6 +63,10 @@ class Users:
         parts = urlsplit(self.url)
         return urlunsplit(parts._replace(netloc=f"{user}:{PASSWORD}@{parts.hostname}:{parts.port}"))
 
+    def declare(self):
+        """Make what lasts: a client without rights waits only for a few seconds until somebody has."""
+        asyncio.run(declare(self.url, self.topology))
+
     def close(self):
         for name in self.names:
             self._manage("DELETE", f"users/{name}")
@@ -120,6 +124,7 @@ def publishing(exchange, key=None, body=b"{}", **properties):
 def farm(make_pool, users, prefix):
     """A scheduler and a worker, anna, each with a user of its own; the pool, and its client with a user likewise."""
     with ExitStack() as stack:
+        users.declare()
         pool = make_pool(users.make("client"), prefix)
         pool.start("scheduler", "scheduler", MQWORKER_AMQP_URL=users.make("scheduler"), MQWORKER_ACCESS_OPERATORS="")
         pool.worker("anna", MQWORKER_AMQP_URL=users.make("worker", "anna"))
@@ -399,6 +404,7 @@ def test_what_is_said_in_another_workers_name_counts_for_nothing(farm, users, ru
 
 
 def test_an_impostor_is_told_and_a_name_can_be_given_to_another_user(make_pool, users, prefix, eventually, final):
+    users.declare()
     pool = make_pool(users.make("client"), prefix)
     with ExitStack() as stack:
         operators = f"{prefix}-client"
@@ -429,6 +435,7 @@ def test_an_impostor_is_told_and_a_name_can_be_given_to_another_user(make_pool, 
 
 def test_who_may_command_whose_request_and_submit_into_which_group(make_pool, users, prefix):
     urls = [users.make("client", name) for name in ("chief", "anna", "bert")]
+    users.declare()
     pool = make_pool(users.make("scheduler"), prefix)
     groups = {"release": [f"{prefix}-anna", f"{prefix}-bert"], "private": [f"{prefix}-anna"]}
     access = {"MQWORKER_ACCESS_GROUPS": json.dumps(groups), "MQWORKER_ACCESS_OPERATORS": f"{prefix}-chief"}
