@@ -247,18 +247,18 @@ def _tell_mark(request: str) -> None:
 def _see_end(client: Client, running: Sequence[str]) -> list[RequestView]:
     """Wait until requests that are being stopped have ended; whoever stops that is told how many have not."""
     ends = 0
-    with Counting("stop", len(running)) as counting:
+    try:
+        with Counting("stop", len(running)) as counting:
 
-        def count(_: RequestView) -> None:
-            nonlocal ends
-            ends += 1
-            counting.show(ends)
+            def count(_: RequestView) -> None:
+                nonlocal ends
+                ends += 1
+                counting.show(ends)
 
-        try:
             return client.wait(running, on_end=count)
-        except KeyboardInterrupt:
-            tell(f"{many(len(running) - ends, 'request')} of {len(running):,} still to end; their abort goes on")
-            raise
+    except KeyboardInterrupt:
+        tell(f"{many(len(running) - ends, 'request')} of {len(running):,} still to end; their abort goes on")
+        raise
 
 
 @application.command(rich_help_panel=REQUESTS)

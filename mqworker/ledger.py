@@ -965,9 +965,31 @@ def _accepted(write: Accept, row: dict[str, Any], beginning: _Beginning) -> Acce
 
 
 def _content(request: Request) -> str:
-    fields = msgspec.to_builtins(request)
+    fields = _told(request)
     del fields["id"]
     return hashlib.sha256(_canonical.encode(fields)).hexdigest()
+
+
+def _told(struct: msgspec.Struct) -> dict[str, Any]:
+    """Return what a struct says beyond its defaults: whether one is written out or left out says nothing.
+
+    msgspec itself leaves a default out only if it is that very object, which a text from a message never is.
+    """
+    told: dict[str, Any] = {}
+    for field_ in msgspec.structs.fields(struct):
+        value = getattr(struct, field_.name)
+        default = field_.default_factory() if field_.default_factory is not msgspec.NODEFAULT else field_.default
+        if value != default:
+            told[field_.encode_name] = _told_value(value)
+    return told
+
+
+def _told_value(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return _told(value)
+    if isinstance(value, list):
+        return [_told_value(one) for one in value]
+    return value
 
 
 def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str, Any]:

@@ -24,10 +24,9 @@ from tests.sim import programs
 from tests.sim.broker import REPLY, Broker, Link
 from tests.sim.check import FINAL, Check
 from tests.sim.host import SILENT, STORE, Host, conduct_of
-from tests.sim.loop import NOBODY, START, Loop, Process
+from tests.sim.loop import NOBODY, START, WALL, Loop, Process
 from tests.sim.scenario import SETTLE
 
-WALL = 1_700_000_000.0
 LOOK = 0.05  # seconds between two looks for what stays as it is
 LONGEST = 3000.0  # virtual seconds behind the last fault in which all must come to an end
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # files that no disk slows down
@@ -81,6 +80,10 @@ class World:
 
     def scheduler_wall(self):
         return self.wall() + self._scheduler_wall
+
+    def clock_steps(self):
+        """Say whether the scheduler's clock on the wall jumps in this scenario."""
+        return any(one.kind == "wall" and one.given["who"] == "scheduler" for one in self.scenario.happenings)
 
     def note(self, who, text):
         if self.trace is not None and not self.loop.burying:
@@ -428,7 +431,8 @@ class Client:
     def command(self, query):
         self._commands.append(query)
         if isinstance(query, RetryRequest) and query.id in self._world.check.requests:
-            anew = msgspec.structs.replace(self._world.check.requests[query.id], id=query.new_id)
+            old = self._world.check.requests[query.id]
+            anew = msgspec.structs.replace(old, id=query.new_id, not_before=None, expires_at=None)
             self._world.check.requests[query.new_id] = anew
         if len(self._commands) == 1:
             self.process.context.run(self._command)
