@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -91,6 +92,8 @@ TICK: Final = 0.25  # seconds between looks at what is due; leases and offers ar
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
+IMPOSTOR_SECONDS: Final = 60.0  # between messages put aside of one who speaks in another's name
+MOST_IMPOSTORS: Final = 1000  # of whom this is remembered
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
 # What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
@@ -167,6 +170,7 @@ class Scheduler:
         self._store_id = store.id
         self._metrics = metrics
         self._access = access
+        self._put_aside: dict[tuple[str, str], float] = {}  # of impostors' messages, when the last was put aside
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -478,6 +482,9 @@ class Scheduler:
         """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
         if isinstance(error, Impostor):
             self._metrics.impostors.inc()
+            if self._said_lately(delivery.exchange, str(error)):
+                self._reading.ack(delivery)  # whoever means it says it again and again, and has it
+                return
             logger.warning("an impostor's message went to %s", self._topology.rejected, extra={"reason": str(error)})
         else:
             self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
@@ -490,6 +497,16 @@ class Scheduler:
             self._reading.requeue(delivery)
         else:
             self._reading.ack(delivery)
+
+    def _said_lately(self, exchange: str, text: str) -> bool:
+        """Tell whether the like of an impostor's message was just put aside: one every few seconds fills disks."""
+        now = self._now().steady
+        if now - self._put_aside.get((exchange, text), -inf) < IMPOSTOR_SECONDS:
+            return True
+        if len(self._put_aside) >= MOST_IMPOSTORS:
+            self._put_aside.clear()
+        self._put_aside[exchange, text] = now
+        return False
 
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
         # Any other name would have us write, with our rights, where whoever asks may not: into a class's queue, say.
