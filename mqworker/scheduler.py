@@ -9,20 +9,24 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
-from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.access import Access, Rule, User
+from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
 from mqworker.errors import (
     BrokerRefused,
     BrokerUnavailable,
+    Impostor,
     LedgerLocked,
     LedgerLost,
     LedgerUnavailable,
@@ -39,9 +43,11 @@ from mqworker.messages import (
     AbortRequests,
     Answer,
     ArtifactList,
+    Command,
     CountRequests,
     DrainWorkers,
     Explain,
+    ForgetWorker,
     GetCapabilities,
     GetPool,
     GetRequests,
@@ -53,6 +59,7 @@ from mqworker.messages import (
     Outcomes,
     Pause,
     PauseList,
+    PoolCommand,
     Probe,
     Problem,
     Query,
@@ -112,6 +119,7 @@ def kept_by(ledger: Ledger) -> Kept:
         blocked=ledger.blocked(),
         histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
+        worker_names=ledger.worker_names(),
     )
 
 
@@ -149,6 +157,7 @@ class Scheduler:
         pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
+        access: Access,
         link: Callable[..., Link] = Link,
         clock: Callable[[], Moment] = now,
     ) -> None:
@@ -157,6 +166,7 @@ class Scheduler:
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
+        self._access = access
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -434,19 +444,29 @@ class Scheduler:
             if isinstance(report, Probe):
                 self._pool.probe(report, moment)
             else:
-                self._pool.report(report, moment)
+                self._pool.report(report, moment, delivery.user_id)
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
-            self._pool.outcomes(decode(delivery.body, Outcomes), moment)
-        else:
+            self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
+        elif delivery.exchange == self._topology.submit:
             await self._submit(delivery, moment)
+        else:  # whoever may write to a queue's namesake may bind the queue, too: to events and logs, say
+            self._metrics.unreadable.labels(source="elsewhere").inc()
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
         submit = decode(delivery.body, Submit)
-        drafts = [self._pool.examine(request) for request in submit.requests]
+        drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
-        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery))
+        user = delivery.user_id
+        heeds = partial(self._access.commanders, user)
+        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery), submitter=user, heeds=heeds)
+
+    def _draft(self, request: Request, user: User) -> Draft:
+        """Ask whether this user may submit it, and whether its task accepts the data."""
+        draft = self._pool.examine(request)
+        refused = self._access.submit(user, request.group)
+        return draft if refused is None else replace(draft, problem=refused)
 
     async def _artifacts(self, drafts: Sequence[Draft]) -> Mapping[int, RecordedArtifact]:
         wanted = {number for draft in drafts for number in draft.inputs}
@@ -455,9 +475,13 @@ class Scheduler:
         return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
-        """Keep what cannot be read for the operator, as it came, and tell who sent it if it can be told."""
-        self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
-        logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
+        if isinstance(error, Impostor):
+            self._metrics.impostors.inc()
+            logger.warning("an impostor's message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        else:
+            self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
+            logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
         if delivery.exchange == self._topology.submit:
             self._answer(delivery, Receipt(term=self._ledger.term, problem=str(error)))
         try:
@@ -468,7 +492,8 @@ class Scheduler:
             self._reading.ack(delivery)
 
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
-        if delivery.reply_to is None:
+        # Any other name would have us write, with our rights, where whoever asks may not: into a class's queue, say.
+        if delivery.reply_to is None or not delivery.reply_to.startswith(f"{REPLY_TO}."):
             return
         self._writing.publish(
             exchange="",
@@ -485,7 +510,9 @@ class Scheduler:
     async def _serve(self, delivery: Delivery) -> None:
         """Answer one query; reads and writes take their turn among the ledger's sets."""
         try:
-            answer = await self._respond(decode(delivery.body, Query))  # type: ignore[arg-type]  # a union of structs
+            query: Query = decode(delivery.body, cast("Any", Query))  # a union of structs
+            refused = self._refused(query, delivery)
+            answer = await self._respond(query, delivery.user_id) if refused is None else refused
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
@@ -495,7 +522,16 @@ class Scheduler:
         self._answer(delivery, answer)
         self._reading.ack(delivery)
 
-    async def _respond(self, query: Query) -> Answer:
+    def _refused(self, query: Query, delivery: Delivery) -> Problem | None:
+        """Refuse a command that came by another way than that for commands, or from who may not give it."""
+        why = None
+        if isinstance(query, Command) and delivery.exchange != self._topology.command:
+            why = f"expected a command by the exchange {self._topology.command}, got it by {delivery.exchange}"
+        elif isinstance(query, PoolCommand):
+            why = self._access.operate(delivery.user_id)
+        return None if why is None else Problem(kind="forbidden", text=why)
+
+    async def _respond(self, query: Query, user: User) -> Answer:
         match query:
             case GetRequests(ids=ids):
                 return await self._requests(ids)
@@ -505,9 +541,9 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._abort(ids, reason)
+                return await self._abort(ids, reason, user)
             case Reprioritise(ids=ids, priority=priority):
-                return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
+                return await self._each(ids, user, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
                 await self._settled(partial(self._pool.pause, query, self._now()))
                 return PauseList(pauses=self._pool.pauses())
@@ -523,12 +559,16 @@ class Scheduler:
             case GetCapabilities():
                 return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
-                return await self._retry(query)
+                return await self._retry(query, user)
             case ListWorkers():
                 return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
+                return WorkerList(workers=[])
+            case ForgetWorker(name=name, user=owner):
+                if not await self._settled(partial(self._pool.forget_worker, name, owner, self._now())) and not owner:
+                    return Problem(kind="not_found", text=f"expected a worker's name that is a user's, got {name}")
                 return WorkerList(workers=[])
             case ListArtifacts():
                 artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
@@ -543,24 +583,37 @@ class Scheduler:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
         return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
-    async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
-        """Let the pool judge a command on each request, and show what became of them."""
+    async def _each(self, ids: Sequence[str], user: User, ask: Callable[[str], Callable[..., None]]) -> RequestList:
+        """Let the pool judge a command on each request that the user may command, and show what became of them."""
         known = await self._requests(ids)
-        found = [view.request.id for view in known.requests]
+        found: list[str] = []
+        forbidden: dict[str, str] = {}
+        for view in known.requests:
+            why = self._access.command(user, submitter=view.submitter, group=view.request.group)
+            if why is None:
+                found.append(view.request.id)
+            else:
+                forbidden[view.request.id] = why
         await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
-        return msgspec.structs.replace(answer, missing=known.missing)
+        return msgspec.structs.replace(answer, missing=known.missing, forbidden=forbidden)
 
-    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+    async def _abort(self, ids: Sequence[str], reason: str, user: User) -> RequestList:
         """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
-        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+
+        def abort(one: str) -> Callable[..., None]:
+            return partial(self._pool.abort, one, reason, self._now())
+
+        answer = await self._each(ids, user, abort)
         to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
-        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        asks = (partial(abort(one), user=user, known=False) for one in to_come)
         results = await asyncio.gather(*(self._settled(ask) for ask in asks))
-        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        came = [one for one, result in zip(to_come, results, strict=True) if not result.marked]
+        late = await self._each(came, user, abort)
         return RequestList(
-            requests=[*answer.requests, *came.requests],
+            requests=[*answer.requests, *late.requests],
             missing=[one for one in answer.missing if one not in to_come],
+            forbidden={**answer.forbidden, **late.forbidden},
             marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
         )
 
@@ -591,19 +644,24 @@ class Scheduler:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.views.explanation(draft, view)
 
-    async def _retry(self, query: RetryRequest) -> Answer:
+    async def _retry(self, query: RetryRequest, user: User) -> Answer:
         known = await self._requests([query.id])
         if not known.requests:
             return Problem(kind="not_found", text=f"expected the id of a request, got {query.id}, which nobody knows")
         old = known.requests[0]
+        refused = self._access.command(user, submitter=old.submitter, group=old.request.group)
+        if refused is not None:
+            return Problem(kind="forbidden", text=refused)
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
         # When it had to be done is over, or nobody knows.
         anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
-        draft = self._pool.examine(anew)
+        draft = self._draft(anew, user)
         artifacts = await self._artifacts([draft])
-        receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
+        heeds = partial(self._access.commanders, user)
+        ask = partial(self._pool.submit, [draft], artifacts, self._now(), submitter=user, heeds=heeds)
+        receipt = await self._settled(ask)
         result = receipt.results[0]
         if result.status in ("rejected", "conflict"):
             return Problem(kind=result.status, text=result.reason or "")
@@ -645,6 +703,9 @@ async def run(
     pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
+    rule: Rule,
+    operators: Collection[str],
+    groups: Mapping[str, Collection[str]],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
@@ -658,6 +719,8 @@ async def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
+    own = read_url(amqp_url).user
+    access = Access(rule=rule, operators={*operators, *([] if own is None else [own])}, groups=groups)
     while not stopping.is_set():
         metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
         duty = _Duty()
@@ -681,6 +744,7 @@ async def run(
                 concurrency_limits=concurrency_limits,
                 no_worker_after=no_worker_after,
                 pause_after=pause_after,
+                access=access,
             )
             duty.scheduler = scheduler
             stop = asyncio.create_task(_then(stopping, scheduler.stop))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mqworker import scheduler as scheduler_room
+from mqworker.access import Access
 from mqworker.errors import LedgerUnavailable
 from mqworker.ledger import Ledger
 from mqworker.messages import Request
@@ -45,6 +46,7 @@ def scheduler():
         pause_after=3,
         group_weights={},
         concurrency_limits={},
+        access=Access(),
         link=Unplugged,
     )
     one._pool.restore(kept_by(ledger), one._now())
