@@ -16,6 +16,8 @@ checks it.
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
+                   views (what the scheduler shows of the pool)
+                   holdings (what it has in memory)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)

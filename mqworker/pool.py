@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from heapq import nsmallest
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
@@ -19,7 +18,7 @@ import msgspec
 
 from mqworker import explain
 from mqworker.dispatch import Dispatch, Lane, Want
-from mqworker.examiner import Draft, Examiner, wrong_input
+from mqworker.examiner import Draft, wrong_input
 from mqworker.facts import (
     AbortAsked,
     AbortResult,
@@ -44,24 +43,20 @@ from mqworker.facts import (
     Write,
 )
 from mqworker.facts import Pause as KeepPause
+from mqworker.holdings import Entry, Holdings, KnownWorker, Lease, Use
 from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
-from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
+from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
     Abort,
     Alive,
     Artifact,
     Assign,
     Bye,
-    Capability,
-    CapabilityList,
     Claim,
-    Explanation,
-    GetCapabilities,
     Granted,
     Heartbeat,
     Hello,
     Introduce,
-    ListWorkers,
     Outcome,
     Outcomes,
     Pause,
@@ -77,7 +72,6 @@ from mqworker.messages import (
     Report,
     Request,
     RequestEvent,
-    RequestView,
     RunProgress,
     RunRef,
     StuckEvent,
@@ -86,15 +80,14 @@ from mqworker.messages import (
     VerdictPart,
     Void,
     WorkerEvent,
-    WorkerView,
 )
-from mqworker.messages import Pool as PoolView
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
-from mqworker.requirements import Kind, RequirementClass, Requirements, reads_from, reads_text
+from mqworker.requirements import Kind, RequirementClass, reads_from, reads_text
 from mqworker.task import Task
 from mqworker.topology import Queue, Topology
 from mqworker.tracking import Read
+from mqworker.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -171,73 +164,6 @@ class _Named(NamedTuple):
     task: str
 
 
-@dataclass(kw_only=True)
-class _Lease:
-    worker: str
-    run: RunProgress  # by the worker's newest word
-    seconds: float
-    deadline: float  # steady
-    probe: int | None = None
-
-    @property
-    def token(self) -> str:
-        return self.run.token
-
-
-@dataclass(kw_only=True, slots=True)
-class _Entry:
-    """One live request that is in memory."""
-
-    seq: int
-    request: Request
-    inputs: tuple[int, ...]
-    one: RequirementClass
-    own: Requirement | None = None  # a requirement of its own, once a worker has refused it
-    state: State = State.PENDING
-    attempt: int = 1
-    tried: int = 0
-    abort: str | None = None
-    submitted: float = 0.0  # wall
-    lease: _Lease | None = None
-    due: float | None = None  # steady; it waits out a delay until then
-
-    @property
-    def requirement(self) -> Requirement:
-        return self.one.id if self.own is None else self.own
-
-    @property
-    def lane(self) -> Lane:
-        request = self.request
-        return Lane(self.requirement, request.priority, request.group, request.concurrency_key)
-
-
-@dataclass(kw_only=True)
-class _Use:
-    """Say how a requirement class is used."""
-
-    entries: int = 0  # in memory
-    idle_since: float = 0.0  # steady
-    stuck_since: float | None = None  # steady; since when no worker can run it
-    told: bool = False  # that it is stuck
-
-
-@dataclass(kw_only=True)
-class _Worker:
-    name: str
-    epoch: str = ""
-    incarnation: int = -1
-    seq: int = -1
-    hello: Hello | None = None
-    state: str = "offline"
-    reason: str | None = None
-    seen: float = 0.0  # steady
-    seen_wall: float = 0.0
-    probe: int | None = None
-    heartbeat: Heartbeat | None = None
-    former: str | None = None  # the queue that it consumed before it was told of another
-    leases: set[str] = field(default_factory=set)  # request ids
-
-
 class Pool:
     """Judge everything that reaches the scheduler."""
 
@@ -262,25 +188,27 @@ class Pool:
         self._metrics = metrics
         self._classes_made = 0
         self._probes = 0
-        self._last_seq = 0
         self._no_worker_after = no_worker_after
-        self._examiner = Examiner()
-        self._requirements = Requirements()
-        self._uses: dict[int, _Use] = {}
+        held = self._held = Holdings(
+            matching=Matching(name_class=self._name_class),
+            dispatch=Dispatch(weights=group_weights, limits=concurrency_limits),
+        )
+        self._examiner = held.examiner
+        self._requirements = held.requirements
+        self._uses: dict[int, Use] = {}
         self._divided: dict[int, RequirementClass] = {}
-        self._matching = Matching(name_class=self._name_class)
-        self._dispatch = Dispatch(weights=group_weights, limits=concurrency_limits)
-        self._entries: dict[str, _Entry] = {}
-        self._blocked = 0
-        self._delayed: set[str] = set()
-        self._running: dict[str, _Entry] = {}
-        self._workers: dict[str, _Worker] = {}
-        self._pauses: dict[tuple[str, str], PauseView] = {}
+        self._matching = held.matching
+        self._dispatch = held.dispatch
+        self._entries = held.entries
+        self._delayed = held.delayed
+        self._running: dict[str, Entry] = {}
+        self._workers = held.workers
+        self._pauses = held.pauses
         self._swept = 0.0
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
-        self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
-        self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
+        self._refused = held.refused
+        self._alone: dict[str, Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._looked = 0.0  # when it last looked for requests that nobody can run
         self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
@@ -290,6 +218,7 @@ class Pool:
         self._verdicts: dict[tuple[str, str], list[VerdictPart]] = {}
         self._grants_wanted: set[int] = set()
         self._inputs: Mapping[int, RecordedArtifact] = {}
+        self.views = Views(held, term=term, topology=topology, store_id=store_id, metrics=metrics)
         self.declare: list[Queue] = []  # before the next sends
         self.delete: list[str] = []  # queues of classes that are gone
 
@@ -303,7 +232,7 @@ class Pool:
         self._committing, self._writes = self._writes, []
         self._asks = Asks(
             artifacts=frozenset(self._grants_wanted),
-            heads=self._dispatch.wants(self._last_seq),
+            heads=self._dispatch.wants(self._held.newest),
             members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
         )
@@ -356,9 +285,9 @@ class Pool:
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
         self._steady = moment.steady
-        self._last_seq = kept.newest
+        self._held.newest = kept.newest
         self._requirements.count_from(kept.newest_requirement)
-        self._blocked = kept.blocked
+        self._held.blocked = kept.blocked
         for pause in kept.pauses:
             self._pauses[pause.kind, pause.name] = pause
             if pause.kind == "group":
@@ -371,12 +300,12 @@ class Pool:
             entry = self._entry_of(held)
             if held.state is State.RUNNING:
                 seconds = self._lease_of(entry)
-                worker = self._workers.setdefault(held.worker or "", _Worker(name=held.worker or ""))
+                worker = self._workers.setdefault(held.worker or "", KnownWorker(name=held.worker or ""))
                 worker.seen, worker.seen_wall = moment.steady, moment.wall
                 worker.leases.add(held.request.id)
                 self._running[held.request.id] = entry
                 self._dispatch.hold(held.request.id, entry.lane)
-                entry.lease = _Lease(
+                entry.lease = Lease(
                     worker=worker.name,
                     run=RunProgress(
                         request=held.request.id, attempt=held.attempt, token=held.token or "", since=moment.wall
@@ -430,7 +359,7 @@ class Pool:
 
     def _begin(self, one: RequirementClass, draft: Draft) -> None:
         """Make a requirement class live."""
-        self._uses[one.id] = _Use(idle_since=self._steady)
+        self._uses[one.id] = Use(idle_since=self._steady)
         one.problem = draft.problem
         if one.divided:
             self._divided[one.id] = one
@@ -475,7 +404,7 @@ class Pool:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
         one = self._class_of(self._examiner.examine(request, bound=bound))
         self._rekeyed[seq] = one.id
@@ -546,8 +475,8 @@ class Pool:
             draft = drafts[index]
             request = draft.request
             problem = draft.problem or circular.get(index) or wrong_input(draft, artifacts)
-            self._last_seq += 1
-            seq = self._last_seq
+            self._held.newest += 1
+            seq = self._held.newest
             if problem is not None:
                 write = Accept(
                     seq=seq, request=request, at=moment.wall, rejected=Reason(text=problem, stage="submission")
@@ -557,7 +486,7 @@ class Pool:
                 )
                 continue
             one = self._class_of(draft)
-            entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
+            entry = Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
             fresh = later = behind = None
             if needs(request):
                 later = entry
@@ -587,9 +516,9 @@ class Pool:
         request: Request,
         moment: Moment,
         settle: Callable[[Receipted], None],
-        fresh: _Entry | None = None,
-        behind: _Entry | None = None,
-        later: _Entry | None = None,
+        fresh: Entry | None = None,
+        behind: Entry | None = None,
+        later: Entry | None = None,
     ) -> None:
         if result.status != "accepted":  # the ledger knew it
             if fresh is not None and self._entries.get(request.id) is fresh:
@@ -604,7 +533,7 @@ class Pool:
         if result.stranded is not None:
             self._tell(request, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=result.stranded)
         elif result.unmet:
-            self._blocked += 1
+            self._held.blocked += 1
         elif result.status == "accepted" and later is not None:
             if result.live is None:
                 self._place(self._new_entry(later))
@@ -622,7 +551,7 @@ class Pool:
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
         """Take over what the end of one request meant for those that needed it."""
-        self._blocked -= len(freed) + len(stranded)
+        self._held.blocked -= len(freed) + len(stranded)
         for row in freed:
             self._free(row)
         for gone in stranded:
@@ -632,7 +561,7 @@ class Pool:
 
     def report(self, report: Report, moment: Moment) -> None:
         """Take a worker's word; one that is older than the newest known is dropped."""
-        worker = self._workers.setdefault(report.worker, _Worker(name=report.worker))
+        worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
         if (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
             return
         if report.incarnation != worker.incarnation:
@@ -655,7 +584,7 @@ class Pool:
                 case Refusal():
                     self._refusal(worker, part)
 
-    def _hello(self, worker: _Worker, hello: Hello, moment: Moment) -> None:
+    def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
         worker.hello = hello
         if hello.store != self._store_id:
@@ -672,7 +601,7 @@ class Pool:
         self._tell_worker(worker, "changed" if known else "online", moment)
         self._enter(worker, hello)
 
-    def _enter(self, worker: _Worker, hello: Hello) -> None:
+    def _enter(self, worker: KnownWorker, hello: Hello) -> None:
         self._change(
             self._matching.join(
                 WorkerFacts(
@@ -688,7 +617,7 @@ class Pool:
             self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
-    def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
+    def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
         if worker.state == "refused":
             self._say(worker, Assign(queue=None, reason=worker.reason))
             return
@@ -748,10 +677,10 @@ class Pool:
         """Say whether a queue is that of a class that lives."""
         return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
 
-    def _lease_held(self, request: str) -> _Lease | None:
+    def _lease_held(self, request: str) -> Lease | None:
         return self._entries[request].lease
 
-    def _claim(self, worker: _Worker, claim: Claim, moment: Moment) -> None:
+    def _claim(self, worker: KnownWorker, claim: Claim, moment: Moment) -> None:
         hello = worker.hello
         if hello is None or hello.metadata_version != claim.metadata_version or worker.state == "offline":
             self._say(worker, Introduce())  # unanswered, the claim comes again behind the Hello
@@ -782,7 +711,7 @@ class Pool:
                 partial(self._claim_settled, worker=worker, claim=claim, entry=entry, moment=moment),
             )
 
-    def _claim_settled(self, result: str, *, worker: _Worker, claim: Claim, entry: _Entry, moment: Moment) -> None:
+    def _claim_settled(self, result: str, *, worker: KnownWorker, claim: Claim, entry: Entry, moment: Moment) -> None:
         if result == "void":
             self._void(worker, claim, "another worker was first")
             return
@@ -791,7 +720,7 @@ class Pool:
             return
         seconds = self._lease_of(entry)
         entry.state = State.RUNNING
-        entry.lease = _Lease(
+        entry.lease = Lease(
             worker=worker.name,
             run=RunProgress(
                 request=claim.request, attempt=claim.attempt, token=claim.token, since=moment.wall, stage="start"
@@ -811,7 +740,7 @@ class Pool:
         )
         self._granted(worker, claim, entry)
 
-    def _granted(self, worker: _Worker, claim: Claim, entry: _Entry) -> None:
+    def _granted(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
         self._say(
             worker,
             Granted(
@@ -823,7 +752,7 @@ class Pool:
             ),
         )
 
-    def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+    def _refusal(self, worker: KnownWorker, refusal: Refusal) -> None:
         if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
             self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
             return
@@ -834,22 +763,22 @@ class Pool:
             self._return(entry)
         self._void(worker, refusal, "refused")
 
-    def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
+    def _remember_refusal(self, entry: Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
         if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
         denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
         self._refused[entry.request.id] = denied
-        self._alone.setdefault(entry.request.id, _Use())
+        self._alone.setdefault(entry.request.id, Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
         entry.own = (entry.one.id, entry.request.id, len(denied))
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
-        self._change(self._matching.need(entry.own, question))
+        alone = self._examiner.passing_question(draft)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, replace(alone, denied=denied)))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -880,7 +809,7 @@ class Pool:
             answer=answer,
         )
 
-    def _lost(self, entry: _Entry, why: str, moment: Moment) -> None:
+    def _lost(self, entry: Entry, why: str, moment: Moment) -> None:
         lease = entry.lease
         if lease is None:
             return
@@ -992,7 +921,7 @@ class Pool:
                 elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
-                    self._blocked -= 1
+                    self._held.blocked -= 1
             elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
                 entry.abort = reason
                 worker = self._workers[entry.lease.worker]
@@ -1067,7 +996,7 @@ class Pool:
                 self._dispatch.no_supply(name)  # until its next heartbeat says what it has
             self._say(worker, self._assignment(worker))
 
-    def _paused(self, worker: str, entry: _Entry) -> str | None:
+    def _paused(self, worker: str, entry: Entry) -> str | None:
         """Say what is paused, if something keeps a request from a worker."""
         for kind, name in (("worker", worker), ("task", entry.one.kind.task), ("group", entry.request.group)):
             if (kind, name) in self._pauses:
@@ -1137,7 +1066,7 @@ class Pool:
             entry = self._entries[request]
             self._look_for_able(entry.one, entry.requirement, use, moment)
 
-    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: _Use, moment: Moment) -> None:
+    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: Use, moment: Moment) -> None:
         number = self._dispatch.waiting_for(requirement)
         if not number or one.divided or self._matching.capable_classes(requirement):
             use.stuck_since, use.told = None, False
@@ -1187,7 +1116,7 @@ class Pool:
         """Forget probes that were under way: the report queue died with its connection."""
         self._forget_probes()
 
-    def _leases(self) -> list[_Lease]:
+    def _leases(self) -> list[Lease]:
         return [entry.lease for entry in self._running.values() if entry.lease is not None]
 
     def offer(self, moment: Moment) -> None:
@@ -1200,7 +1129,7 @@ class Pool:
                 self._offered(entry, entry.attempt, offer.capability_class),
             )
 
-    def _offered(self, entry: _Entry, attempt: int, capability_class: str) -> Callable[[bool], None]:
+    def _offered(self, entry: Entry, attempt: int, capability_class: str) -> Callable[[bool], None]:
         def then(moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
@@ -1222,234 +1151,6 @@ class Pool:
 
         return then
 
-    # ------------------------------------------------------------ views
-
-    def decorate(self, view: RequestView) -> RequestView:
-        """Add what only memory knows: progress, and what a pending request waits for."""
-        entry = self._entries.get(view.request.id)
-        progress = None if entry is None or entry.lease is None else entry.lease.run
-        return msgspec.structs.replace(view, progress=progress, waits=self._waits(view, entry))
-
-    def _waits(self, view: RequestView, entry: _Entry | None) -> str | None:
-        """Say in a line why a request does not run."""
-        if view.state not in (State.PENDING, State.OFFERED):
-            return None
-        held = self._held_back(view, entry)
-        one = self._requirements.get(view.requirement)
-        if held is not None or one is None:
-            return held
-        request, requirement = view.request, one.id if entry is None else entry.requirement
-        if not self._matching.capable_classes(requirement):
-            if entry is not None and entry.own is not None:
-                return explain.DECLINED
-            return explain.nobody(self._matching.errors(requirement))
-        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
-        if self._dispatch.held_by(lane) is not None:
-            return explain.limited(lane.key)
-        paused = [name for kind, name in self._pauses if kind == "worker" and self._matching.can_run(name, requirement)]
-        if paused and len(paused) == len(self._matching.able(requirement)):
-            return explain.PAUSED
-        return explain.busy(self._dispatch.ahead(lane, view.seq))
-
-    def _held_back(self, view: RequestView, entry: _Entry | None) -> str | None:
-        """Say in a line what keeps a request from being offered, whoever could run it."""
-        if view.after:
-            others = len(view.after) - 1
-            return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
-        if entry is not None and entry.due is not None:
-            return "waits out the delay before its next attempt"
-        one = self._requirements.get(view.requirement)
-        if one is None:
-            return None
-        for kind, name in (("task", one.kind.task), ("group", view.request.group)):
-            if (kind, name) in self._pauses:
-                return f"the {kind} {name} is paused"
-        if view.state == "offered":
-            return "is offered to a worker"
-        if one.problem is not None:
-            return f"this scheduler cannot configure its task any more: {one.problem}"
-        return None
-
-    def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
-        """Say who can run a request, submitted or not, and why it waits."""
-        entry = None if view is None else self._entries.get(view.request.id)
-        task = draft.task
-        one = self._requirements.find(draft.kind, task.data if task is not None else {})
-        requirement: Requirement | None = one.id if one is not None else None
-        if entry is not None:
-            requirement = entry.requirement
-        if requirement is not None:
-            funnel, able = self._matching.funnel(requirement), self._matching.able(requirement)
-        else:
-            one = None
-            funnel, able = self._matching.survey(self._passing_question(draft))
-        standing = self._standing(draft, able, self._refused.get(view.request.id, frozenset()) if view else frozenset())
-        offline = sorted(name for name, worker in self._workers.items() if worker.state != "online")
-        lane = Lane(requirement, draft.request.priority, draft.request.group, draft.request.concurrency_key)
-        seq = self._last_seq + 1 if view is None else view.seq
-        ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
-        failing = self._matching.errors(requirement) if requirement is not None else None
-        verdict = explain.verdict(standing, ahead=ahead, failing=failing)
-        if view is not None and view.state in (State.PENDING, State.OFFERED):
-            limited = (standing.idle or standing.busy) and self._dispatch.held_by(lane) is not None
-            verdict = self._held_back(view, entry) or (explain.limited(lane.key) if limited else verdict)
-        elif view is not None:
-            verdict = f"it is {view.state}"
-        return Explanation(
-            request=None if view is None else view.request.id,
-            state=None if view is None else view.state,
-            task=draft.kind.task,
-            verdict=verdict,
-            workers=funnel.workers + len(offline),
-            steps=explain.steps(funnel, offline=offline),
-            able=funnel.able,
-            idle=len(standing.idle),
-            busy=len(standing.busy),
-            paused=len(standing.paused),
-            refused=len(standing.refused),
-            offline=len(standing.offline),
-            ahead=ahead if funnel.able else None,
-            advice=[] if funnel.able or task is None else self._advice(draft, funnel),
-            requirement=None if one is None else one.id,
-            escaped=requirement in self._matching.escaped(),
-            failing=failing,
-            classes=sorted(self._matching.capable_classes(requirement)) if requirement is not None else [],
-        )
-
-    def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of one request alone: nothing is learned of it."""
-        passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
-        return self._examiner.question(passing, draft, lambda _reads: True)
-
-    def _standing(self, draft: Draft, able: Sequence[str], denied: frozenset[tuple[str, int]]) -> explain.Standing:
-        standing = explain.Standing()
-        for name in able:
-            if ("worker", name) in self._pauses:
-                standing.paused.append(name)
-            else:
-                (standing.idle if self._dispatch.idle_slots(name) else standing.busy).append(name)
-        question = self._passing_question(draft)
-        for name, worker in sorted(self._workers.items()):
-            hello = worker.hello
-            if hello is None:
-                continue
-            if worker.state == "online":
-                if (name, hello.metadata_version) in denied and self._could(question, hello):
-                    standing.refused.append(name)
-            elif worker.state == "offline" and self._could(question, hello):
-                standing.offline.append(name)
-        return standing
-
-    @staticmethod
-    def _could(question: Question, hello: Hello) -> bool:
-        return question.task in hello.tasks and question.plain(hello.metadata)[0]
-
-    def _advice(self, draft: Draft, funnel: Funnel) -> list[str]:
-        """Look for the smallest change of a worker that got furthest."""
-        furthest = [name for step in reversed(funnel.steps) for offered in step.offered for name in offered.examples]
-        offered = {
-            explain.name_of(step.looked_at): [one.token for one in step.offered]
-            for step in funnel.steps
-            if not isinstance(step.looked_at, str)
-        }
-        candidates = (
-            (name, facts.metadata)
-            for name in dict.fromkeys(furthest)
-            if draft.kind.task in (facts := self._matching.facts(name)).tasks
-        )
-        task = draft.task
-        return explain.advice(self._examiner.ask(draft), {} if task is None else task.data, candidates, offered)
-
-    def capabilities(self, query: GetCapabilities, moment: Moment) -> CapabilityList:
-        """Show capability classes."""
-        names = (name for name in self._matching.names() if query.after is None or name > query.after)
-        classes = []
-        for name in nsmallest(query.limit, names):
-            members = sorted(self._matching.members(name))
-            facts = [self._matching.facts(worker) for worker in members]
-            classes.append(
-                Capability(
-                    name=name,
-                    queue=self._topology.class_queue(name).name,
-                    workers=len(members),
-                    examples=members[: explain.MAX_SHOWN],
-                    shared=explain.shared([one.metadata for one in facts]),
-                    tasks=sorted(set.intersection(*(set(one.tasks) for one in facts))) if facts else [],
-                    requirements=len(self._matching.runs(name)),
-                    idle=self._dispatch.idle(name),
-                    lookahead=self._dispatch.lookahead(name, moment.steady),
-                    out=self._dispatch.out(name),
-                    backlog=self._dispatch.backlog(name),
-                )
-            )
-        return CapabilityList(
-            classes=classes, requirements=len(self._requirements), escaped=len(self._matching.escaped())
-        )
-
-    def pool(self, requests: Mapping[str, int], version: str) -> PoolView:
-        """Show how many of everything there are."""
-        online = [worker for worker in self._workers.values() if worker.state == "online"]
-        at_work = [worker for worker in online if ("worker", worker.name) not in self._pauses]
-        return PoolView(
-            term=self._term,
-            version=version,
-            store=self._store_id,
-            requests=dict(requests),
-            workers=len(online),
-            classes=self.classes(),
-            paused=len(online) - len(at_work),
-            offline=sum(worker.state == "offline" for worker in self._workers.values()),
-            refused=sum(worker.state == "refused" for worker in self._workers.values()),
-            slots=sum(worker.hello.slots for worker in at_work if worker.hello is not None),
-            busy=sum(len(worker.leases) for worker in online),
-        )
-
-    def workers(self, query: ListWorkers) -> list[WorkerView]:
-        """Show workers that have been heard of."""
-        names = (name for name in self._workers if query.after is None or name > query.after)
-        return [
-            WorkerView(
-                name=worker.name,
-                host=worker.hello.host if worker.hello else "",
-                state=worker.state,  # type: ignore[arg-type]  # one of the three words
-                slots=worker.hello.slots if worker.hello else 0,
-                running=[lease.run for lease in map(self._lease_held, sorted(worker.leases)) if lease is not None],
-                queue=worker.heartbeat.assigned if worker.heartbeat else None,
-                tasks=worker.hello.tasks if worker.hello else {},
-                metadata=worker.hello.metadata if worker.hello else {},
-                version=worker.hello.version if worker.hello else "",
-                seen=worker.seen_wall,
-                reason=worker.reason,
-                paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
-                denied=worker.hello.denied if worker.hello else [],
-                capability_class=self._matching.class_of(worker.name),
-            )
-            for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
-        ]
-
-    def classes(self) -> int:
-        """Count the capability classes."""
-        return self._matching.number_of_classes()
-
-    def show(self, moment: Moment) -> None:
-        """Set the gauges."""
-        states = dict.fromkeys((State.PENDING, State.OFFERED, State.RUNNING), 0)
-        for entry in self._entries.values():
-            states[entry.state] += entry.state is not State.PENDING
-        states[State.PENDING] = self._dispatch.waiting() + len(self._delayed) + self._blocked
-        for state, number in states.items():
-            self._metrics.requests.labels(state=state).set(number)
-        for word in ("online", "offline", "refused"):
-            self._metrics.workers.labels(state=word).set(sum(worker.state == word for worker in self._workers.values()))
-        self._metrics.classes.set(self.classes())
-        self._metrics.requirements.set(len(self._requirements))
-        self._metrics.escaped.set(len(self._matching.escaped()))
-        self._metrics.class_idle.clear()
-        self._metrics.class_offers.clear()
-        for name, (_, idle, _, out) in self._dispatch.figures(moment.steady).items():
-            self._metrics.class_idle.labels(capability_class=name).set(idle)
-            self._metrics.class_offers.labels(capability_class=name).set(out)
-
     # ------------------------------------------------------------ inside
 
     def _name_class(self) -> str:
@@ -1459,14 +1160,14 @@ class Pool:
     def _write(self, write: Write, then: Callable[[Any], None]) -> None:
         self._writes.append((write, then))
 
-    def _entry_of(self, row: Live, one: RequirementClass | None = None) -> _Entry:
+    def _entry_of(self, row: Live, one: RequirementClass | None = None) -> Entry:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
             one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._rekeyed[row.seq] = one.id
         return self._new_entry(
-            _Entry(
+            Entry(
                 seq=row.seq,
                 request=row.request,
                 inputs=row.inputs,
@@ -1479,13 +1180,13 @@ class Pool:
             )
         )
 
-    def _new_entry(self, entry: _Entry) -> _Entry:
+    def _new_entry(self, entry: Entry) -> Entry:
         self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
         self._uses[entry.one.id].entries += 1
         return entry
 
-    def _entry_with(self, request: str, seq: int) -> _Entry | None:
+    def _entry_with(self, request: str, seq: int) -> Entry | None:
         """Return what is in memory of a request that the ledger has; a doubled submission of it makes way."""
         entry = self._entries.get(request)
         if entry is None or entry.seq == seq:
@@ -1493,7 +1194,7 @@ class Pool:
         self._forget(entry)
         return None
 
-    def _drop_entry(self, entry: _Entry) -> None:
+    def _drop_entry(self, entry: Entry) -> None:
         """Let go of a request; the ledger has it."""
         request = entry.request.id
         del self._entries[request]
@@ -1506,23 +1207,23 @@ class Pool:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """Let go of a request that has ended, or never was."""
         self._dispatch.forget(entry.request.id)
         self._drop_entry(entry)
 
-    def _delay(self, entry: _Entry, *, due: float) -> None:
+    def _delay(self, entry: Entry, *, due: float) -> None:
         entry.due = due
         self._delayed.add(entry.request.id)
 
-    def _place(self, entry: _Entry) -> bool:
+    def _place(self, entry: Entry) -> bool:
         """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""
         kept = self._dispatch.wait(entry.request.id, entry.lane, entry.seq)
         if not kept:
             self._drop_entry(entry)
         return kept
 
-    def _return(self, entry: _Entry) -> None:
+    def _return(self, entry: Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))
 
     def _returned(self, request: str) -> Callable[[bool], None]:
@@ -1535,7 +1236,7 @@ class Pool:
 
         return then
 
-    def _lease_of(self, entry: _Entry) -> float:
+    def _lease_of(self, entry: Entry) -> float:
         task = entry.one.kind.task
         known = Task.class_from_name(task) if Task.is_valid_task_name(task) else Task
         return lease_seconds(entry.request.lease, known.LEASE)
@@ -1553,13 +1254,13 @@ class Pool:
             for request in self._dispatch.remove_class(name):
                 self._return(self._entries[request])
 
-    def _assignment(self, worker: _Worker) -> Assign:
+    def _assignment(self, worker: KnownWorker) -> Assign:
         own = self._matching.class_of(worker.name)
         if own is None or ("worker", worker.name) in self._pauses:
             return Assign(queue=None)
         return Assign(queue=self._topology.class_queue(own).name)
 
-    def _offline(self, worker: _Worker, reason: str, moment: Moment, *, state: str = "offline") -> None:
+    def _offline(self, worker: KnownWorker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:
             return
         worker.state, worker.reason, worker.probe = state, reason, None
@@ -1567,10 +1268,10 @@ class Pool:
         self._dispatch.no_supply(worker.name)
         self._tell_worker(worker, state, moment)
 
-    def _say(self, worker: _Worker, part: VerdictPart) -> None:
+    def _say(self, worker: KnownWorker, part: VerdictPart) -> None:
         self._verdicts.setdefault((worker.name, worker.epoch), []).append(part)
 
-    def _void(self, worker: _Worker, ref: RunRef, reason: str) -> None:
+    def _void(self, worker: KnownWorker, ref: RunRef, reason: str) -> None:
         self._say(worker, Void(request=ref.request, attempt=ref.attempt, token=ref.token, reason=reason))
 
     def _tell(
@@ -1608,7 +1309,7 @@ class Pool:
             )
         )
 
-    def _tell_worker(self, worker: _Worker, event: str, moment: Moment) -> None:
+    def _tell_worker(self, worker: KnownWorker, event: str, moment: Moment) -> None:
         self._sends.append(
             Send(
                 exchange=self._topology.events,

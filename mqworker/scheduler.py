@@ -321,7 +321,7 @@ class Scheduler:
             self._reading.ack(delivery)
         if moment.steady - self._shown >= SHOW:
             self._shown = moment.steady
-            self._pool.show(moment)
+            self._pool.views.show(moment.steady)
 
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
@@ -466,7 +466,7 @@ class Scheduler:
                 return await self._requests(ids)
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
-                return RequestList(requests=[self._pool.decorate(view) for view in views])
+                return RequestList(requests=[self._pool.views.decorate(view) for view in views])
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
@@ -484,11 +484,11 @@ class Scheduler:
             case Explain():
                 return await self._explain(query)
             case GetCapabilities():
-                return self._pool.capabilities(query, self._now())
+                return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
-                return WorkerList(workers=self._pool.workers(query))
+                return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
@@ -500,11 +500,11 @@ class Scheduler:
             case ImportArtifact():
                 return await self._import(query)
             case GetPool():
-                return self._pool.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
+                return self._pool.views.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
 
     async def _requests(self, ids: Sequence[str]) -> RequestList:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
-        return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
+        return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
     async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
         """Let the pool judge a command on each request, and show what became of them."""
@@ -531,7 +531,7 @@ class Scheduler:
         draft = self._pool.examine(request, bound=bound)
         if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
-        return self._pool.explanation(draft, view)
+        return self._pool.views.explanation(draft, view)
 
     async def _retry(self, query: RetryRequest) -> Answer:
         known = await self._requests([query.id])

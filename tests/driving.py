@@ -161,10 +161,10 @@ class Driven:
         return [event.event for event in self.events if isinstance(event, RequestEvent)]
 
     def waits(self, request):
-        return self.pool.decorate(self.view(request)).waits
+        return self.pool.views.decorate(self.view(request)).waits
 
     def worker(self, name):
-        return next(one for one in self.pool.workers(ListWorkers()) if one.name == name)
+        return next(one for one in self.pool.views.workers(ListWorkers()) if one.name == name)
 
 
 class Peer:

@@ -736,9 +736,9 @@ def test_what_is_shown_of_a_run_is_what_its_worker_said_last(driven, anna):
     ref = anna.run(one)
     anna.say(anna.beat(ref))
     driven.turn()
-    driven.pool.show(driven.moment)
+    driven.pool.views.show(driven.steady)
 
-    assert driven.pool.decorate(driven.view(one)).progress.stage == "build"
+    assert driven.pool.views.decorate(driven.view(one)).progress.stage == "build"
     assert driven.worker("anna").running[0].token == ref.token
     value = driven.pool._metrics.registry.get_sample_value
     assert value("mqworker_requests", {"state": "running"}) == 1
