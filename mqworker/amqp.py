@@ -57,6 +57,7 @@ PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what i
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
+BLOCKED: Final = "the broker takes nothing: a memory or disk alarm, see `rabbitmq-diagnostics alarms`"
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
 REASON_CHARACTERS: Final = 2000
