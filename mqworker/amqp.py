@@ -93,6 +93,7 @@ class Consumer:
     on_delivery: Callable[[Delivery], None]
     prefetch: int = 100
     no_ack: bool = False
+    priority: int = 0  # as long as one of a higher one can take a message, one of a lower gets none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,11 +206,13 @@ class Link:
         on_down: Callable[[str], None] = lambda _reason: None,
         on_blocked: Callable[[bool], None] = lambda _blocked: None,
         blocked_seconds: float = BLOCKED_SECONDS,
+        heartbeat: int = HEARTBEAT_SECONDS,  # unless the URL says another one
     ) -> None:
         check_url(url)
         self._url = read_url(url)
         self._name = name
         self._blocked_seconds = blocked_seconds
+        self._heartbeat = heartbeat
         self._where = _Where(hosts=self._url.hosts, vhost=self._url.vhost, user=self._url.user)
         self._turn = random.randrange(len(self._url.hosts))  # noqa: S311  # spreads load, keeps no secret
         self._failures = 0  # since the last life that was worth the name
@@ -269,7 +272,9 @@ class Link:
         """Lead one life of the connection; return its end, and whether it was up."""
         host = self._url.hosts[self._turn % len(self._url.hosts)]
         try:
-            parameters = _parameters(self._url, host, name=self._name, blocked_seconds=self._blocked_seconds)
+            parameters = _parameters(
+                self._url, host, name=self._name, blocked_seconds=self._blocked_seconds, heartbeat=self._heartbeat
+            )
         except SettingsError as error:  # a file that was there when we began
             return error, False
         timeout = self._url.connection_timeout or CONNECT_SECONDS
@@ -490,7 +495,9 @@ class Link:
         closing.cancel()
 
 
-def _parameters(url: BrokerUrl, host: Host, *, name: str, blocked_seconds: float) -> ConnectionParameters:
+def _parameters(
+    url: BrokerUrl, host: Host, *, name: str, blocked_seconds: float, heartbeat: int
+) -> ConnectionParameters:
     """Tell pika what it needs for one host.
 
     Raises:
@@ -501,7 +508,7 @@ def _parameters(url: BrokerUrl, host: Host, *, name: str, blocked_seconds: float
         port=host.port,
         virtual_host=url.vhost,
         credentials=ExternalCredentials() if url.user is None else PlainCredentials(url.user, url.password),
-        heartbeat=HEARTBEAT_SECONDS if url.heartbeat is None else url.heartbeat,
+        heartbeat=heartbeat if url.heartbeat is None else url.heartbeat,
         blocked_connection_timeout=blocked_seconds,
         client_properties={"connection_name": name, "product": "mqworker"},
         connection_attempts=1,  # the tries are ours
@@ -721,7 +728,12 @@ class _Life:
             with self._owners_code():
                 consumer.on_delivery(delivery)
 
-        self._tags[consumer.queue] = self.channel.basic_consume(consumer.queue, on_message, auto_ack=consumer.no_ack)
+        self._tags[consumer.queue] = self.channel.basic_consume(
+            consumer.queue,
+            on_message,
+            auto_ack=consumer.no_ack,
+            arguments={"x-priority": consumer.priority} if consumer.priority else None,
+        )
 
     # ---- queues
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from mqworker.dispatch import Dispatch, Lane
 from mqworker.examiner import Examiner
-from mqworker.lifecycle import State
+from mqworker.lifecycle import State, Tried
 from mqworker.matching import Matching, Requirement
-from mqworker.messages import Heartbeat, Hello, PauseView, Request, RunProgress
+from mqworker.messages import Drain, Heartbeat, Hello, PauseView, Request, RunProgress
 from mqworker.requirements import RequirementClass, Requirements
 
 
@@ -44,6 +44,7 @@ class Entry:
     abort: str | None = None
     submitted: float = 0.0  # wall
     lease: Lease | None = None
+    history: tuple[Tried, ...] = ()  # of its attempts that count; known from the offer of a later one on
     due: float | None = None  # steady; it waits out a delay until then
 
     @property
@@ -74,6 +75,7 @@ class KnownWorker:
 
     name: str
     epoch: str = ""
+    home: str = ""
     incarnation: int = -1
     seq: int = -1
     hello: Hello | None = None
@@ -101,6 +103,7 @@ class Holdings:
     workers: dict[str, KnownWorker] = field(default_factory=dict)
     pauses: dict[tuple[str, str], PauseView] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)  # classes whose queue was lost, to the name of another
+    drains: dict[str, Drain] = field(default_factory=dict)  # worker to what it is told until it does it
     blocked: int = 0  # requests that wait for others
     newest: int = 0  # the highest age ever given
 

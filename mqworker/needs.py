@@ -27,8 +27,8 @@ def needs(request: Request) -> dict[str, Need]:
 def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
     """Order requests that come together so that each stands behind those that it needs.
 
-    Returns the positions in that order, and what is wrong with those that need each other in a circle; these, and what
-    needs them, stand at the end.
+    Returns the positions in that order, and what is wrong with those that need each other in a circle and with those
+    that need one of these; they stand at the end.
     """
     position = {request.id: number for number, request in enumerate(requests)}
     wanted = [[position[id_] for id_ in needs(request) if id_ in position] for request in requests]
@@ -49,10 +49,9 @@ def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
     left = [number for number, count in enumerate(missing) if count]
     problems = {}
     for number in left:
-        circle = _circle(number, wanted, missing)
-        if circle:
-            names = " needs ".join(requests[one].id for one in circle)
-            problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
+        circle = _circle(number, wanted, missing) or _way_to_circle(number, wanted, missing)
+        names = " needs ".join(requests[one].id for one in circle)
+        problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
     return [*order, *left], problems
 
 
@@ -72,6 +71,14 @@ def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int])
                 return [start, *way[:0:-1], start]
             reached.append(one)
     return []
+
+
+def _way_to_circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int]) -> list[int]:
+    """Return the way from a request that stands in no circle to one, and around it."""
+    way = [start]
+    while not (circle := _circle(way[-1], wanted, missing)):
+        way.append(next(one for one in wanted[way[-1]] if missing[one]))
+    return [*way[:-1], *circle]
 
 
 def bind(data: Mapping[str, Any], pointer: str, value: object) -> dict[str, Any]:

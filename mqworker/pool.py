@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from math import inf
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from mqworker import explain
+from mqworker.blame import Blame
 from mqworker.dispatch import Dispatch, Lane, Want
 from mqworker.examiner import Draft, wrong_input
 from mqworker.facts import (
@@ -26,6 +28,7 @@ from mqworker.facts import (
     Accepted,
     End,
     Ended,
+    Expired,
     Grant,
     Import,
     LaneCount,
@@ -39,12 +42,26 @@ from mqworker.facts import (
     Resume,
     Return,
     Stranded,
+    Unmark,
     Wake,
     Write,
 )
 from mqworker.facts import Pause as KeepPause
 from mqworker.holdings import Entry, Holdings, KnownWorker, Lease, Use
-from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
+from mqworker.lifecycle import (
+    MAX_BACK_OFF,
+    Event,
+    State,
+    Tried,
+    delayed_until,
+    end_attempt,
+    exhausted,
+    expiry_text,
+    has_expired,
+    last_alone,
+    lease_seconds,
+    window_problem,
+)
 from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
     Abort,
@@ -53,6 +70,8 @@ from mqworker.messages import (
     Assign,
     Bye,
     Claim,
+    Drain,
+    DrainWorkers,
     Granted,
     Heartbeat,
     Hello,
@@ -99,6 +118,11 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
+HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
+DECLARED_AT_ONCE: Final = 20  # of these queues, before other work goes on
+EXPIRED_AT_ONCE: Final = 1000  # requests
+NAME_IS_FREE_AFTER: Final = 20.0  # seconds of silence: four heartbeats
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -129,9 +153,12 @@ class Asks:
     heads: Sequence[Want]
     members: Sequence[int]  # requirement classes whose requests are to be placed anew
     unused: frozenset[int]  # requirement classes that may have no live request any more
+    histories: frozenset[str]  # requests of which is wanted how their attempts ended
+    expired: float | None  # wall: what had to be granted by then
 
     def __bool__(self) -> bool:
-        return bool(self.artifacts or self.heads or self.members or self.unused)
+        asked = self.artifacts or self.heads or self.members or self.unused or self.histories
+        return bool(asked) or self.expired is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +169,8 @@ class Answers:
     heads: Sequence[Sequence[Live]] = ()  # for each want
     members: Sequence[Sequence[Live]] = ()  # for each of the requirement classes, the best first
     used: frozenset[int] = frozenset()
+    histories: Mapping[str, tuple[Tried, ...]] = field(default_factory=dict)
+    expired: Expired | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +182,7 @@ class Kept:
     requirements: Sequence[RequirementRow]
     lanes: Sequence[LaneCount]
     held: Sequence[Live]  # offered, running, or waiting out a delay
+    histories: Mapping[str, tuple[Tried, ...]]  # of those held: how their attempts ended
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
 
@@ -179,6 +209,7 @@ class Pool:
         group_weights: Mapping[str, float] = MappingProxyType({}),
         concurrency_limits: Mapping[str, int] = MappingProxyType({}),
         no_worker_after: float = 300.0,
+        pause_after: int = 3,
     ) -> None:
         self._term = term
         self._topology = topology
@@ -210,8 +241,18 @@ class Pool:
         self._refused = held.refused
         self._alone: dict[str, Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
+        self._wall = 0.0  # ... by the other clock
         self._looked = 0.0  # when it last looked for requests that nobody can run
-        self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
+        self._hourly = 0.0  # when it last began what is done hourly
+        self._to_declare: list[str] = []  # classes, for what is done hourly
+        self._blame = Blame(pause_after)
+        self._expires = -inf  # wall: nothing expires before then
+        self._expired_by: float | None = None  # wall: what has expired by then is to be asked for
+        self._histories_wanted: set[str] = set()
+        self._histories: Mapping[str, tuple[Tried, ...]] = {}
+        self._asks = Asks(
+            artifacts=frozenset(), heads=(), members=(), unused=frozenset(), histories=frozenset(), expired=None
+        )
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
@@ -230,20 +271,28 @@ class Pool:
             self._write(Rekey(to=self._rekeyed), lambda _: None)
             self._rekeyed = {}
         self._committing, self._writes = self._writes, []
-        self._asks = Asks(
+        self._asks = self._take_asks()
+        return [write for write, _ in self._committing if write is not None], self._asks
+
+    def _take_asks(self) -> Asks:
+        asks = Asks(
             artifacts=frozenset(self._grants_wanted),
             heads=self._dispatch.wants(self._held.newest),
             members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
+            histories=frozenset(self._histories_wanted),
+            expired=self._expired_by,
         )
-        self._grants_wanted = set()
-        self._unused = set()
-        return [write for write, _ in self._committing if write is not None], self._asks
+        self._grants_wanted, self._unused, self._histories_wanted = set(), set(), set()
+        if self._expired_by is not None:
+            self._expires, self._expired_by = inf, None  # the answer says when it is next, or what comes meanwhile
+        return asks
 
     def committed(self, results: Sequence[Any], answers: Answers) -> None:
         """Take over what the ledger has committed of the writes last handed over, and what was read behind them."""
         asks = self._asks
         self._inputs = answers.artifacts
+        self._histories = answers.histories
         remaining = iter(results)
         committing, self._committing = self._committing, []
         for write, then in committing:
@@ -255,6 +304,8 @@ class Pool:
                 self._place_anew(self._divided[number], members)
         for number in asks.unused - answers.used:
             self._drop_unused(number)
+        if answers.expired is not None:
+            self._take_expired(answers.expired)
 
     def _heads(self, want: Want, rows: Sequence[Live]) -> None:
         """Take the next requests of a lane into memory."""
@@ -304,7 +355,7 @@ class Pool:
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
-        self._steady = moment.steady
+        self._steady = self._hourly = moment.steady
         self._held.newest = kept.newest
         self._requirements.count_from(kept.newest_requirement)
         self._held.blocked = kept.blocked
@@ -317,7 +368,10 @@ class Pool:
         for lane in kept.lanes:
             self._dispatch.restore(Lane(lane.requirement, lane.priority, lane.group, lane.key), lane.number)
         for held in kept.held:
+            if held.unmet:  # it waits for others first
+                continue
             entry = self._entry_of(held)
+            entry.history = kept.histories.get(held.request.id, ())
             if held.state is State.RUNNING:
                 seconds = self._lease_of(entry)
                 worker = self._workers.setdefault(held.worker or "", KnownWorker(name=held.worker or ""))
@@ -336,7 +390,10 @@ class Pool:
             elif held.state is State.OFFERED:
                 self._return(entry)
             else:
-                self._delay(entry, due=moment.steady + (held.not_before or 0.0) - moment.wall)
+                wait = (held.not_before or 0.0) - moment.wall
+                if held.not_before != held.request.not_before:  # a back-off; the clock may have been set back since
+                    wait = min(wait, MAX_BACK_OFF)
+                self._delay(entry, due=moment.steady + wait)
 
     # ------------------------------------------------------------ requirement classes
 
@@ -463,6 +520,15 @@ class Pool:
             if number < surplus or self._steady - self._idle_since(one) > LINGER
         }
         self._change(self._matching.merge())
+        long_gone = [
+            worker.name
+            for worker in self._workers.values()
+            if worker.state != "online" and not worker.leases and self._steady - worker.seen > FORGET
+        ]
+        for name in long_gone:
+            del self._workers[name]
+            self._blame.forget(name)
+            self._held.drains.pop(name, None)
 
     def _idle_since(self, one: RequirementClass) -> float:
         return self._uses[one.id].idle_since
@@ -494,7 +560,7 @@ class Pool:
         for index in order:
             draft = drafts[index]
             request = draft.request
-            problem = draft.problem or circular.get(index) or wrong_input(draft, artifacts)
+            problem = draft.problem or circular.get(index) or window_problem(request) or wrong_input(draft, artifacts)
             self._held.newest += 1
             seq = self._held.newest
             if problem is not None:
@@ -508,7 +574,8 @@ class Pool:
             one = self._class_of(draft)
             entry = Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
             fresh = later = behind = None
-            if needs(request):
+            self._note_expiry(request)
+            if needs(request) or delayed_until(request, moment.wall) is not None:
                 later = entry
             elif request.id not in self._entries:
                 # Placed at once, so that it can be offered in the transaction that accepts it.
@@ -540,7 +607,7 @@ class Pool:
         behind: Entry | None = None,
         later: Entry | None = None,
     ) -> None:
-        if result.status != "accepted":  # the ledger knew it
+        if result.status != "accepted" or result.state is State.ABORTED:  # the ledger knew it, or its abort
             if fresh is not None and self._entries.get(request.id) is fresh:
                 self._forget(fresh)
             if behind is not None:
@@ -556,24 +623,32 @@ class Pool:
             self._held.blocked += 1
         elif result.status == "accepted" and later is not None:
             if result.live is None:
-                self._place(self._new_entry(later))
+                self._let_wait(self._new_entry(later), delayed_until(request, moment.wall), moment)
             else:
-                self._free(result.live)
+                self._free(result.live, moment)
         settle(Receipted(id=request.id, status=result.status, reason=result.reason))
 
-    def _free(self, row: Live) -> None:
+    def _free(self, row: Live, moment: Moment) -> None:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
             self._reclass(row.seq, row.request, entry, bound=True)
-            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
-        self._place(entry)
+            if row.not_before is None:
+                self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
+        self._let_wait(entry, row.not_before, moment)
+
+    def _let_wait(self, entry: Entry, not_before: float | None, moment: Moment) -> None:
+        """Let a request wait for its time, if it has one, and for a slot."""
+        if not_before is None:
+            self._place(entry)
+        else:
+            self._delay(entry, due=moment.steady + not_before - moment.wall)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
         """Take over what the end of one request meant for those that needed it."""
         self._held.blocked -= len(freed) + len(stranded)
         for row in freed:
-            self._free(row)
+            self._free(row, moment)
         for gone in stranded:
             self._tell(gone, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason)
 
@@ -582,11 +657,15 @@ class Pool:
     def report(self, report: Report, moment: Moment) -> None:
         """Take a worker's word; one that is older than the newest known is dropped."""
         worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
-        if (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        if (intrudes := self._intrudes(worker, report, moment)) is not None:
+            self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
             return
-        if report.incarnation != worker.incarnation:
+        if worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+            return
+        if report.incarnation != worker.incarnation or report.home != worker.home:
             worker.hello = worker.heartbeat = None
-        worker.incarnation, worker.seq, worker.epoch = report.incarnation, report.seq, report.epoch
+        worker.home, worker.incarnation = report.home, report.incarnation
+        worker.seq, worker.epoch = report.seq, report.epoch
         worker.seen, worker.seen_wall, worker.probe = moment.steady, moment.wall, None
         for part in report.parts:
             match part:
@@ -604,6 +683,28 @@ class Pool:
                 case Refusal():
                     self._refusal(worker, part)
 
+    @staticmethod
+    def _intrudes(worker: KnownWorker, report: Report, moment: Moment) -> str | None:
+        """Say why a report is not that of the worker which has its name; None: it is, or the name is free.
+
+        A successor in the same state directory takes over at once, since there its predecessor is known to have ended.
+        From another one, it is a successor only if the worker is silent: two agents may be given one name by mistake.
+        """
+        if worker.incarnation < 0:
+            return None
+        if report.home == worker.home:
+            if report.incarnation >= worker.incarnation:
+                return None
+            other = "a newer one, which has a copy of its state directory or is its successor,"
+        elif worker.state == "offline" or moment.steady - worker.seen >= NAME_IS_FREE_AFTER:
+            return None
+        else:
+            other = f"another one, on the host {worker.hello.host if worker.hello else 'unknown'},"
+        return (
+            f"expected one worker of the name {worker.name} in the pool, but {other} has it: give one of the two"
+            " another name and state_dir, or stop it"
+        )
+
     def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
         worker.hello = hello
@@ -618,7 +719,7 @@ class Pool:
             return
         if not known:
             worker.state, worker.reason = "online", None
-        self._tell_worker(worker, "changed" if known else "online", moment)
+        self._tell_worker(worker.name, "changed" if known else "online", moment, worker.reason)
         self._enter(worker, hello)
 
     def _enter(self, worker: KnownWorker, hello: Hello) -> None:
@@ -643,10 +744,11 @@ class Pool:
             return
         if worker.state == "offline":  # it was silent, and is back
             worker.state, worker.reason = "online", None
-            self._tell_worker(worker, "online", moment)
+            self._tell_worker(worker.name, "online", moment, worker.reason)
             if worker.hello is not None:
                 self._enter(worker, worker.hello)
         worker.heartbeat = beat
+        self._tell_to_drain(worker, beat)
         running = {run.token: run for run in beat.running}
         has = {*running, *(ref.token for ref in beat.claiming)}
         settled_soon = {ref.token for ref in beat.unsettled}
@@ -664,7 +766,8 @@ class Pool:
                     self._say(
                         worker, Abort(request=request, attempt=entry.attempt, token=lease.token, reason=entry.abort)
                     )
-            elif lease.token not in settled_soon:  # and its claim came in an earlier report than this
+            elif lease.token not in settled_soon and lease.token.startswith(worker.home):
+                # Its claim came in an earlier report than this. One from another state directory lapses by time.
                 self._lost(entry, "the worker was restarted and does not have this run any more", moment)
         mine = {lease.token for lease in map(self._lease_held, worker.leases) if lease is not None}
         void = [
@@ -687,6 +790,16 @@ class Pool:
             slots=beat.slots,
             busy=busy,
         )
+
+    def _tell_to_drain(self, worker: KnownWorker, beat: Heartbeat) -> None:
+        """Repeat that a worker is to take nothing more until it says that it does."""
+        drain = self._held.drains.get(worker.name)
+        if drain is None:
+            return
+        if beat.draining and (beat.leaving or not drain.stop):
+            del self._held.drains[worker.name]
+        else:
+            self._say(worker, drain)
 
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
@@ -715,6 +828,9 @@ class Pool:
             self._writes.append((None, lambda _: self._granted(worker, claim, entry)))  # the same answer again
         elif entry.state is not State.OFFERED:
             self._void(worker, claim, f"the request is {entry.state}, not offered")
+        elif has_expired(entry.request, moment.wall):
+            self._void(worker, claim, "the request has expired")
+            self._expire(entry.request.id, entry.request.expires_at or 0.0, moment)
         elif entry.attempt != claim.attempt:
             self._void(worker, claim, f"attempt {claim.attempt} is over, the request is at attempt {entry.attempt}")
         elif worker.state != "online" or not self._matching.can_run(worker.name, entry.requirement):
@@ -754,6 +870,8 @@ class Pool:
         self._running[claim.request] = entry
         self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
+        if last_alone(entry.history, entry.request.max_attempts):
+            self._dispatch.no_supply(worker.name)  # until its next heartbeat says what else it takes
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
         )
@@ -866,10 +984,11 @@ class Pool:
             max_attempts=entry.request.max_attempts if entry is not None else 1,
             abort_asked=entry is not None and entry.abort is not None,
             retry_delay=self._retry_delay,
+            retry_on=entry.request.retry_on if entry is not None else (),
         )
         reason = outcome.reason
         if ending.exhausted and entry is not None:
-            reason = _exhausted(reason, entry.tried + 1)
+            reason = exhausted(reason, entry.history, entry.tried + 1)
         if ending.event is Event.ABORT and entry is not None and entry.abort is not None:
             reason = Reason(text=entry.abort, stage=None if reason is None else reason.stage)
         write = End(
@@ -912,6 +1031,7 @@ class Pool:
                     entry.attempt += 1
                     entry.tried += ending.counted
                     entry.state = State.PENDING
+                    self._note_expiry(entry.request)
                     self._dispatch.forget(ref.request)
                     if ending.delay:
                         self._delay(entry, due=moment.steady + ending.delay)
@@ -919,15 +1039,50 @@ class Pool:
                         self._place(entry)
                 else:
                     self._forget(entry)
+                    if to is State.SUCCESS:
+                        self._look_for_blame(entry, held.worker, moment)
             self._settle_dependents(result.freed, result.stranded, moment)
             answer(result)
 
         self._write(write, then)
 
+    def _look_for_blame(self, entry: Entry, worker: str, moment: Moment) -> None:
+        """Pause the workers on which too many requests ended badly that went well elsewhere."""
+        for name in self._blame.succeeded(entry.request.id, worker, entry.history):
+            if ("worker", name) not in self._pauses:
+                reason = self._blame.reason(name)
+                logger.warning("a worker is paused", extra={"worker": name, "reason": reason})
+                self.pause(Pause(kind="worker", name=name, reason=reason), moment, lambda _: None)
+                self._tell_worker(name, "paused", moment, reason)
+            self._blame.forget(name)
+
     # ------------------------------------------------------------ commands
 
     def abort(self, request: str, reason: str, moment: Moment, then: Callable[[AbortResult], None]) -> None:
-        """Stop a request wherever it is."""
+        """Stop a request wherever it is; one that nobody knows yet, when it comes."""
+        self._abort(AbortAsked(request=request, reason=reason, at=moment.wall, mark=True), moment, then)
+
+    def _note_expiry(self, request: Request) -> None:
+        if request.expires_at is not None:
+            self._expires = min(self._expires, request.expires_at)
+
+    def _take_expired(self, expired: Expired) -> None:
+        """Take what has expired, and when to ask again."""
+        for request, expires_at in expired.requests:
+            self._expire(request, expires_at, Moment(steady=self._steady, wall=self._wall))
+        if len(expired.requests) == EXPIRED_AT_ONCE:
+            self._expires = -inf  # there may be more
+        elif expired.next is not None:
+            self._expires = min(self._expires, expired.next)
+
+    def _expire(self, request: str, expires_at: float, moment: Moment) -> None:
+        """Abort a request that was not granted in time."""
+        reason = expiry_text(expires_at)
+        write = AbortAsked(request=request, reason=reason, at=moment.wall, stage="expiry", running=False)
+        self._abort(write, moment, lambda _: None)
+
+    def _abort(self, write: AbortAsked, moment: Moment, then: Callable[[AbortResult], None]) -> None:
+        request, reason = write.request, Reason(text=write.reason, stage=write.stage)
 
         def settled(result: AbortResult) -> None:
             stood = result.before_lane
@@ -935,23 +1090,21 @@ class Pool:
             if result.after is State.ABORTED and result.before is not State.ABORTED:
                 one = _Named(id=request, task=result.task or "")
                 attempt = result.attempt or 1
-                self._tell(
-                    one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=Reason(text=reason)
-                )
+                self._tell(one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=reason)
                 if entry is not None:
                     self._forget(entry)
                 elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._held.blocked -= 1
-            elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
-                entry.abort = reason
-                worker = self._workers[entry.lease.worker]
-                self._say(worker, Abort(request=request, attempt=entry.attempt, token=entry.lease.token, reason=reason))
+            elif entry is not None and result.after is State.RUNNING and entry.lease is not None and write.running:
+                entry.abort = entry.abort or write.reason  # as in the ledger, the first is it
+                worker, token = self._workers[entry.lease.worker], entry.lease.token
+                self._say(worker, Abort(request=request, attempt=entry.attempt, token=token, reason=entry.abort))
             self._settle_dependents(result.freed, result.stranded, moment)
             then(result)
 
-        self._write(AbortAsked(request=request, reason=reason, at=moment.wall), settled)
+        self._write(write, settled)
 
     def reprioritise(self, request: str, priority: int, then: Callable[[Moved], None]) -> None:
         """Give a request that has not ended another priority."""
@@ -990,11 +1143,45 @@ class Pool:
         name = name.lower() if kind == "task" else name
 
         def settled(result: Any) -> None:
+            if kind == "worker":
+                self._blame.forget(name)
+                self._held.drains.pop(name, None)
             if self._pauses.pop((kind, name), None) is not None:
                 self._apply_pause(kind, name)
             then(result)
 
         self._write(Resume(kind=kind, name=name), settled)
+
+    def drain(self, query: DrainWorkers, moment: Moment, then: Callable[[list[str]], None]) -> None:
+        """Pause workers, and tell them to take nothing more, or to end; `then` gets their names.
+
+        A name that nobody knows is paused too: it may come.
+        """
+        names = dict.fromkeys(query.names)
+        for one in query.classes:
+            names.update(dict.fromkeys(sorted(self._matching.members(one))))
+        if query.everybody:
+            names.update(dict.fromkeys(sorted(self._workers)))
+        left = set(names)
+        if not names:
+            self._writes.append((None, lambda _: then([])))
+
+        def settled(name: str) -> None:
+            self._held.drains[name] = Drain(reason=query.reason, stop=query.stop)
+            worker = self._workers.get(name)
+            if worker is not None and worker.state == "online":
+                self._say(worker, self._held.drains[name])
+            left.discard(name)
+            if not left:
+                then([*names])
+
+        for name in names:
+            reason = f"drained{', to end' if query.stop else ''}{': ' if query.reason else ''}{query.reason}"
+            self.pause(Pause(kind="worker", name=name, reason=reason), moment, lambda _, name=name: settled(name))  # type: ignore[misc]  # mypy does not see the default
+
+    def unknown_classes(self, names: Sequence[str]) -> list[str]:
+        """Return those of the names that are no capability class."""
+        return [name for name in names if name not in self._matching.names()]
 
     def pauses(self) -> list[PauseView]:
         """Show what is paused."""
@@ -1048,11 +1235,14 @@ class Pool:
             self._entries[request].due = None
             self._write(Wake(request=request), lambda _: None)
             self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
-        self._steady = moment.steady
+        self._steady, self._wall = moment.steady, moment.wall
+        if self._expires <= moment.wall:
+            self._expired_by = moment.wall
         self._note_escapes()
         if moment.steady - self._swept > SWEEP:
             self._swept = moment.steady
             self._sweep()
+        self._do_hourly(moment)
         if moment.steady - self._looked > LOOK:
             self._looked = moment.steady
             self._tell_stuck(moment)
@@ -1079,6 +1269,15 @@ class Pool:
                     returned=self._forget_probes,
                 )
             )
+
+    def _do_hourly(self, moment: Moment) -> None:
+        """Declare the queues of classes anew, since who is busy does not keep its own; forget aborts of nothing."""
+        if moment.steady - self._hourly > HOURLY:
+            self._hourly = moment.steady
+            self._to_declare = [*self._matching.names()]
+            self._write(Unmark(before=moment.wall - FORGET), lambda _: None)
+        now, self._to_declare = self._to_declare[:DECLARED_AT_ONCE], self._to_declare[DECLARED_AT_ONCE:]
+        self.declare += [self._queue(name) for name in now if name in self._matching.names()]
 
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
@@ -1153,7 +1352,12 @@ class Pool:
         """Offer requests to the classes that have credit."""
         for offer in self._dispatch.offers(moment.steady):
             entry = self._entries[offer.request]
+            if has_expired(entry.request, moment.wall):
+                self._expire(offer.request, entry.request.expires_at or 0.0, moment)
+                continue
             entry.state = State.OFFERED
+            if entry.tried:
+                self._histories_wanted.add(offer.request)
             self._write(
                 Offer(request=offer.request, attempt=entry.attempt, seq=entry.seq),
                 self._offered(entry, entry.attempt, offer.capability_class),
@@ -1164,6 +1368,8 @@ class Pool:
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
             queue = self._queue(capability_class)
+            entry.history = self._histories.get(entry.request.id, ())
+            alone = last_alone(entry.history, entry.request.max_attempts)
 
             def returned() -> None:
                 if entry.state is State.OFFERED and entry.attempt == attempt:
@@ -1175,7 +1381,7 @@ class Pool:
                 Send(
                     exchange=self._topology.work,
                     key=queue.name,
-                    message=Ticket(term=self._term, attempt=attempt, request=entry.request),
+                    message=Ticket(term=self._term, attempt=attempt, request=entry.request, alone=alone),
                     returned=returned,
                 )
             )
@@ -1298,10 +1504,13 @@ class Pool:
         worker.state, worker.reason, worker.probe = state, reason, None
         self._change(self._matching.leave(worker.name))
         self._dispatch.no_supply(worker.name)
-        self._tell_worker(worker, state, moment)
+        self._tell_worker(worker.name, state, moment, reason)
 
     def _say(self, worker: KnownWorker, part: VerdictPart) -> None:
-        self._verdicts.setdefault((worker.name, worker.epoch), []).append(part)
+        self._say_to(worker.name, worker.epoch, part)
+
+    def _say_to(self, name: str, epoch: str, part: VerdictPart) -> None:
+        self._verdicts.setdefault((name, epoch), []).append(part)
 
     def _void(self, worker: KnownWorker, ref: RunRef, reason: str) -> None:
         self._say(worker, Void(request=ref.request, attempt=ref.attempt, token=ref.token, reason=reason))
@@ -1341,7 +1550,7 @@ class Pool:
             )
         )
 
-    def _tell_worker(self, worker: KnownWorker, event: str, moment: Moment) -> None:
+    def _tell_worker(self, worker: str, event: str, moment: Moment, reason: str | None) -> None:
         self._sends.append(
             Send(
                 exchange=self._topology.events,
@@ -1349,9 +1558,9 @@ class Pool:
                 message=WorkerEvent(
                     term=self._term,
                     time=moment.wall,
-                    worker=worker.name,
-                    event=event,  # type: ignore[arg-type]  # one of the four words
-                    reason=worker.reason,
+                    worker=worker,
+                    event=event,  # type: ignore[arg-type]  # one of the five words
+                    reason=reason,
                 ),
                 mandatory=False,
                 persistent=False,
@@ -1361,8 +1570,3 @@ class Pool:
 
 def _lane_of(row: Live) -> Lane:
     return Lane(row.requirement, row.request.priority, row.request.group, row.request.concurrency_key)
-
-
-def _exhausted(reason: Reason | None, attempts: int) -> Reason:
-    said = Reason(text="no reason was given") if reason is None else reason
-    return msgspec.structs.replace(said, text=f"{said.text} (attempt {attempts} of {attempts}, none is left)")

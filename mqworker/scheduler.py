@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, Final, TypeVar, cast
 
@@ -19,17 +20,27 @@ import msgspec
 from mqworker import __version__
 from mqworker.amqp import BLOCKED, Consumer, Delivery, Link, Plan
 from mqworker.dispatch import Want
-from mqworker.errors import BrokerRefused, BrokerUnavailable, LedgerUnavailable, NotPublished, PeerError
+from mqworker.errors import (
+    BrokerRefused,
+    BrokerUnavailable,
+    LedgerLocked,
+    LedgerLost,
+    LedgerUnavailable,
+    NotPublished,
+    PeerError,
+)
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
+    FULL_ID,
     MAX_MESSAGE_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
     CountRequests,
+    DrainWorkers,
     Explain,
     GetCapabilities,
     GetPool,
@@ -62,7 +73,7 @@ from mqworker.messages import (
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
+from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -75,6 +86,12 @@ SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
+# What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
+READING_HEARTBEAT: Final = 5
+STANDBY: Final = "standby"
+STANDS_BY: Final = "for its turn, another scheduler is active"
+HIGHEST_PRIORITY: Final = 2**31 - 1  # of a consumer
 
 _T = TypeVar("_T")
 
@@ -86,13 +103,15 @@ def now() -> Moment:
 
 def kept_by(ledger: Ledger) -> Kept:
     """Read what a new scheduler begins with."""
+    held = ledger.held()
     return Kept(
         newest=ledger.newest(),
         newest_requirement=ledger.newest_requirement(),
         requirements=ledger.requirements(),
         lanes=ledger.lanes(),
-        held=ledger.held(),
+        held=held,
         blocked=ledger.blocked(),
+        histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
     )
 
@@ -104,6 +123,8 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
+        histories=ledger.histories(asks.histories) if asks.histories else {},
+        expired=None if asks.expired is None else ledger.expired(asks.expired, EXPIRED_AT_ONCE),
     )
 
 
@@ -126,6 +147,7 @@ class Scheduler:
         retry_delay: float,
         offer_timeout: float,
         no_worker_after: float,
+        pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
         link: Callable[..., Link] = Link,
@@ -146,6 +168,7 @@ class Scheduler:
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
+            pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
         self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
@@ -154,7 +177,8 @@ class Scheduler:
         self._awake = asyncio.Event()
         self._stopping = asyncio.Event()
         self._working = False
-        self._ticked = self._shown = self._refreshed = 0.0
+        self._ticked = self._shown = 0.0
+        self._refreshed = clock().steady
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
         self._reading = link(
@@ -163,6 +187,7 @@ class Scheduler:
             plan=self._reading_plan,
             on_up=self._reading_up,
             on_down=self._reading_down,
+            heartbeat=READING_HEARTBEAT,
         )
         self._writing = link(
             amqp_url,
@@ -178,9 +203,11 @@ class Scheduler:
 
         Raises:
             BrokerRefused: the broker does not let this scheduler in.
+            LedgerLost: another scheduler was elected.
         """
         moment = self._now()
         self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
+        self._metrics.active.set(1)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -215,7 +242,7 @@ class Scheduler:
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
-            return Health(well=False, text="the ledger cannot commit")
+            return Health(well=False, text="the ledger does not answer")
         if self._writing.blocked:
             return Health(well=False, text=BLOCKED)
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
@@ -226,8 +253,11 @@ class Scheduler:
         topology = self._topology
         report = topology.report_queue(epoch)
 
+        # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
+        priority = min(self._ledger.term, HIGHEST_PRIORITY)
+
         def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack)
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
@@ -236,7 +266,7 @@ class Scheduler:
                 consumer(report.name, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50),
+                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -286,7 +316,22 @@ class Scheduler:
     # ------------------------------------------------------------ the loop
 
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+        """Ask the ledger, again and again while it is away."""
+        while True:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+            except LedgerUnavailable as error:
+                if self._stopping.is_set():
+                    raise
+                self._ledger_well = False
+                self._metrics.commit_failures.inc()
+                logger.error(  # noqa: TRY400  # no traceback at an operator
+                    "the ledger does not answer, trying again", extra={"reason": str(error)}
+                )
+                await asyncio.sleep(COMMIT_RETRY)
+            else:
+                self._ledger_well = True
+                return found
 
     async def _tick(self) -> None:
         while True:
@@ -349,26 +394,17 @@ class Scheduler:
                 results = self._ledger.commit(writes)
             answers = look_up(self._ledger, asks)
 
-        if not writes and not asks:
+        # Also what is said without a write to the ledger is said in our term only.
+        if not writes and not asks and self._ledger.sure:
             self._pool.committed([], Answers())
             return
         began = time.monotonic()
-        while answers is None:
-            try:
-                await self._in_ledger_thread(commit)
-            except LedgerUnavailable as error:
-                self._ledger_well = False
-                self._metrics.commit_failures.inc()
-                logger.error(  # noqa: TRY400  # no traceback at an operator
-                    "the ledger cannot commit, trying again", extra={"reason": str(error)}
-                )
-                await asyncio.sleep(COMMIT_RETRY)
-        self._ledger_well = True
+        await self._in_ledger_thread(commit)
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
         self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(results or [], answers)
+        self._pool.committed(results or [], answers or Answers())
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -496,7 +532,7 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+                return await self._abort(ids, reason)
             case Reprioritise(ids=ids, priority=priority):
                 return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
@@ -505,6 +541,8 @@ class Scheduler:
             case Resume(kind=kind, name=name):
                 await self._settled(partial(self._pool.resume, kind, name))
                 return PauseList(pauses=self._pool.pauses())
+            case DrainWorkers():
+                return await self._drain(query)
             case ListPauses():
                 return PauseList(pauses=self._pool.pauses())
             case Explain():
@@ -540,6 +578,27 @@ class Scheduler:
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
 
+    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+        """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
+        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+        to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
+        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        results = await asyncio.gather(*(self._settled(ask) for ask in asks))
+        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        return RequestList(
+            requests=[*answer.requests, *came.requests],
+            missing=[one for one in answer.missing if one not in to_come],
+            marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
+        )
+
+    async def _drain(self, query: DrainWorkers) -> Answer:
+        if unknown := self._pool.unknown_classes(query.classes):
+            text = f"expected names of capability classes, got {', '.join(unknown)}; `mqworker capabilities` lists them"
+            return Problem(kind="not_found", text=text)
+        names = await self._settled(partial(self._pool.drain, query, self._now()))
+        workers = self._pool.views.workers(ListWorkers())
+        return WorkerList(workers=[worker for worker in workers if worker.name in names])
+
     async def _explain(self, query: Explain) -> Answer:
         view = None
         if query.id is not None:
@@ -567,7 +626,9 @@ class Scheduler:
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
-        draft = self._pool.examine(msgspec.structs.replace(old.request, id=query.new_id))
+        # When it had to be done is over, or nobody knows.
+        anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
+        draft = self._pool.examine(anew)
         artifacts = await self._artifacts([draft])
         receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
         result = receipt.results[0]
@@ -613,43 +674,96 @@ async def run(
     store_url: str,
     retry_delay: float,
     no_worker_after: float,
+    pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
-    """Run a scheduler until SIGTERM or SIGINT.
+    """Run a scheduler until SIGTERM or SIGINT. On PostgreSQL it stands by as long as another one is active.
 
     Raises:
         MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
     """
     gc.set_threshold(*GC_THRESHOLDS)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
-    ledger = await asyncio.to_thread(Ledger.open, ledger_url)
-    server = None
-    try:
-        metrics = SchedulerMetrics(version=__version__)
-        scheduler = Scheduler(
-            amqp_url=amqp_url,
-            topology=Topology(prefix),
-            ledger=ledger,
-            store=store,
-            metrics=metrics,
-            retry_delay=retry_delay,
-            offer_timeout=offer_timeout,
-            group_weights=group_weights,
-            concurrency_limits=concurrency_limits,
-            no_worker_after=no_worker_after,
-        )
-        if metrics_listen:
-            server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, scheduler.stop)
-        logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger_url, "store": store.id})
-        await scheduler.run()
-        logger.info("scheduler has stopped")
-    finally:
-        if server is not None:
-            server.close()
-        ledger.close()
+    while not stopping.is_set():
+        metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
+        duty = _Duty()
+        with ExitStack() as doors:
+            if metrics_listen:
+                server = MetricsServer(metrics_listen, registry=metrics.registry, health=duty.health)
+                doors.callback(server.close)
+            ledger = await _elected(ledger_url, stopping, duty)
+            if ledger is None:
+                return
+            doors.callback(ledger.close)
+            scheduler = Scheduler(
+                amqp_url=amqp_url,
+                topology=Topology(prefix),
+                ledger=ledger,
+                store=store,
+                metrics=metrics,
+                retry_delay=retry_delay,
+                offer_timeout=offer_timeout,
+                group_weights=group_weights,
+                concurrency_limits=concurrency_limits,
+                no_worker_after=no_worker_after,
+                pause_after=pause_after,
+            )
+            duty.scheduler = scheduler
+            stop = asyncio.create_task(_then(stopping, scheduler.stop))
+            logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger.name, "store": store.id})
+            try:
+                await scheduler.run()
+            except LedgerLost as error:
+                logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            else:
+                logger.info("scheduler has stopped")
+                return
+            finally:
+                stop.cancel()
+
+
+class _Duty:
+    """Know whether this process is the active scheduler, or a standby."""
+
+    def __init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+        self.waits = "for the ledger"
+
+    def health(self) -> Health:
+        """Say so; a standby that cannot reach the ledger is not well."""
+        if self.scheduler is not None:
+            return self.scheduler.health()
+        return Health(well=self.waits == STANDS_BY, text=f"{STANDBY}: waits {self.waits}")
+
+
+async def _elected(url: str, stopping: asyncio.Event, duty: _Duty) -> Ledger | None:
+    """Open a ledger as soon as no other scheduler is active; None: this one was stopped before.
+
+    Raises:
+        MqworkerError: it cannot be opened, and waiting will not help.
+    """
+    told: type[Exception] | None = None
+    while not stopping.is_set():
+        try:
+            return await asyncio.to_thread(Ledger.open, url)
+        except (LedgerLocked, LedgerUnavailable) as error:
+            if not Ledger.may_stand_by(url):
+                raise
+            duty.waits = STANDS_BY if isinstance(error, LedgerLocked) else str(error)
+            if told is not type(error):
+                logger.info("scheduler stands by", extra={"reason": str(error)})
+            told = type(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), STANDBY_SECONDS)
+    return None
+
+
+async def _then(event: asyncio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()

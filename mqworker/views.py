@@ -83,6 +83,8 @@ class Views:
         if view.after:
             others = len(view.after) - 1
             return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
+        if view.not_before is not None and view.attempt == 1:
+            return f"is not to be offered before {explain.time_of(view.not_before)}"
         if entry is not None and entry.due is not None:
             return "waits out the delay before its next attempt"
         one = self._requirements.get(view.requirement)
@@ -241,9 +243,10 @@ class Views:
                 metadata=worker.hello.metadata if worker.hello else {},
                 version=worker.hello.version if worker.hello else "",
                 seen=worker.seen_wall,
-                reason=worker.reason,
+                reason=worker.reason or (worker.heartbeat.held if worker.heartbeat else None),
                 paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
                 denied=worker.hello.denied if worker.hello else [],
+                draining=worker.heartbeat is not None and worker.heartbeat.draining and worker.state == "online",
                 capability_class=self._matching.class_of(worker.name),
             )
             for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))

@@ -21,16 +21,20 @@ from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
+import psycopg
 import pytest
 
 from mqworker import debianhost
 from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
+from mqworker.ledger import Ledger
 from mqworker.privatenode import PrivateNode
+from mqworker.schema import REVISION, schema
 from mqworker.task import Task
 from mqworker.topology import Topology
 from tests import roots
+from tests.cluster import Cluster
 from tests.driving import Driven, Peer
 
 IMAGE = "rabbitmq:4-management"
@@ -104,7 +108,7 @@ class Lacking(Exception):
 
 
 class Brokers:
-    """Start each broker when the first test asks for it; a context manager, which ends them.
+    """Start each broker, and a PostgreSQL, when the first test asks for it; a context manager, which ends them.
 
     With pytest-xdist they belong to the process that runs no test itself. So one broker serves all that do, and none of
     them has it among its own descendants, where a test might meet or kill it.
@@ -114,6 +118,7 @@ class Brokers:
         self._new_directory = new_directory
         self._started: dict[str, Broker | Exception] = {}
         self._stack = ExitStack()
+        self._kinds = {"broker": self._any, "own_broker": self._own, "postgresql": self._cluster}
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +134,7 @@ class Brokers:
         """
         if name not in self._started:
             try:
-                self._started[name] = self._any() if name == "broker" else self._own()
+                self._started[name] = self._kinds[name]()
             except Exception as error:  # noqa: BLE001  # for each test that asks, in whatever process
                 self._started[name] = error
         found = self._started[name]
@@ -164,6 +169,13 @@ class Brokers:
         self._stack.callback(shutil.rmtree, directory)
         node = self._stack.enter_context(PrivateNode(directory, root=root))
         return Broker(node.url, node.management_url, ours=True)
+
+    def _cluster(self) -> Broker:
+        try:
+            cluster = self._stack.enter_context(Cluster())
+        except FileNotFoundError as error:
+            raise Lacking("PostgreSQL", str(error)) from error
+        return Broker(cluster.url(), None, ours=True)
 
 
 def _answer(listener: Listener, brokers: Brokers) -> None:
@@ -239,6 +251,48 @@ def broker(brokers) -> Broker:
 def own_broker(brokers) -> Broker:
     """A broker of our own, which a test may change in what is the test's alone; it must not disturb other tests."""
     return brokers("own_broker")
+
+
+@pytest.fixture(scope="session")
+def postgresql_databases(brokers) -> Callable[[int], str]:
+    """Give the URL of the first, second, ... database of this process's own, with no facts in it."""
+    server = brokers("postgresql").url
+    own = f"t{uuid.uuid4().hex[:12]}"
+    made: set[int] = set()
+
+    def empty(number: int = 0) -> str:
+        url = urlunsplit(urlsplit(server)._replace(path=f"/{own}_{number}"))
+        if number not in made:
+            with psycopg.connect(server, autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {own}_{number}")
+            made.add(number)
+            Ledger.open(url).close()
+        tables = ", ".join(f'"{table.name}"' for table in schema.sorted_tables)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {tables} RESTART IDENTITY")
+            connection.execute("UPDATE alembic_version SET version_num = %s", [REVISION])
+            connection.execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
+            connection.execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
+        return url
+
+    return empty
+
+
+@pytest.fixture
+def postgresql_void(brokers) -> Iterator[str]:
+    """The URL of a database in PostgreSQL without any table."""
+    server = brokers("postgresql").url
+    name = f"v{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgresql_url(postgresql_databases) -> str:
+    """The URL of an empty ledger in PostgreSQL, the test's own."""
+    return postgresql_databases(0)
 
 
 @pytest.fixture

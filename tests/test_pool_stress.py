@@ -346,7 +346,7 @@ class World:
                         member.claiming.pop(part.token, None)
 
     def rows(self):
-        with self.driven.ledger._snapshot() as connection:
+        with self.driven.ledger._database.snapshot() as connection:
             return connection.execute(
                 text("SELECT id, seq, requirement, priority, grp, ckey, unmet, state, not_before FROM requests")
             ).all()

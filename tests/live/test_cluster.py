@@ -9,7 +9,7 @@ import pytest
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.topology import Topology
 from tests import roots
-from tests.cluster import NAMES, Cluster
+from tests.nodes import NAMES, Cluster
 
 pytestmark = [pytest.mark.live, pytest.mark.cluster]
 
