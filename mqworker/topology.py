@@ -95,7 +95,16 @@ class Topology:
             ),
             self._quorum(self.submit),
             self._quorum(self.outcome),
-            Queue(name=self.api, arguments={"x-message-ttl": API_TTL_MS}, bindings=((self.api, self.api),)),
+            Queue(
+                name=self.api,
+                # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
+                arguments={
+                    "x-queue-type": "quorum",
+                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-message-ttl": API_TTL_MS,
+                },
+                bindings=((self.api, self.api),),
+            ),
         )
 
     def _quorum(self, name: str) -> Queue:

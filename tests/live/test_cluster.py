@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from mqworker.errors import HostUnfit, OutsideError
+from mqworker.errors import HostUnfit, MqworkerError, OutsideError
 from mqworker.topology import Topology
 from tests import roots
 from tests.nodes import NAMES, Cluster
@@ -48,7 +48,7 @@ class Flow:
         while not self._stop.wait(0.1):
             try:
                 self.receipted.append(self.client.submit("journal", {**self.data, "label": uuid.uuid4().hex}))
-            except OutsideError:
+            except MqworkerError:  # while a node comes and goes
                 self.unanswered += 1
 
     def __enter__(self):
