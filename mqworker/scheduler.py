@@ -81,7 +81,8 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
-REFRESH: Final = 60.0  # seconds between declarations of what somebody may have deleted
+REFRESH: Final = 60.0  # seconds between declarations of what somebody may have deleted ...
+REFRESH_DEAF: Final = 5.0  # ... and where it looks as if somebody has
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
@@ -179,6 +180,7 @@ class Scheduler:
         self._working = False
         self._ticked = self._shown = 0.0
         self._refreshed = clock().steady
+        self._deaf = False
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
         self._reading = link(
@@ -367,7 +369,7 @@ class Scheduler:
         if moment.steady - self._ticked >= TICK:
             self._ticked = moment.steady
             self._pool.tick(moment)
-        if moment.steady - self._refreshed >= REFRESH:
+        if moment.steady - self._refreshed >= (REFRESH_DEAF if self._deaf else REFRESH):
             self._refresh(moment.steady)
         if self._writing.epoch is not None and not self._writing.blocked:
             self._pool.offer(moment)
@@ -427,6 +429,7 @@ class Scheduler:
     def _refresh(self, steady: float) -> None:
         """Have exchanges, queues and bindings declared again: an exchange that was deleted took its bindings along."""
         self._refreshed = steady
+        self._deaf = False
         if self._reading.epoch is not None:
             self._reading.refresh().add_done_callback(_tell_refusal)
 
@@ -446,7 +449,7 @@ class Scheduler:
             return
         self._metrics.not_published.inc()
         if send.exchange == self._topology.report:
-            self._refreshed = 0.0  # our own queue does not hear us, nor anybody else
+            self._deaf = True  # our own queue does not hear us, nor anybody else
         if send.returned is not None:
             self._calls.append(send.returned)
             self._awake.set()
