@@ -52,11 +52,13 @@ SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
 ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
 ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
+REFRESH_SECONDS: Final = 1.0  # between two declarations of the plan because messages are returned
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # RabbitMQ 4.x closes the channel that publishes more
 PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what is in the way
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
+BLOCKED: Final = "the broker takes nothing: a memory or disk alarm, see `rabbitmq-diagnostics alarms`"
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
 USER_HEADER: Final = "x-mqworker-user"
@@ -576,6 +578,7 @@ class _Life:
         self._asides: deque[tuple[asyncio.Future[None], str, _Begin]] = deque()  # questions for throw-away channels
         self._aside = 0  # of them, under way
         self._made = Plan()
+        self._refreshed = 0.0
         self._connect_seconds = connect_seconds
         self._deadline = loop.call_later(connect_seconds, self._too_slow)
         self._connection = AsyncioConnection(
@@ -773,6 +776,7 @@ class _Life:
 
     def refresh(self) -> asyncio.Future[None]:
         """Carry out once more what the plan has of exchanges and queues."""
+        self._refreshed = self._loop.time()
 
         def begin(channel: Channel, answer: Callable[[Any], None]) -> None:
             for exchange in self._made.exchanges:
@@ -904,6 +908,8 @@ class _Life:
         # The broker acks a returned message all the same, after this: here it is only remembered for then.
         message = (properties.message_id, method.exchange, method.routing_key)
         self._returned.setdefault(message, []).append(f"{method.reply_code} {method.reply_text}")
+        if self._loop.time() - self._refreshed > REFRESH_SECONDS:
+            self.refresh()  # an exchange that was deleted, and made again by somebody else, has none of our bindings
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method

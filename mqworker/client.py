@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, Self, TypeVar, cast
 import msgspec
 
 from mqworker import requires as schemas
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
     BrokerRefused,
@@ -143,7 +143,9 @@ _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
 class Client:
     """Talk to a pool; a context manager.
 
-    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads.
+    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads. `on_blocked` hears,
+    in a thread of the client's, when a memory or disk alarm stops the broker from taking what calls send, and when it
+    takes it again; it must be quick.
 
         with Client("amqp://guest:guest@localhost/") as client:
             request = client.submit("noop", {"duration": 2})
@@ -151,13 +153,20 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "mqworker", store_url: str | None = None, timeout: float = 30.0
+        self,
+        url: str,
+        *,
+        prefix: str = "mqworker",
+        store_url: str | None = None,
+        timeout: float = 30.0,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self._url = url
         self._topology = Topology(prefix)
         self._store_url = store_url
         self._store: Store | None = None
         self._timeout = timeout
+        self._on_blocked = on_blocked
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
@@ -818,7 +827,7 @@ class Client:
 
     async def _live(self, ready: threading.Event) -> None:
         self._stop = asyncio.Event()
-        self._line = _Line(self._url, name="mqworker client", plan=self._plan)
+        self._line = _Line(self._url, name="mqworker client", plan=self._plan, on_blocked=self._on_blocked)
         self._loop = asyncio.get_running_loop()
         ready.set()
         async with self._line as line:
@@ -890,6 +899,8 @@ class Client:
                 )
                 news: set[asyncio.Future[Any]] = {sent, answer, over}
                 await asyncio.wait(news, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
+                if line.link.blocked:
+                    trouble = BLOCKED
                 if sent.done() and not answer.done():
                     try:
                         sent.result()
@@ -1019,10 +1030,11 @@ class _Line:
         name: str,
         plan: Callable[[str], Plan],
         on_up: Callable[[], None] | None = None,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self.life_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_up = on_up
-        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down)
+        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down, on_blocked=on_blocked)
         self.running: asyncio.Task[None]
 
     def _up(self, _epoch: str) -> None:

@@ -341,7 +341,27 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.names())
+        return tuple(self._queue(name) for name in self._matching.names())
+
+    def queue_lost(self, queue: str) -> None:
+        """Give a class whose queue cannot be had another one, and offer anew what was in it.
+
+        It is a queue on one node: while that is down nobody can declare, consume or reach it.
+        """
+        own = queue.removeprefix(f"{self._topology.work}.")
+        name = next((name for name in self._matching.names() if self._held.queue_name(name) == own), None)
+        if name is None:
+            return  # its class has gone, or has another already
+        self._held.renamed[name] = self._name_class()
+        self.declare.append(self._queue(name))
+        for member in sorted(self._matching.members(name)):
+            worker = self._workers[member]
+            self._say(worker, self._assignment(worker))
+        for request in self._dispatch.offered(name):
+            self._return(self._entries[request])
+
+    def _queue(self, capability_class: str) -> Queue:
+        return self._topology.class_queue(self._held.queue_name(capability_class))
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
@@ -771,7 +791,7 @@ class Pool:
         )
         own = self._matching.class_of(worker.name)
         if own is not None:
-            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
+            self.declare.append(self._queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
@@ -844,7 +864,9 @@ class Pool:
 
     def _is_class(self, queue: str) -> bool:
         """Say whether a queue is that of a class that lives."""
-        return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
+        own = queue.removeprefix(f"{self._topology.work}.")
+        renamed = self._held.renamed
+        return own in renamed.values() or (own in self._matching.names() and own not in renamed)
 
     def _lease_held(self, request: str) -> Lease | None:
         return self._entries[request].lease
@@ -1351,7 +1373,7 @@ class Pool:
             self._to_declare = [*self._matching.names()]
             self._write(Unmark(before=moment.wall - FORGET), lambda _: None)
         now, self._to_declare = self._to_declare[:DECLARED_AT_ONCE], self._to_declare[DECLARED_AT_ONCE:]
-        self.declare += [self._topology.class_queue(name) for name in now if name in self._matching.names()]
+        self.declare += [self._queue(name) for name in now if name in self._matching.names()]
 
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
@@ -1411,6 +1433,14 @@ class Pool:
         """Forget probes that were under way: the report queue died with its connection."""
         self._forget_probes()
 
+    def unblocked(self, moment: Moment) -> None:
+        """Begin to count anew when the broker takes messages again: until now nobody could renew or report anything."""
+        self._forget_probes()
+        for lease in self._leases():
+            lease.deadline = max(lease.deadline, moment.steady + lease.seconds + LEASE_MARGIN)
+        for worker in self._workers.values():
+            worker.seen = moment.steady
+
     def _leases(self) -> list[Lease]:
         return [entry.lease for entry in self._running.values() if entry.lease is not None]
 
@@ -1438,13 +1468,14 @@ class Pool:
         def then(moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
-            queue = self._topology.class_queue(capability_class)
+            queue = self._queue(capability_class)
             entry.history = self._histories.get(entry.request.id, ())
             alone = last_alone(entry.history, entry.request.max_attempts)
 
             def returned() -> None:
                 if entry.state is State.OFFERED and entry.attempt == attempt:
-                    self.declare.append(queue)  # it has expired, or its node is down
+                    if self._is_class(queue.name):
+                        self.declare.append(queue)  # it has expired, or its node is down
                     self._return(entry)
 
             self._sends.append(
@@ -1553,13 +1584,14 @@ class Pool:
     def _change(self, change: Change) -> None:
         for name in change.made:
             self._dispatch.add_class(name)
-            self.declare.append(self._topology.class_queue(name))
+            self.declare.append(self._queue(name))
         for gain in change.gained:
             self._dispatch.gain(gain.capability_class, gain.requirement)
         for worker in change.assigned:
             self._say(self._workers[worker], self._assignment(self._workers[worker]))
         for name in change.gone:
-            self.delete.append(self._topology.class_queue(name).name)
+            self.delete.append(self._queue(name).name)
+            self._held.renamed.pop(name, None)
             for request in self._dispatch.remove_class(name):
                 self._return(self._entries[request])
 
@@ -1567,7 +1599,7 @@ class Pool:
         own = self._matching.class_of(worker.name)
         if own is None or ("worker", worker.name) in self._pauses:
             return Assign(queue=None)
-        return Assign(queue=self._topology.class_queue(own).name)
+        return Assign(queue=self._queue(own).name)
 
     def _offline(self, worker: KnownWorker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:

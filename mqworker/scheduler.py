@@ -21,7 +21,7 @@ import msgspec
 
 from mqworker import __version__
 from mqworker.access import Access, Rule, User
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
 from mqworker.errors import (
@@ -89,6 +89,8 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
+REFRESH: Final = 60.0  # seconds between declarations of what somebody may have deleted ...
+REFRESH_DEAF: Final = 5.0  # ... and where it looks as if somebody has
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
@@ -191,13 +193,15 @@ class Scheduler:
         self._stopping = asyncio.Event()
         self._working = False
         self._ticked = self._shown = 0.0
+        self._refreshed = clock().steady
+        self._deaf = False
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
         self._reading = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} reading",
             plan=self._reading_plan,
-            on_up=self._link_changed,
+            on_up=self._reading_up,
             on_down=self._reading_down,
             heartbeat=READING_HEARTBEAT,
         )
@@ -255,6 +259,8 @@ class Scheduler:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
             return Health(well=False, text="the ledger does not answer")
+        if self._writing.blocked:
+            return Health(well=False, text=BLOCKED)
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -271,7 +277,7 @@ class Scheduler:
 
         return Plan(
             exchanges=topology.exchanges(),
-            queues=(*topology.queues(), report, *self._pool.class_queues()),
+            queues=(*topology.queues(), report),
             consumers=(
                 consumer(report.name, no_ack=True),
                 consumer(topology.outcome),
@@ -307,12 +313,20 @@ class Scheduler:
         self._metrics.reconnects.inc()
         self._metrics.broker_up.set(0)
 
+    def _reading_up(self, epoch: str) -> None:
+        self._pool.declare += self._pool.class_queues()  # not by the plan: one that cannot be had must not stop all
+        self._link_changed(epoch)
+
     def _reading_down(self, reason: str) -> None:
         self._link_down(reason)
         self._pool.disconnected()
 
     def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
         self._metrics.broker_blocked.set(blocked)
+        if blocked:
+            logger.warning("the broker takes nothing: a memory or disk alarm; what runs goes on until its lease ends")
+        else:
+            self._calls.append(lambda: self._pool.unblocked(self._now()))
         self._awake.set()
 
     # ------------------------------------------------------------ the loop
@@ -369,6 +383,8 @@ class Scheduler:
         if moment.steady - self._ticked >= TICK:
             self._ticked = moment.steady
             self._pool.tick(moment)
+        if moment.steady - self._refreshed >= (REFRESH_DEAF if self._deaf else REFRESH):
+            self._refresh(moment.steady)
         if self._writing.epoch is not None and not self._writing.blocked:
             self._pool.offer(moment)
         await self._record()
@@ -408,16 +424,28 @@ class Scheduler:
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
-        queues, self._pool.declare = self._pool.declare, []
+        for last in (False, True):  # a queue that cannot be had gets another name, once
+            queues = {queue.name: queue for queue in self._pool.declare}
+            self._pool.declare = []
+            epoch = self._reading.epoch
+            made = [(name, self._reading.declare(queue)) for name, queue in queues.items()]
+            for name, future in made:
+                try:
+                    await future
+                except (BrokerUnavailable, BrokerRefused) as error:
+                    logger.warning("a class queue was not declared", extra={"reason": str(error)})
+                    if not last and epoch is not None and self._reading.epoch == epoch:
+                        self._pool.queue_lost(name)
         names, self._pool.delete = self._pool.delete, []
-        made = [self._reading.declare(queue) for queue in queues]
-        for future in made:
-            try:
-                await future
-            except (BrokerUnavailable, BrokerRefused) as error:
-                logger.warning("a class queue was not declared", extra={"reason": str(error)})
         for name in names:
             self._reading.delete(name)  # if unused and empty; else it expires
+
+    def _refresh(self, steady: float) -> None:
+        """Have exchanges, queues and bindings declared again: an exchange that was deleted took its bindings along."""
+        self._refreshed = steady
+        self._deaf = False
+        if self._reading.epoch is not None:
+            self._reading.refresh().add_done_callback(_tell_refusal)
 
     def _publish(self, send: Send) -> None:
         future = self._writing.publish(
@@ -434,6 +462,8 @@ class Scheduler:
         if future.cancelled() or future.exception() is None:
             return
         self._metrics.not_published.inc()
+        if send.exchange == self._topology.report:
+            self._deaf = True  # our own queue does not hear us, nor anybody else
         if send.returned is not None:
             self._calls.append(send.returned)
             self._awake.set()
@@ -707,6 +737,11 @@ class Scheduler:
         self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
+
+
+def _tell_refusal(future: asyncio.Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("what the broker should have was not declared again", extra={"reason": str(error)})
 
 
 async def run(

@@ -114,7 +114,12 @@ class Topology:
             Queue(
                 name=self.api,
                 lasting=True,
-                arguments={"x-message-ttl": API_TTL_MS},
+                # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
+                arguments={
+                    "x-queue-type": "quorum",
+                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-message-ttl": API_TTL_MS,
+                },
                 bindings=((self.api, self.api), (self.command, self.command)),
             ),
         )
