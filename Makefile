@@ -28,7 +28,7 @@ test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each Rabbi
 
 test-cluster: $(VENV)/ready-dev ## a pool on three RabbitMQ nodes that are killed, frozen and parted
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m cluster tests/live/test_cluster.py
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m cluster tests/live
 
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked

@@ -243,7 +243,7 @@ class PrivateNode:
             "PATH": PATH,
             "HOME": str(base / "home"),
             "LANG": "C.UTF-8",
-            "PWD": str(self.directory),  # so that everybody can see whose node this is, in a root too
+            "MQWORKER_NODE": str(self.directory),  # so that everybody can see whose node this is, in a root too
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_CONFIG_FILE": str(base / "rabbitmq.conf"),
