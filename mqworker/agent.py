@@ -9,15 +9,21 @@ import difflib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import islice
 from typing import Any, Final
 
 import msgspec
 
 from mqworker import __version__, requires
-from mqworker.errors import SettingsError, TaskConfigError
+from mqworker.errors import HostUnfit, SettingsError, TaskConfigError
 from mqworker.lifecycle import lease_deadline_ns
 from mqworker.messages import (
-    MAX_MESSAGE_BYTES,
+    MAX_DESCRIBED_BYTES,
+    MAX_LISTED,
+    MAX_METADATA_BYTES,
+    MAX_OUTCOME_BYTES,
+    MAX_STAGE,
     SLOT_LAPSED,
     Abort,
     Alive,
@@ -51,7 +57,9 @@ from mqworker.messages import (
     Ticket,
     Verdict,
     Void,
+    bounded,
     encode,
+    shortened,
 )
 from mqworker.task import Task, load_tasks
 from mqworker.tracking import ask_plainly
@@ -64,8 +72,11 @@ NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the la
 ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
-MAX_SET_BYTES: Final = MAX_MESSAGE_BYTES // 2  # of outcomes; a slot sees to it that one alone is no larger
-MAX_REASON: Final = 4000  # characters of each part of a reason
+MAX_UNSETTLED: Final = 1000  # outcomes without an answer, and ...
+MAX_UNSETTLED_BYTES: Final = 64 * 1024 * 1024  # ... their bytes; with more of either, it takes no ticket
+MAX_LOG: Final = 1024 * 1024  # characters of output in one message; a slot says far less at once
+LARGEST: Final = 3  # keys that are named where metadata are too large, ...
+LARGEST_KEY: Final = 100  # ... with so many of their characters
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
 
 
@@ -239,7 +250,8 @@ class _Run:
     fraction: float | None = None
     abort: str | None = None
     kill_ns: int | None = None
-    killed: str | None = None  # why: "lease", "void", "abort", "stop"
+    killed: str | None = None  # why: "lease", "void", "abort", "stop", "babble"
+    babble: str = ""  # what is wrong with what its slot said
     log_seq: int = 0
     tail: str = ""
 
@@ -250,6 +262,7 @@ class _Run:
 @dataclass(kw_only=True)
 class _Unsettled:
     outcome: Outcome
+    size: int  # bytes
     on_disk: bool
     sent_ns: int | None = None
 
@@ -328,6 +341,7 @@ class Agent:
         self._asking: dict[str, _Asking] = {}
         self._runs: dict[str, _Run] = {}
         self._unsettled: dict[str, _Unsettled] = {}
+        self._unsettled_bytes = 0
         self._beats: dict[int, _Beat] = {}
         self._assigned: str | None = None
         self._consuming: str | None = None
@@ -371,9 +385,16 @@ class Agent:
     # ------------------------------------------------------------ the host
 
     def analyzed(self, analysis: Analysis) -> None:
-        """Take a fresh look at the host; the administrator's word counts more than what was found."""
+        """Take a fresh look at the host; the administrator's word counts more than what was found.
+
+        Raises:
+            HostUnfit: there are more metadata than a scheduler takes; the text names the largest. The last view stays.
+        """
         metadata = {**analysis.metadata, **self._static_metadata}
-        same = msgspec.json.encode(metadata) == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
+        encoded = msgspec.json.encode(metadata)
+        if len(encoded) > MAX_METADATA_BYTES:
+            raise HostUnfit(_too_many(metadata, len(encoded)))
+        same = encoded == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
         if self._analysis is not None and same and analysis.tasks == self._analysis.tasks:
             return
         self._analysis = analysis
@@ -468,8 +489,9 @@ class Agent:
                 case Abort():
                     self._abort(part, now_ns)
                 case Recorded():
-                    if self._unsettled.pop(part.token, None) is not None:
-                        self._acts.append(Unspool(part))
+                    if (known := self._unsettled.pop(part.token, None)) is not None:
+                        self._unsettled_bytes -= known.size
+                        self._acts.append(Unspool(known.outcome))  # and not whatever else the answer may name
                         if part.status != "recorded":
                             logger.warning(
                                 "an outcome does not count",
@@ -582,6 +604,17 @@ class Agent:
                 slot.ready = False  # until it says so
                 self._end(run, word.result, word.reason, ended=word)
 
+    def slot_babbled(self, number: int, problem: str) -> None:
+        """Take it that a slot has said what is no word: whatever runs in it speaks for it, and is killed with it."""
+        slot = self._slots[number]
+        run = self._runs.get(slot.run) if slot.run is not None else None
+        if run is not None and run.killed is None:
+            run.babble = problem
+            self._kill(run, "babble", problem)
+        elif not slot.dying:
+            slot.ready, slot.dying = False, True
+            self._acts.append(KillSlot(slot=number, reason=problem))
+
     def slot_gone(self, number: int, exit_code: int, last_words: str = "") -> None:
         """Take the end of a slot's process, and what it had still to say; nothing that stems from it lives any more."""
         slot = self._slots[number]
@@ -604,6 +637,8 @@ class Agent:
                 )
             case "stop":
                 self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
+            case "babble":
+                self._end(run, "error", Reason(text=f"what its slot said cannot be read: {run.babble}", stage=stage))
             case "lease":
                 self._end(
                     run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
@@ -627,20 +662,35 @@ class Agent:
         ended: SlotEnded | None = None,
     ) -> None:
         now = self._wall()
-        reason = None if reason is None else _bounded(reason)
         outcome = Outcome(
             request=ref.request,
             attempt=ref.attempt,
             token=ref.token,
             result=result,
-            reason=reason,
+            reason=None if reason is None else bounded(reason),
             again=ended is not None and ended.again,
             started=now if since is None else since,
             ended=now,
             artifacts=[] if ended is None else ended.artifacts,
         )
-        self._unsettled[ref.token] = _Unsettled(outcome=outcome, on_disk=False)
+        size = len(encode(outcome))
+        if size > MAX_OUTCOME_BYTES or len(outcome.artifacts) > MAX_LISTED:
+            text = (
+                f"expected artifacts that are described in at most {MAX_DESCRIBED_BYTES} bytes, at most {MAX_LISTED} of"
+                f" them, got an outcome of {size} bytes with {len(outcome.artifacts)}: put large data into files"
+            )
+            stage = None if outcome.reason is None else outcome.reason.stage
+            outcome = msgspec.structs.replace(
+                outcome, result="error", reason=Reason(text=text, stage=stage, status=result), artifacts=[]
+            )
+            size = len(encode(outcome))
+        self._keep(outcome, size, on_disk=False)
         self._acts.append(Spool(outcome, task.lower()))
+
+    def _keep(self, outcome: Outcome, size: int, *, on_disk: bool) -> _Unsettled:
+        self._unsettled_bytes += size
+        unsettled = self._unsettled[outcome.token] = _Unsettled(outcome=outcome, size=size, on_disk=on_disk)
+        return unsettled
 
     def _show(self, run: _Run, text: str) -> None:
         run.log_seq += 1
@@ -653,16 +703,16 @@ class Agent:
                     worker=self.name,
                     time=self._wall(),
                     seq=run.log_seq,
-                    text=text,
+                    text=shortened(text, MAX_LOG),
                 )
             )
         )
 
     def _progress(self, run: _Run, *, stage: str | None, fraction: float | None) -> None:
-        if stage is not None and stage != run.stage:
+        if stage is not None and (stage := stage[:MAX_STAGE]) != run.stage:
             run.stage = stage
             self._stage_news = True
-        run.fraction = fraction
+        run.fraction = None if fraction is None else min(1.0, max(0.0, fraction))
         self._acts.append(
             PublishLog(
                 LogProgress(
@@ -673,7 +723,7 @@ class Agent:
                     time=self._wall(),
                     since=run.since,
                     stage=run.stage,
-                    fraction=fraction,
+                    fraction=run.fraction,
                 )
             )
         )
@@ -688,7 +738,7 @@ class Agent:
 
     def spooled(self, outcome: Outcome) -> None:
         """Take an outcome that is on disk: now it can be sent."""
-        unsettled = self._unsettled.setdefault(outcome.token, _Unsettled(outcome=outcome, on_disk=True))
+        unsettled = self._unsettled.get(outcome.token) or self._keep(outcome, len(encode(outcome)), on_disk=True)
         unsettled.on_disk = True
 
     # ------------------------------------------------------------ time
@@ -748,6 +798,9 @@ class Agent:
     # ------------------------------------------------------------ inside
 
     def _free(self) -> int:
+        """Count the slots that a ticket may still come for; none, while the ledger answers too few outcomes."""
+        if len(self._unsettled) >= MAX_UNSETTLED or self._unsettled_bytes >= MAX_UNSETTLED_BYTES:
+            return 0
         return sum(slot.ready and slot.run is None and not slot.dying for slot in self._slots.values()) - len(
             self._asking
         )
@@ -784,7 +837,9 @@ class Agent:
             if asking.sent_ns is None or beat:
                 asking.sent_ns = asking.sent_ns or now_ns
                 if asking.claims is None and asking.refusal is not None:
-                    self._acts.append(CountRefusal(asking.ticket.request.task.lower()))
+                    task = asking.ticket.request.task
+                    known = Task.is_valid_task_name(task)
+                    self._acts.append(CountRefusal(task.lower() if known else "unknown"))  # as in the scheduler's
                 asking.claims = asking.asks_to_run()
                 parts.append(self._question(asking))
         if parts:
@@ -850,7 +905,7 @@ class Agent:
             claiming=[asking.ref() for asking in self._asking.values() if asking.asks_to_run()],
             unsettled=[
                 RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
-                for one in self._unsettled.values()
+                for one in islice(self._unsettled.values(), MAX_LISTED)  # what a predecessor left may be more
             ],
         )
 
@@ -864,7 +919,7 @@ class Agent:
             request=ref.request,
             attempt=ref.attempt,
             token=ref.token,
-            reason=asking.refusal or "",
+            reason=shortened(asking.refusal or ""),
             metadata_version=asking.metadata_version,
         )
 
@@ -875,7 +930,7 @@ def _sets(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
     size = 0
     for outcome in outcomes:
         bytes_more = len(encode(outcome))
-        if one and size + bytes_more > MAX_SET_BYTES:
+        if one and size + bytes_more > MAX_OUTCOME_BYTES:
             yield one
             one, size = [], 0
         one.append(outcome)
@@ -892,14 +947,13 @@ def _after(told: str, left: str) -> str:
     return left
 
 
-def _bounded(reason: Reason) -> Reason:
-    """Cut what a task says of its end to what a person reads."""
-    cut = {
-        name: value[:MAX_REASON] + " [...]"
-        for name in ("text", "stage", "status", "line")
-        if isinstance(value := getattr(reason, name), str) and len(value) > MAX_REASON
-    }
-    return msgspec.structs.replace(reason, **cut) if cut else reason
+def _too_many(metadata: Mapping[str, Any], size: int) -> str:
+    sizes = {key[:LARGEST_KEY]: len(msgspec.json.encode(value)) for key, value in metadata.items()}
+    largest = ", ".join(f"{key!r} ({sizes[key]} bytes)" for key in nlargest(LARGEST, sizes, key=sizes.__getitem__))
+    return (
+        f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {size}; the largest are {largest}: have"
+        " the tasks, or worker.metadata, say less"
+    )
 
 
 def _judge_death(exit_code: int, stage: str | None, tail: str) -> tuple[OutcomeResult, Reason]:

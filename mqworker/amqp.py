@@ -11,6 +11,7 @@ import random
 import re
 import secrets
 import ssl
+import struct
 import time
 import uuid
 from collections import OrderedDict
@@ -20,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from pika import BasicProperties
+from pika import BasicProperties, spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorPhaseErrorBase
 from pika.channel import Channel
 from pika.connection import URLParameters
+from pika.data import encode_table
 from pika.exceptions import (
     AMQPError,
     AMQPHeartbeatTimeout,
@@ -56,9 +58,57 @@ LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages short
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
 REASON_CHARACTERS: Final = 2000
+HEADERS_HEADER: Final = "x-mqworker-headers-lost"  # on what is put aside without the headers that it came with
+MAX_HEADERS_BYTES: Final = 32 * 1024  # of what is put aside: all properties have to fit into one frame of 128 KiB
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
+
+
+class _Properties(BasicProperties):  # type: ignore[misc]  # pika's has no type here
+    """Read a message's properties, whatever a stranger has put into its headers.
+
+    A header that pika cannot read (a time beyond the calendar's end, tables in tables a thousand deep) would end the
+    connection that the message comes by; and, since it would come again, each later one.
+    """
+
+    def decode(self, encoded: bytes, offset: int = 0) -> Any:
+        try:
+            return super().decode(encoded, offset)
+        except Exception:  # noqa: BLE001  # pika converts what it finds: anything can come
+            return super().decode(_without_headers(encoded[offset:]))
+
+
+def _without_headers(encoded: bytes) -> bytes:
+    """Write encoded properties with an empty table of headers: it stands behind at most two short strings."""
+    (flags,) = struct.unpack_from(">H", encoded)
+    at = 2
+    for flag in (BasicProperties.FLAG_CONTENT_TYPE, BasicProperties.FLAG_CONTENT_ENCODING):
+        at += 1 + encoded[at] if flags & flag else 0
+    if not flags & BasicProperties.FLAG_HEADERS:
+        return encoded
+    (length,) = struct.unpack_from(">I", encoded, at)
+    return encoded[:at] + bytes(4) + encoded[at + 4 + length :]
+
+
+spec.props[BasicProperties.INDEX] = _Properties  # where pika looks for who reads them
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Return a property as text: pika leaves as bytes what is no UTF-8; of that, the ASCII stays."""
+    return value.decode("ascii", errors="ignore") if isinstance(value, bytes) else value
+
+
+def _kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return headers that can be written again, in a frame with other properties; else the word that they are lost."""
+    pieces: list[bytes] = []
+    try:
+        if encode_table(pieces, dict(headers)) <= MAX_HEADERS_BYTES:
+            return dict(headers)
+        lost = f"they have more than {MAX_HEADERS_BYTES} bytes"
+    except Exception as error:  # noqa: BLE001  # pika reads more than it can write: anything can come
+        lost = f"they cannot be written: {type(error).__name__}"
+    return {HEADERS_HEADER: lost}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,7 +488,8 @@ class Link:
 
     def put_aside(self, delivery: Delivery, *, exchange: str, reason: str) -> asyncio.Future[None]:
         """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers."""
-        headers = {**delivery.headers, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        told = {REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        headers = {**_kept_headers(delivery.headers), **told}
         return self.publish(
             exchange=exchange,
             key=exchange,
@@ -652,14 +703,14 @@ class _Life:
             delivery = Delivery(
                 epoch=self.epoch,
                 tag=0 if consumer.no_ack else method.delivery_tag,
-                exchange=method.exchange,
-                key=method.routing_key,
+                exchange=_text(method.exchange) or "",
+                key=_text(method.routing_key) or "",
                 redelivered=method.redelivered,
-                kind=properties.type,
-                message_id=properties.message_id,
-                correlation_id=properties.correlation_id,
-                reply_to=properties.reply_to,
-                user_id=properties.user_id,
+                kind=_text(properties.type),
+                message_id=_text(properties.message_id),
+                correlation_id=_text(properties.correlation_id),
+                reply_to=_text(properties.reply_to),
+                user_id=_text(properties.user_id),
                 headers=properties.headers or {},
                 body=body,
             )

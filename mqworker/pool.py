@@ -47,6 +47,8 @@ from mqworker.facts import Pause as KeepPause
 from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
 from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
+    MAX_INPUTS_BYTES,
+    MAX_METADATA_BYTES,
     Abort,
     Alive,
     Artifact,
@@ -87,6 +89,7 @@ from mqworker.messages import (
     Void,
     WorkerEvent,
     WorkerView,
+    bounded,
 )
 from mqworker.messages import Pool as PoolView
 from mqworker.metrics import SchedulerMetrics
@@ -106,6 +109,7 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+MAX_POOL_METADATA_BYTES: Final = 512 * 1024 * 1024  # of all workers together; as Python's objects some five times that
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -227,6 +231,7 @@ class _Worker:
     epoch: str = ""
     incarnation: int = -1
     seq: int = -1
+    any_number: bool = False  # its next report counts, whatever number it has
     hello: Hello | None = None
     state: str = "offline"
     reason: str | None = None
@@ -236,6 +241,7 @@ class _Worker:
     heartbeat: Heartbeat | None = None
     former: str | None = None  # the queue that it consumed before it was told of another
     leases: set[str] = field(default_factory=set)  # request ids
+    metadata_bytes: int = 0
 
 
 class Pool:
@@ -275,13 +281,15 @@ class Pool:
         self._delayed: set[str] = set()
         self._running: dict[str, _Entry] = {}
         self._workers: dict[str, _Worker] = {}
+        self._metadata_bytes = 0  # of them all
         self._pauses: dict[tuple[str, str], PauseView] = {}
         self._swept = 0.0
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
         self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
+        self._refusals = 0
         self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
-        self._steady = 0.0  # when it last looked at what is due
+        self._steady = self._wall = 0.0  # when it last looked at what is due
         self._looked = 0.0  # when it last looked for requests that nobody can run
         self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
@@ -355,7 +363,7 @@ class Pool:
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
-        self._steady = moment.steady
+        self._steady, self._wall = moment
         self._last_seq = kept.newest
         self._requirements.count_from(kept.newest_requirement)
         self._blocked = kept.blocked
@@ -633,8 +641,9 @@ class Pool:
     def report(self, report: Report, moment: Moment) -> None:
         """Take a worker's word; one that is older than the newest known is dropped."""
         worker = self._workers.setdefault(report.worker, _Worker(name=report.worker))
-        if (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        if not worker.any_number and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
             return
+        worker.any_number = False
         if report.incarnation != worker.incarnation:
             worker.hello = worker.heartbeat = None
         worker.incarnation, worker.seq, worker.epoch = report.incarnation, report.seq, report.epoch
@@ -657,6 +666,20 @@ class Pool:
 
     def _hello(self, worker: _Worker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
+        size = len(msgspec.json.encode(hello.metadata))
+        others = self._metadata_bytes - worker.metadata_bytes
+        if size > MAX_METADATA_BYTES or others + size > MAX_POOL_METADATA_BYTES:
+            reason = (
+                f"expected metadata of at most {MAX_METADATA_BYTES} bytes, and of all workers together of at most"
+                f" {MAX_POOL_METADATA_BYTES}, got {size} beside {others}: have the worker say less"
+            )
+            if worker.state != "refused":
+                self._offline(worker, reason, moment, state="refused")
+            worker.hello = msgspec.structs.replace(hello, metadata={}, tasks={})  # it is known, and holds no room
+            self._metadata_bytes, worker.metadata_bytes = others, 0
+            self._say(worker, Assign(queue=None, reason=reason))
+            return
+        self._metadata_bytes, worker.metadata_bytes = others + size, size
         worker.hello = hello
         if hello.store != self._store_id:
             reason = (
@@ -812,6 +835,10 @@ class Pool:
         self._granted(worker, claim, entry)
 
     def _granted(self, worker: _Worker, claim: Claim, entry: _Entry) -> None:
+        inputs = [self._inputs[number] for number in entry.inputs if number in self._inputs]
+        if len(inputs) < len(entry.inputs) or sum(len(msgspec.json.encode(one)) for one in inputs) > MAX_INPUTS_BYTES:
+            self._too_much_input(worker, claim)
+            return
         self._say(
             worker,
             Granted(
@@ -819,9 +846,35 @@ class Pool:
                 attempt=claim.attempt,
                 token=claim.token,
                 lease=self._lease_of(entry),
-                inputs=[self._inputs[number] for number in entry.inputs],
+                inputs=inputs,
             ),
         )
+
+    def _too_much_input(self, worker: _Worker, claim: Claim) -> None:
+        """End a request whose grant no message could carry, before it has begun."""
+        reason = Reason(
+            text=f"expected input artifacts that are described in at most {MAX_INPUTS_BYTES} bytes together, got more:"
+            " name fewer of them",
+            stage="grant",
+        )
+        outcome = Outcome(
+            request=claim.request,
+            attempt=claim.attempt,
+            token=claim.token,
+            result="error",
+            reason=reason,
+            started=self._wall,
+            ended=self._wall,
+        )
+        self._end(
+            claim,
+            worker=worker.name,
+            outcome=outcome,
+            artifacts=(),
+            moment=Moment(steady=self._steady, wall=self._wall),
+            answer=lambda _: None,
+        )
+        self._void(worker, claim, reason.text)
 
     def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
         if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
@@ -839,13 +892,15 @@ class Pool:
         if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
-        denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
+        earlier = (one for one in self._refused.get(entry.request.id, ()) if one[0] != worker)  # it has other ones now
+        denied = frozenset({*earlier, (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         self._alone.setdefault(entry.request.id, _Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
-        entry.own = (entry.one.id, entry.request.id, len(denied))
+        self._refusals += 1
+        entry.own = (entry.one.id, entry.request.id, self._refusals)
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
         question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
@@ -916,7 +971,7 @@ class Pool:
             abort_asked=entry is not None and entry.abort is not None,
             retry_delay=self._retry_delay,
         )
-        reason = outcome.reason
+        reason = None if outcome.reason is None else bounded(outcome.reason)
         if ending.exhausted and entry is not None:
             reason = _exhausted(reason, entry.tried + 1)
         if ending.event is Event.ABORT and entry is not None and entry.abort is not None:
@@ -1080,8 +1135,9 @@ class Pool:
 
     def refresh(self, names: Sequence[str]) -> None:
         """Ask workers for fresh metadata; no names: all that are online."""
+        wanted = frozenset(names)
         for worker in self._workers.values():
-            if worker.state != "offline" and (not names or worker.name in names):
+            if worker.state != "offline" and (not names or worker.name in wanted):
                 self._say(worker, Introduce())
 
     # ------------------------------------------------------------ time
@@ -1097,7 +1153,7 @@ class Pool:
             self._entries[request].due = None
             self._write(Wake(request=request), lambda _: None)
             self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
-        self._steady = moment.steady
+        self._steady, self._wall = moment
         self._note_escapes()
         if moment.steady - self._swept > SWEEP:
             self._swept = moment.steady
@@ -1166,8 +1222,8 @@ class Pool:
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
-        if probe.term != self._term:
-            return
+        if probe.term != self._term or probe.number > self._probes:
+            return  # an earlier scheduler's, or nobody's
         for entry in self._running.values():
             lease = entry.lease
             if lease is not None and lease.probe is not None and lease.probe <= probe.number:
@@ -1175,6 +1231,8 @@ class Pool:
         for worker in self._workers.values():
             if worker.probe is not None and worker.probe <= probe.number:
                 self._offline(worker, "it has not reported any more", moment)
+                # Whoever used its name with a number that it will not reach must not keep it away for ever.
+                worker.any_number = True
 
     def _forget_probes(self) -> None:
         """Send probes anew: the last one was not published."""
