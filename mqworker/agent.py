@@ -70,6 +70,7 @@ HEARTBEAT_NS: Final = 5_000_000_000
 BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
 ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
+TERM_PATIENCE_NS: Final = 60_000_000_000  # without a word of the highest term: whoever said it was no scheduler
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
 MAX_UNSETTLED: Final = 1000  # outcomes without an answer, and ...
@@ -334,6 +335,7 @@ class Agent:
         self._acts: list[Act] = []
         self._epoch: str | None = None
         self._term = 0
+        self._term_heard_ns = 0
         self._seq = 0
         self._analysis: Analysis | None = None
         self._metadata: dict[str, Any] = {}
@@ -468,10 +470,11 @@ class Agent:
     # ------------------------------------------------------------ verdicts
 
     def verdict(self, verdict: Verdict, now_ns: int) -> None:
-        """Take the scheduler's answers; those of an older term count for nothing."""
-        if verdict.term < self._term:
+        """Take the scheduler's answers; those of an older term count for nothing while the newer one is heard."""
+        if verdict.term < self._term and now_ns - self._term_heard_ns < TERM_PATIENCE_NS:
             return
-        if verdict.term > self._term:
+        self._term_heard_ns = now_ns
+        if verdict.term != self._term:
             if self._term:
                 self._resend()
             self._term = verdict.term

@@ -72,6 +72,10 @@ class Examiner:
             return _unfit(request, str(error))
         except Exception as error:  # noqa: BLE001  # a task's own code: it may raise anything, and must not end the scheduler
             return _unfit(request, f"task {request.task} could not be configured: {type(error).__name__}: {error}")
+        if len(inputs) > MAX_INPUTS:
+            return _unfit(request, f"expected at most {MAX_INPUTS} input artifacts, got {len(inputs)}")
+        if not all(type(number) is int and 0 < number <= LARGEST_ID for number in inputs):
+            return _unfit(request, f"expected ids of input artifacts from 1 to {LARGEST_ID}, got another")
         for placeholder in set(inputs) & takes.keys():
             if task.INPUT_ARTIFACT_CATEGORY not in (None, takes[placeholder].category):
                 text = (
@@ -79,10 +83,6 @@ class Examiner:
                     f"{takes[placeholder].category}"
                 )
                 return _unfit(request, text)
-        if len(inputs) > MAX_INPUTS:
-            return _unfit(request, f"expected at most {MAX_INPUTS} input artifacts, got {len(inputs)}")
-        if not all(type(number) is int and 0 < number <= LARGEST_ID for number in inputs):
-            return _unfit(request, f"expected ids of input artifacts from 1 to {LARGEST_ID}, got another")
         kind = Kind(
             task=task.name,
             fingerprint=self.fingerprint(task_class),
