@@ -70,7 +70,10 @@ _Path = tuple[str, ...]
 def problem(schema: object) -> str | None:
     """Return why a schema cannot be used, with the place in it; None: it can."""
     try:
-        return _problem(_canonical(schema))
+        canonical = _canonical(schema)
+        if len(canonical) > MAX_BYTES:  # not remembered: a thousand of the largest would be a gigabyte
+            return f"expected a JSON Schema of at most {MAX_BYTES} bytes, got {len(canonical)}"
+        return _problem(canonical)
     except SubmitterError as error:
         return str(error)
 
@@ -318,8 +321,6 @@ def _validator(canonical: bytes) -> Any:
 
 @lru_cache(maxsize=KEPT)
 def _problem(canonical: bytes) -> str | None:
-    if len(canonical) > MAX_BYTES:
-        return f"expected a JSON Schema of at most {MAX_BYTES} bytes, got {len(canonical)}"
     schema = msgspec.json.decode(canonical)
     error = best_match(_meta.iter_errors(schema))
     if error is not None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.hostile.house import House
 
 IN_A_ROUND = 20_000  # with one pool; the next begins with another seed
-GROWTH = 150 * 1024  # KiB that memory may grow from the first rounds to the last
+GROWTH = 64 * 1024  # KiB that memory may grow from the first rounds to the last
 WARM = 2  # rounds
 
 

@@ -63,6 +63,7 @@ RAW = [
     b"{}",
     b'"' + b"x" * 70_000 + b'"',
 ]
+AN_ID = "00000000-0000-4000-8000-000000000000"
 MARK = "@@%d@@"
 MOST_PLACES = 2000
 TASKS = ["sim0", "sim1", "Sim2", "sim3", "sim4", "sim5", "noop"]
@@ -152,10 +153,9 @@ class Maker:
             odd = info.pattern is None or "x1f" not in info.pattern
             text = self.random.choice(TEXTS) if odd and self.random.random() < 0.2 else f"{name}-{self.random.randrange(50)}"
             return text[: info.max_length]
-        for like in ("a1", "0" * 64, an_id(self.random), "test:one", "/input", "a.txt", "a/b.txt"):
-            if _fits(info.pattern, like):
-                return like
-        raise NotImplementedError(info)
+        if _fits(info.pattern, AN_ID):
+            return an_id(self.random)
+        return next(like for like in ("a1", "0" * 64, "test:one", "/input") if _fits(info.pattern, like))
 
     def _key(self, name):
         if name == "tasks":

@@ -130,10 +130,10 @@ class House:
     started = runs_now = ended = spooled = unspooled = delivered = consumes = note
 
     def settled(self, process, delivery, acked):
-        if acked and delivery.exchange == TOPOLOGY.work and delivery.body in self._tickets:
+        if delivery.exchange == TOPOLOGY.work and delivery.body in self._tickets:
             self._tickets.discard(delivery.body)
             aside = (process.name, delivery.tag, delivery.epoch) in self._aside
-            self.told["ticket", "put aside" if aside else "answered"] += 1
+            self.told["ticket", "put aside" if aside else "claimed or refused" if acked else "given back"] += 1
 
     def put_aside(self, process, delivery, _reason):
         if delivery.exchange != TOPOLOGY.work:  # a ticket counts when it is acknowledged
@@ -294,8 +294,6 @@ class House:
     def put(self, consumer, body):
         """Hand a message to one of those that read."""
         if consumer == "ticket":
-            taking = [host.worker._agent.consuming for host in self.hosts.values() if host.worker]
-            queue = next((name for name in taking if name), self.random.choice(self.known["queue"]))
             if body in self._tickets:
                 return
             self._tickets.add(body)
@@ -303,7 +301,8 @@ class House:
         self.newest.append((consumer, body))
         match consumer:
             case "ticket":
-                self._publish(TOPOLOGY.work, queue, body)
+                host = self.random.choice(list(self.hosts.values()))
+                host.process.context.run(host.worker._take_ticket, _delivery(body, TOPOLOGY.work, sum(self.sent.values())))
             case "verdict":
                 self._verdict(body)
             case "slot":
@@ -359,7 +358,7 @@ class House:
         for consumer, number in self.sent.items():
             had = told[consumer] - (self.told[consumer, "put aside"] if consumer == "submit" else 0)
             if consumer == "ticket":
-                self.told["ticket", "in a queue, or gone with it"] = len(self._tickets)
+                self.told["ticket", "still asked about"] = len(self._tickets)
                 had += len(self._tickets)
             if had != number:
                 self._failed(f"{number} sent to {consumer}, but {had} accounted for: {dict(self.told)}")
@@ -374,11 +373,11 @@ class Deaf:
         pass
 
 
-def _delivery(body):
+def _delivery(body, exchange="", tag=0):
     return Delivery(
         epoch="e",
-        tag=0,
-        exchange="",
+        tag=tag,
+        exchange=exchange,
         key="",
         redelivered=False,
         kind=None,
