@@ -117,8 +117,6 @@ def _operand(text: str) -> Any:
     return _short_operand(text) if len(text) <= LONGEST_KEPT else value_of(text)
 
 
-
-
 def _found(document: Mapping[str, Any], path: Iterable[str]) -> Any:
     found: Any = document
     for name in path:

@@ -1,6 +1,6 @@
 """Send a pool as many hostile messages as are wanted, and say what became of each.
 
-    python -m tests.hostile --messages 1000000 --seed 1
+python -m tests.hostile --messages 1000000 --seed 1
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main():
                 print(f"{'':9}{part:9} {word}")
     grown = 0 if warm is None else resident() - warm
     print(f"{sum(sent.values())} messages in {seconds:.0f} s, all accounted for; 0 exceptions")
-    print(f"memory: {peak // 1024} MiB at most after a round, {grown // 1024} MiB more at the end than after {WARM} rounds")
+    print(f"memory: {peak // 1024} MiB at most behind a round, {grown // 1024} MiB more at the end than after {WARM}")
     if grown > GROWTH:
         print(f"FAILED: memory grew by more than {GROWTH // 1024} MiB")
         return 1

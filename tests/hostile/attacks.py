@@ -39,7 +39,14 @@ def a_chain(house):
 
 def itself(house):
     one = an_id(house.random)
-    return _submit({"id": one, "task": "sim0", "after": [{"request": one}], "take": [{"into": "/a", "request": one, "category": "a:b"}]})
+    return _submit(
+        {
+            "id": one,
+            "task": "sim0",
+            "after": [{"request": one}],
+            "take": [{"into": "/a", "request": one, "category": "a:b"}],
+        }
+    )
 
 
 def a_large_request(house):
@@ -55,7 +62,11 @@ def a_schema(house):
 
 
 def many_inputs(house):
-    return _submit(_request(house, data={"input": list(range(1, 5000))}), _request(house, data={"input": {"a": 1}}), _request(house, data={"input": 2**70}))
+    return _submit(
+        _request(house, data={"input": list(range(1, 5000))}),
+        _request(house, data={"input": {"a": 1}}),
+        _request(house, data={"input": 2**70}),
+    )
 
 
 def deep(house):
@@ -71,12 +82,25 @@ def a_deep_place(house):
 
 
 def different_tasks(house):
-    return _submit(*(_request(house, data={"arch": f"arch{house.random.randrange(10**9)}", "mem": number}) for number in range(100)))
+    return _submit(
+        *(
+            _request(house, data={"arch": f"arch{house.random.randrange(10**9)}", "mem": number})
+            for number in range(100)
+        )
+    )
 
 
 def _report(worker, *parts, incarnation=1, seq=1, epoch="e1"):
     return msgspec.json.encode(
-        {"type": "report", "v": 1, "worker": worker, "epoch": epoch, "seq": seq, "incarnation": incarnation, "parts": list(parts)}
+        {
+            "type": "report",
+            "v": 1,
+            "worker": worker,
+            "epoch": epoch,
+            "seq": seq,
+            "incarnation": incarnation,
+            "parts": list(parts),
+        }
     )
 
 
@@ -95,11 +119,22 @@ def _hello(**more):
 
 
 def _beat(**more):
-    return {"type": "heartbeat", "queue": None, "assigned": None, "slots": 1, "running": [], "claiming": [], "unsettled": [], **more}
+    return {
+        "type": "heartbeat",
+        "queue": None,
+        "assigned": None,
+        "slots": 1,
+        "running": [],
+        "claiming": [],
+        "unsettled": [],
+        **more,
+    }
 
 
 def _runs(number):
-    return [{"request": f"33333333-0000-4000-8000-{one:012x}", "attempt": LATE, "token": f"t{one}"} for one in range(number)]
+    return [
+        {"request": f"33333333-0000-4000-8000-{one:012x}", "attempt": LATE, "token": f"t{one}"} for one in range(number)
+    ]
 
 
 def a_number_that_nobody_reaches(house):
@@ -108,11 +143,21 @@ def a_number_that_nobody_reaches(house):
 
 def many_runs_of_others(house):
     runs = _runs(MANY)
-    return _report("carl", _hello(), _beat(running=[{**one, "since": 0.0} for one in runs], claiming=runs, unsettled=runs), seq=house.random.randrange(10**9))
+    return _report(
+        "carl",
+        _hello(),
+        _beat(running=[{**one, "since": 0.0} for one in runs], claiming=runs, unsettled=runs),
+        seq=house.random.randrange(10**9),
+    )
 
 
 def all_slots_there_are(house):
-    return _report("dora", _hello(slots=10_000), _beat(slots=10_000, queue="mqworker.submit", assigned=house.random.choice(house.known["queue"])), seq=house.random.randrange(10**9))
+    return _report(
+        "dora",
+        _hello(slots=10_000),
+        _beat(slots=10_000, queue="mqworker.submit", assigned=house.random.choice(house.known["queue"])),
+        seq=house.random.randrange(10**9),
+    )
 
 
 def large_metadata(house):
@@ -127,7 +172,11 @@ def many_keys(house):
 
 
 def many_tasks(house):
-    return _report("emil", _hello(tasks={f"task{one}": one for one in range(5000)}, denied=[f"d{one}" for one in range(5000)]), seq=house.random.randrange(10**9))
+    return _report(
+        "emil",
+        _hello(tasks={f"task{one}": one for one in range(5000)}, denied=[f"d{one}" for one in range(5000)]),
+        seq=house.random.randrange(10**9),
+    )
 
 
 def a_new_worker(house):
@@ -142,11 +191,19 @@ def refusals(house):
         {"type": "refusal", "request": one, "attempt": 1, "token": "t", "reason": "no", "metadata_version": version}
         for one in house.known["id"][:100]
     ]
-    return _report(house.random.choice(["anna", "carl"]), _hello(metadata_version=version, metadata={"arch": "amd64", "mem": 9}), *parts, seq=house.random.randrange(10**9))
+    return _report(
+        house.random.choice(["anna", "carl"]),
+        _hello(metadata_version=version, metadata={"arch": "amd64", "mem": 9}),
+        *parts,
+        seq=house.random.randrange(10**9),
+    )
 
 
 def claims_of_what_was_never_offered(house):
-    parts = [{"type": "claim", "request": one, "attempt": 1, "token": f"c{number}", "metadata_version": 1} for number, one in enumerate(house.known["id"])]
+    parts = [
+        {"type": "claim", "request": one, "attempt": 1, "token": f"c{number}", "metadata_version": 1}
+        for number, one in enumerate(house.known["id"])
+    ]
     return _report("carl", _hello(), *parts, seq=house.random.randrange(10**9))
 
 
@@ -155,38 +212,75 @@ def a_probe(house):
 
 
 def _outcome(request, artifacts, **more):
-    return {"request": request, "attempt": 1, "token": "t", "result": "success", "started": 0.0, "ended": 1.0, "artifacts": artifacts, **more}
+    return {
+        "request": request,
+        "attempt": 1,
+        "token": "t",
+        "result": "success",
+        "started": 0.0,
+        "ended": 1.0,
+        "artifacts": artifacts,
+        **more,
+    }
 
 
 def _outcomes(*outcomes):
-    return msgspec.json.encode({"type": "outcomes", "v": 1, "worker": "carl", "epoch": "e1", "outcomes": list(outcomes)})
+    return msgspec.json.encode(
+        {"type": "outcomes", "v": 1, "worker": "carl", "epoch": "e1", "outcomes": list(outcomes)}
+    )
 
 
 def many_artifacts(house):
     artifacts = [{"handle": f"h{one}", "category": "a:b", "name": "n"} for one in range(10_000)]
-    return _outcomes(_outcome(house.random.choice(house.known["id"]), artifacts, token=house.random.choice(house.known["token"])))
+    return _outcomes(
+        _outcome(house.random.choice(house.known["id"]), artifacts, token=house.random.choice(house.known["token"]))
+    )
 
 
 def the_same_artifact_often(house):
-    artifacts = [{"handle": "h", "category": "a:b", "name": "n", "relations": [{"type": "extends", "target": "h"}] * 1000}] * 10
-    return _outcomes(_outcome(house.random.choice(house.known["id"]), artifacts, token=house.random.choice(house.known["token"])))
+    artifacts = [
+        {"handle": "h", "category": "a:b", "name": "n", "relations": [{"type": "extends", "target": "h"}] * 1000}
+    ] * 10
+    return _outcomes(
+        _outcome(house.random.choice(house.known["id"]), artifacts, token=house.random.choice(house.known["token"]))
+    )
 
 
 def many_relations(house):
     relations = [{"type": "extends", "target": one} for one in range(1, 10_000)]
-    return _outcomes(_outcome(house.random.choice(house.known["id"]), [{"handle": "h", "category": "a:b", "name": "n", "relations": relations}]))
+    return _outcomes(
+        _outcome(
+            house.random.choice(house.known["id"]),
+            [{"handle": "h", "category": "a:b", "name": "n", "relations": relations}],
+        )
+    )
 
 
 def what_is_not_in_the_store(house):
     files = [{"path": "a", "size": LATE, "sha256": "f" * 64}] * 100
-    return _outcomes(_outcome(house.random.choice(house.known["id"]), [{"handle": "h", "category": "a:b", "name": "n", "files": files}], token=house.random.choice(house.known["token"])))
+    return _outcomes(
+        _outcome(
+            house.random.choice(house.known["id"]),
+            [{"handle": "h", "category": "a:b", "name": "n", "files": files}],
+            token=house.random.choice(house.known["token"]),
+        )
+    )
 
 
 def a_contradiction(house):
     return _outcomes(
         *(
-            _outcome(one, [], result=result, again=True, reason={"text": "x" * 100_000, "status": "success", "exit_code": 10**30}, token=token)
-            for one, result, token in zip(house.known["id"], ["success", "aborted", "lost", "handed_back"] * 5, house.known["token"], strict=False)
+            _outcome(
+                one,
+                [],
+                result=result,
+                again=True,
+                reason={"text": "x" * 100_000, "status": "success", "exit_code": 10**30},
+                token=token,
+            )
+            for one, result, token in zip(
+                house.known["id"], ["success", "aborted", "lost", "handed_back"] * 5, house.known["token"], strict=False
+            )
         )
     )
 
@@ -221,7 +315,12 @@ def move_all(house):
 
 
 def import_much(house):
-    artifact = {"handle": "h", "category": "a:b", "name": "n", "data": {"x": "y" * house.random.choice([10, 3_000_000])}}
+    artifact = {
+        "handle": "h",
+        "category": "a:b",
+        "name": "n",
+        "data": {"x": "y" * house.random.choice([10, 3_000_000])},
+    }
     return _query("import_artifact", key=an_id(house.random), artifact=artifact, store="store")
 
 
@@ -234,12 +333,18 @@ def the_last_term(house):
 
 
 def eat_the_submissions(house):
-    queue = house.random.choice(["mqworker.submit", "mqworker.work.submit", "other.work.1-1", "mqworker.work.1-1.x", "mqworker.outcome"])
+    queue = house.random.choice(
+        ["mqworker.submit", "mqworker.work.submit", "other.work.1-1", "mqworker.work.1-1.x", "mqworker.outcome"]
+    )
     return _verdict({"type": "assign", "queue": queue})
 
 
 def answers_to_nothing(house):
-    run = {"request": house.random.choice(house.known["id"]), "attempt": 1, "token": house.random.choice(["../../x", "t", "anna.1.1"])}
+    run = {
+        "request": house.random.choice(house.known["id"]),
+        "attempt": 1,
+        "token": house.random.choice(["../../x", "t", "anna.1.1"]),
+    }
     return _verdict(
         *(
             {"type": "granted", **run, "lease": 1e12, "inputs": []},
@@ -253,11 +358,15 @@ def answers_to_nothing(house):
 
 
 def far_terms(house):
-    return msgspec.json.encode({"type": "ticket", "v": 1, "term": LATE, "attempt": LATE, "request": _request(house, lease=5)})
+    return msgspec.json.encode(
+        {"type": "ticket", "v": 1, "term": LATE, "attempt": LATE, "request": _request(house, lease=5)}
+    )
 
 
 def an_end_with_much(house):
-    artifacts = [{"handle": f"h{one}", "category": "a:b", "name": "n", "data": {"x": "y" * 1000}} for one in range(5000)]
+    artifacts = [
+        {"handle": f"h{one}", "category": "a:b", "name": "n", "data": {"x": "y" * 1000}} for one in range(5000)
+    ]
     return msgspec.json.encode({"type": "slot_ended", "result": "success", "artifacts": artifacts})
 
 
@@ -280,7 +389,19 @@ def strange_progress(house):
 
 
 ATTACKS = {
-    "submit": [a_circle, a_chain, itself, a_large_request, almost_too_large, a_schema, many_inputs, deep, deep_enough, a_deep_place, different_tasks],
+    "submit": [
+        a_circle,
+        a_chain,
+        itself,
+        a_large_request,
+        almost_too_large,
+        a_schema,
+        many_inputs,
+        deep,
+        deep_enough,
+        a_deep_place,
+        different_tasks,
+    ],
     "report": [
         a_number_that_nobody_reaches,
         many_runs_of_others,

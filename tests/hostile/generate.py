@@ -14,7 +14,21 @@ from msgspec import inspect
 from mqworker import messages
 
 ESCAPES = ["\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\u202egnp.exe", "\x00", "\r", "\n", "\x7f", "\u2028", "\ufeff"]
-PATHS = ["..", "../../etc/passwd", "/etc/passwd", "a/../../b", ".", "", "con", "a" * 4096, "-rf", "a\x00b", "~", "a//b", "A/a"]
+PATHS = [
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/../../b",
+    ".",
+    "",
+    "con",
+    "a" * 4096,
+    "-rf",
+    "a\x00b",
+    "~",
+    "a//b",
+    "A/a",
+]
 TEXTS = [
     *ESCAPES,
     *PATHS,
@@ -33,7 +47,27 @@ TEXTS = [
     "x" * 1001,
     "x" * 5000,
 ]
-NUMBERS = [0, 1, -1, 2, 3, 2**31, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63) - 1, True, 1.0, -0.0, 1e308, 5e-324, 0.5]
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    2**31,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64,
+    10**30,
+    -(2**63) - 1,
+    True,
+    1.0,
+    -0.0,
+    1e308,
+    5e-324,
+    0.5,
+]
 # What no value of Python's becomes as JSON.
 RAW = [
     b"1e999",
@@ -128,7 +162,9 @@ class Maker:
             case inspect.DictType():
                 if name == "requires":
                     return choose.choice(SCHEMAS)
-                return {self._key(name): self._value(info.value_type, name, depth + 1) for _ in range(choose.randint(0, 3))}
+                return {
+                    self._key(name): self._value(info.value_type, name, depth + 1) for _ in range(choose.randint(0, 3))
+                }
             case inspect.AnyType():
                 return self.anything(3)
         raise NotImplementedError(info)
@@ -151,7 +187,11 @@ class Maker:
     def _text(self, info, name):
         if info.pattern is None or "x00" in info.pattern:
             odd = info.pattern is None or "x1f" not in info.pattern
-            text = self.random.choice(TEXTS) if odd and self.random.random() < 0.2 else f"{name}-{self.random.randrange(50)}"
+            text = (
+                self.random.choice(TEXTS)
+                if odd and self.random.random() < 0.2
+                else f"{name}-{self.random.randrange(50)}"
+            )
             return text[: info.max_length]
         if _fits(info.pattern, AN_ID):
             return an_id(self.random)

@@ -59,7 +59,12 @@ SECONDS = 0.4  # of virtual time for so many
 SETTLE = 40.0  # virtual seconds until all is answered
 KEPT = 300  # messages, of which the newest may be what ended somebody
 WIRES = ("submit", "report", "outcome")
-SETTLED_BY = {"mqworker.submit": "submit", "mqworker.report": "report", "mqworker.outcome": "outcome", "mqworker.work": "ticket"}
+SETTLED_BY = {
+    "mqworker.submit": "submit",
+    "mqworker.report": "report",
+    "mqworker.outcome": "outcome",
+    "mqworker.work": "ticket",
+}
 
 
 class Stored:
@@ -263,7 +268,7 @@ class House:
         await self.link.run()
 
     def _plan(self, _epoch):
-        rejected = Consumer(queue=TOPOLOGY.rejected, on_delivery=lambda one: self.link.ack(one), prefetch=1000)
+        rejected = Consumer(queue=TOPOLOGY.rejected, on_delivery=self.link.ack, prefetch=1000)
         return Plan(
             exchanges=TOPOLOGY.exchanges(), queues=TOPOLOGY.queues(), consumers=(rejected,), replies=self._replied
         )
@@ -302,7 +307,9 @@ class House:
         match consumer:
             case "ticket":
                 host = self.random.choice(list(self.hosts.values()))
-                host.process.context.run(host.worker._take_ticket, _delivery(body, TOPOLOGY.work, sum(self.sent.values())))
+                host.process.context.run(
+                    host.worker._take_ticket, _delivery(body, TOPOLOGY.work, sum(self.sent.values()))
+                )
             case "verdict":
                 self._verdict(body)
             case "slot":

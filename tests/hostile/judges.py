@@ -150,10 +150,8 @@ def asking(data):
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return
     if requires.problem(schema) is None:
-        try:
+        with suppress(Exception):  # who asks takes it for a no; what counts is that it ends
             requires.satisfied(schema, METADATA)
-        except Exception as error:  # noqa: BLE001  # "of another one it may raise anything": whoever asks takes it for a no
-            assert not isinstance(error, MemoryError | SystemError), error
 
 
 def receiving(data):

@@ -94,7 +94,12 @@ def unbounded(info):
     """Say whether a text, list or object may have any size, or a number any."""
     match info:
         case msgspec.inspect.StrType() | msgspec.inspect.ListType() | msgspec.inspect.DictType():
-            fixed = isinstance(info, msgspec.inspect.StrType) and info.pattern and "{" in info.pattern and "*" not in info.pattern
+            fixed = (
+                isinstance(info, msgspec.inspect.StrType)
+                and info.pattern
+                and "{" in info.pattern
+                and "*" not in info.pattern
+            )
             inner = [getattr(info, name) for name in ("item_type", "key_type", "value_type") if hasattr(info, name)]
             return (info.max_length is None and not fixed) or any(map(unbounded, inner))
         case msgspec.inspect.UnionType():

@@ -98,7 +98,9 @@ def test_some_hundred_messages_of_every_kind_leave_a_pool_as_it_was(pool, final,
                 reply_to = "amq.rabbitmq.reply-to" if name in {"submit", "api"} else None
                 exchange = f"{pool.prefix}.{name}"
                 body = maker.message(kinds[name])
-                channel.basic_publish(exchange, exchange, body, BasicProperties(reply_to=reply_to, type="x"), mandatory=True)
+                channel.basic_publish(
+                    exchange, exchange, body, BasicProperties(reply_to=reply_to, type="x"), mandatory=True
+                )
             for _ in range(50):
                 channel.basic_publish(f"{pool.prefix}.work", queue, maker.message(messages.Ticket))
                 channel.basic_publish(f"{pool.prefix}.verdict", "anna.x", maker.message(Verdict))
