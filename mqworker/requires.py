@@ -176,7 +176,7 @@ def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Itera
 
 def _unique(validator: Any, wanted: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
     if wanted and validator.is_type(instance, "array"):
-        seen = set()
+        seen: set[Any] = set()
         for item in instance:
             known = len(seen)
             seen.add(_sameness(item))
@@ -284,22 +284,20 @@ def _counting(name: str, keyword: Callable[..., Any]) -> Callable[..., Any]:
 
 _OURS: Final[dict[str, Callable[..., Any]]] = {
     **Draft202012Validator.VALIDATORS,
-    **{
-        "allOf": _all_of,
-        "anyOf": _any_of,
-        "oneOf": _one_of,
-        "not": _not,
-        "if": _if,
-        "dependentSchemas": _dependent,
-        "minimum": _bound(operator.lt),
-        "maximum": _bound(operator.gt),
-        "exclusiveMinimum": _bound(operator.le),
-        "exclusiveMaximum": _bound(operator.ge),
-        "enum": _enum,
-        "contains": _contains,
-        "pattern": _pattern,
-        "uniqueItems": _unique,
-    },
+    "allOf": _all_of,
+    "anyOf": _any_of,
+    "oneOf": _one_of,
+    "not": _not,
+    "if": _if,
+    "dependentSchemas": _dependent,
+    "minimum": _bound(operator.lt),
+    "maximum": _bound(operator.gt),
+    "exclusiveMinimum": _bound(operator.le),
+    "exclusiveMaximum": _bound(operator.ge),
+    "enum": _enum,
+    "contains": _contains,
+    "pattern": _pattern,
+    "uniqueItems": _unique,
 }
 _Validator: Final[Any] = extend(
     Draft202012Validator,
