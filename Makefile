@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test sim sim-mutants hostile bench lint format clean
+.PHONY: help demo test test-rabbitmq4 sim sim-mutants hostile chaos chaos-mutants bench lint format clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -18,6 +18,13 @@ test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real 
 	@$(MAKE) --no-print-directory lint
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
 
+RABBITMQ ?= 4.0 4.3
+test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each RabbitMQ of RABBITMQ="4.0 4.3", in a folder
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@$(BIN)/python -m tests.roots $(RABBITMQ)
+	@for version in $(RABBITMQ); do echo "tests with RabbitMQ $$version"; MQWORKER_TEST_RABBITMQ=$$version PYTHONDONTWRITEBYTECODE= \
+	  $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --deselect tests/live/test_demo.py tests/live || exit; done
+
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked
 	@$(BIN)/python -m tests.sim --seeds 1-$(SEEDS)
@@ -29,6 +36,13 @@ MESSAGES ?= 1000000
 SEED ?= 1
 hostile: $(VENV)/ready-dev ## MESSAGES=1000000 generated and mutated messages to everybody who reads, each accounted for
 	@$(BIN)/python -m tests.hostile --messages $(MESSAGES) --seed $(SEED)
+
+MINUTES ?= 60
+chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60, and judge what is left; writes chaos.md
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --report chaos.md $(CHAOS)
+
+chaos-mutants: $(VENV)/ready-dev ## break the pool in some ways, burn each for three minutes, and show what is noticed
+	@$(BIN)/python -m tests.chaos.mutants
 
 bench: $(VENV)/ready-dev ## what matching costs, and how long a slot is idle; rewrites a table in README.md
 	@$(BIN)/python -m benchmarks $(BENCH)

@@ -257,7 +257,7 @@ class Bench:
         self._heartbeats()
         self._quiet_second()
         self._questions()
-        self.figures["classes"] = self.driver.pool.classes()
+        self.figures["classes"] = self.driver.pool.views.classes()
         self.figures["requirements"] = len(self.driver.pool._requirements)
         self.figures["escaped"] = len(self.driver.pool._matching.escaped())
         self.figures["pending"] = self.driver.pool._dispatch.waiting()
@@ -410,7 +410,7 @@ class Bench:
             for _ in range(4):
                 self.driver.steady += 0.25 / (2 * self.rounds)  # so that nobody counts as silent in the end
                 spent.on(lambda: self.driver.pool.tick(self.driver.moment))
-            spent.on(lambda: self.driver.pool.show(self.driver.moment))
+            spent.on(lambda: self.driver.pool.views.show(self.driver.moment.steady))
             self.driver.settle()
             took.append(spent.cpu)
         self.figures["quiet second"] = [median(took), max(took)]
@@ -427,12 +427,12 @@ class Bench:
 
         def of_id(id_: str) -> Any:
             [view], _ = ledger.view([id_])
-            return pool.explanation(pool.examine(view.request), view)
+            return pool.views.explanation(pool.examine(view.request), view)
 
         def of_data(**changed: Any) -> Any:
             kind = self.dice.choice(self.kinds)
             request = Request(id=seed_id(0, 0), task="farmbuild", data=kind.data(1) | changed, requires=kind.requires)
-            return pool.explanation(pool.examine(request), None)
+            return pool.views.explanation(pool.examine(request), None)
 
         for id_ in submitted:
             if ledger.view([id_])[0]:
@@ -442,7 +442,8 @@ class Bench:
             ask("explain an impossible kind", lambda: of_data(memory=5000 + self.dice.randrange(1000)))
             ask("explain a new kind", lambda: of_data(memory=self.dice.randrange(3, 100)))
             ask(
-                "capabilities", lambda: pool.capabilities(GetCapabilities(limit=VIEWS_IN_AN_ANSWER), self.driver.moment)
+                "capabilities",
+                lambda: pool.views.capabilities(GetCapabilities(limit=VIEWS_IN_AN_ANSWER), self.driver.moment.steady),
             )
         self.figures["questions"] = {
             name: {

@@ -16,11 +16,17 @@ checks it.
                      worker (hold slots, claim, report, drain), slot (the child: fetch, run, upload, outcome)
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
+                   views (what the scheduler shows of the pool)
+                   holdings (what it has in memory)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
-                     state (a worker's spool and lock), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
-      the ground   processes (Linux processes and clocks), schema (the ledger's tables), facts (what goes into them)
-    1 judgement    explain (why a request waits)
+                     state (a worker's spool and lock), limits (what a run may use), watchdog (ends slots that
+                       cannot end themselves), debianhost (apt, chroots), privatenode (a RabbitMQ of its own)
+      its engines  sqlite (a file and its lock), postgresql (sessions, elections and terms)
+                   database (what both are to the ledger), migrations (its schema over time)
+      the ground   processes (Linux processes and clocks), cgroup (control groups), schema (the ledger's tables),
+                     facts (what goes into them), brokerurl (what a broker's URL says)
+    1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
                      dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time, given facts

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
+from math import inf
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +32,7 @@ from mqworker.messages import (
     Assign,
     Bye,
     Claim,
+    Drain,
     Granted,
     Heartbeat,
     Hello,
@@ -69,8 +71,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_NS: Final = 5_000_000_000
 BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
-ABORT_MARGIN_NS: Final = 2_000_000_000  # beyond the task's own grace before its slot is killed
 TERM_PATIENCE_NS: Final = 60_000_000_000  # without a word of the highest term: whoever said it was no scheduler
+ABORT_MARGIN_NS: Final = 1_000_000_000  # beyond the task's own grace before its slot is killed: gone in 2 s with that
+BEHIND_NS: Final = 1_000_000_000  # so much later than this process a slot itself ends a run that is over its timeout
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
 MAX_UNSETTLED: Final = 1000  # outcomes without an answer, and ...
@@ -172,7 +175,7 @@ class PublishReport:
 
 @dataclass(frozen=True)
 class PublishOutcomes:
-    """Publish outcomes that are on disk."""
+    """Publish outcomes that are on disk, or must go without."""
 
     outcomes: Outcomes
 
@@ -229,6 +232,7 @@ class _Asking:
     metadata_version: int  # by which that was judged
     claims: bool | None = None  # what was said first, claim or refusal, is said until it is answered; None: nothing
     sent_ns: int | None = None  # of the first time it was said: the lease counts from there
+    abort: str | None = None  # why it is not wanted any more; its grant may be on the way
 
     def asks_to_run(self) -> bool:
         return self.refusal is None if self.claims is None else self.claims
@@ -239,19 +243,26 @@ class _Asking:
 
 @dataclass(kw_only=True)
 class _Run:
-    slot: int
+    slot: int | None  # None: it waits to be alone
     request: Request
     attempt: int
     token: str
+    inputs: list[RecordedArtifact]
     lease: float
     deadline_ns: int
     grace: float
     since: float
+    alone: bool = False
+    timeout_ns: int | None = None  # when it has run for as long as it may
+    over: bool = False  # ... and was told to stop for that
     stage: str | None = None
     fraction: float | None = None
     abort: str | None = None
     kill_ns: int | None = None
-    killed: str | None = None  # why: "lease", "void", "abort", "stop", "babble"
+    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit", "babble"
+    exceeded: Reason | None = None  # a limit
+    out_of_memory: bool = False
+    ended: SlotEnded | None = None  # what its slot said before it ended itself, because of what it could not end
     babble: str = ""  # what is wrong with what its slot said
     log_seq: int = 0
     tail: str = ""
@@ -259,12 +270,18 @@ class _Run:
     def ref(self) -> RunRef:
         return RunRef(request=self.request.id, attempt=self.attempt, token=self.token)
 
+    def slot_ends_ns(self) -> int:
+        """Return when the slot is to end it by itself, should nobody tell it anything more."""
+        if self.timeout_ns is None:
+            return self.deadline_ns
+        return min(self.deadline_ns, self.timeout_ns + int(self.grace * 1e9) + ABORT_MARGIN_NS + BEHIND_NS)
+
 
 @dataclass(kw_only=True)
 class _Unsettled:
     outcome: Outcome
     size: int  # bytes
-    on_disk: bool
+    sendable: bool = False  # it is on disk, or cannot be, and the worker leaves
     sent_ns: int | None = None
 
 
@@ -314,6 +331,7 @@ class Agent:
         name: str,
         host: str,
         incarnation: int,
+        home: str = "",
         slots: int,
         store_id: str,
         static_metadata: Mapping[str, Any],
@@ -325,6 +343,7 @@ class Agent:
         self.name = name
         self._host = host
         self._incarnation = incarnation
+        self._home = home
         self._slots = {number: _Slot() for number in range(slots)}
         self._store_id = store_id
         self._static_metadata = dict(static_metadata)
@@ -347,7 +366,10 @@ class Agent:
         self._beats: dict[int, _Beat] = {}
         self._assigned: str | None = None
         self._consuming: str | None = None
-        self._draining = False
+        self._draining = False  # for good
+        self._told_to_drain = False  # by the scheduler, until it assigns a queue again
+        self._leaving = False  # ... and to end when nothing runs
+        self._holds: dict[str, str] = {}  # what is in the way of taking work, and why
         self._hello_wanted = self._beat_wanted = False
         self._hello_since: int | None = (
             None  # the first heartbeat with what has to be known; None: answered, or not said
@@ -361,6 +383,7 @@ class Agent:
 
     def take_acts(self, now_ns: int) -> list[Act]:
         """Hand over what is to be done, in order."""
+        self._start_alone(now_ns)
         self._adjust_consumer()
         self._report(now_ns)
         acts, self._acts = self._acts, []
@@ -422,9 +445,11 @@ class Agent:
         if any(run.request.id == request.id and run.attempt == ticket.attempt for run in self._runs.values()):
             self._acts.append(Ack(delivery))
             return
-        if self._draining or self._analysis is None or self._free() <= 0:
+        out = self._draining or self._told_to_drain or self._holds
+        if out or self._analysis is None or self._free() <= 0:
             self._acts.append(Requeue(delivery))
             return
+        self._beat_wanted = self._beat_wanted or ticket.alone  # its other slots are not to be had now
         token = self._make_token()
         self._asking[token] = _Asking(
             delivery=delivery,
@@ -487,6 +512,11 @@ class Agent:
                     asking = self._asking.pop(part.token, None)
                     if asking is not None:
                         self._acts.append(Ack(asking.delivery))
+                        self._beat_wanted = self._beat_wanted or asking.ticket.alone
+                case Drain():
+                    self._told_to_drain = True
+                    self._leaving = self._leaving or part.stop
+                    self._beat_wanted = True
                 case Alive():
                     self._alive(part)
                 case Abort():
@@ -513,42 +543,63 @@ class Agent:
         self._acts.append(Ack(asking.delivery))
         request = asking.ticket.request
         deadline_ns = lease_deadline_ns(asking.sent_ns or 0, granted.lease)
-        idle = [number for number, slot in self._slots.items() if slot.ready and slot.run is None and not slot.dying]
+        idle = self._idle()
+        if asking.abort is not None:
+            self._settle(granted, request.task, "aborted", Reason(text=asking.abort))
+            return
         if asking.refusal is not None:
             self._settle(granted, request.task, "handed_back", Reason(text=asking.refusal))
             return
-        if self._draining or not idle or now_ns >= deadline_ns:
-            self._settle(
-                granted,
-                request.task,
-                "handed_back",
-                Reason(text="the worker could not start it in time, or is stopping"),
-            )
+        alone = asking.ticket.alone
+        self._beat_wanted = self._beat_wanted or alone
+        if self._draining or self._holds or not (idle or alone) or now_ns >= deadline_ns:
+            why = self.held or "the worker could not start it in time, or is stopping"
+            self._settle(granted, request.task, "handed_back", Reason(text=why))
             return
-        slot = idle[0]
         run = _Run(
-            slot=slot,
+            slot=None,
             request=request,
             attempt=granted.attempt,
             token=granted.token,
+            inputs=granted.inputs,
             lease=granted.lease,
             deadline_ns=deadline_ns,
             grace=float(getattr(Task.class_from_name(request.task), "TERMINATE_GRACE", DEFAULT_GRACE)),
             since=self._wall(),
+            alone=alone,
         )
         self._runs[granted.token] = run
-        self._slots[slot].run = granted.token
+        if alone:
+            self._progress(run, stage="waits to be alone", fraction=None)
+        else:
+            self._start(run, idle[0], now_ns)
+
+    def _start(self, run: _Run, slot: int, now_ns: int) -> None:
+        run.slot = slot
+        run.since = self._wall()
+        if run.request.timeout is not None:
+            run.timeout_ns = now_ns + int(run.request.timeout * 1e9)
+        self._slots[slot].run = run.token
         self._acts.append(
             StartRun(
                 slot=slot,
-                token=granted.token,
-                request=request,
-                attempt=granted.attempt,
-                inputs=granted.inputs,
-                deadline_ns=deadline_ns,
+                token=run.token,
+                request=run.request,
+                attempt=run.attempt,
+                inputs=run.inputs,
+                deadline_ns=run.slot_ends_ns(),
             )
         )
         self._progress(run, stage="start", fraction=None)
+
+    def _start_alone(self, now_ns: int) -> None:
+        """Start what waits to be alone, once nothing else runs here or may come to run."""
+        if self._asking or any(run.slot is not None for run in self._runs.values()):
+            return
+        waiting = next((run for run in self._runs.values() if run.alone), None)
+        idle = self._idle()
+        if waiting is not None and idle and not self._draining:
+            self._start(waiting, idle[0], now_ns)
 
     def _alive(self, alive: Alive) -> None:
         if self._hello_since is not None and alive.seq >= self._hello_since:
@@ -564,25 +615,37 @@ class Agent:
             if token in void:
                 self._kill(run, "void", "the scheduler does not know this run any more")
             else:
-                deadline_ns = lease_deadline_ns(beat.sent_ns, run.lease)
-                if deadline_ns > run.deadline_ns:
-                    run.deadline_ns = deadline_ns
-                    self._acts.append(RenewRun(slot=run.slot, deadline_ns=deadline_ns))
+                before = run.slot_ends_ns()
+                run.deadline_ns = max(run.deadline_ns, lease_deadline_ns(beat.sent_ns, run.lease))
+                if run.slot is not None and run.slot_ends_ns() > before:
+                    self._acts.append(RenewRun(slot=run.slot, deadline_ns=run.slot_ends_ns()))
         for seq in [seq for seq in self._beats if seq <= alive.seq]:
             del self._beats[seq]
 
     def _abort(self, abort: Abort, now_ns: int) -> None:
+        asking = self._asking.get(abort.token)
+        if asking is not None:
+            asking.abort = abort.reason
         run = self._runs.get(abort.token)
-        if run is None or run.abort is not None:
+        if run is None or run.abort is not None or run.over:
             return
         run.abort = abort.reason
+        if run.slot is None:
+            self._end(run, "aborted", Reason(text=abort.reason))
+        else:
+            self._stop(run, run.slot, abort.reason, now_ns)
+
+    def _stop(self, run: _Run, slot: int, reason: str, now_ns: int) -> None:
         run.kill_ns = now_ns + int(run.grace * 1e9) + ABORT_MARGIN_NS
-        self._acts.append(StopRunIn(slot=run.slot, reason=abort.reason))
+        self._acts.append(StopRunIn(slot=slot, reason=reason))
 
     def _assign(self, assign: Assign) -> None:
-        self.refused = assign.reason
-        if assign.reason is not None:
+        before, self.refused = self.refused, assign.reason
+        if assign.reason is not None and assign.reason != before:
             logger.error("the scheduler does not take this worker", extra={"reason": assign.reason})
+        if assign.queue is not None and self._told_to_drain and not self._leaving:
+            self._told_to_drain = False
+            self._beat_wanted = True
         if assign.queue != self._assigned:
             self._assigned = assign.queue
             self._beat_wanted = True
@@ -603,9 +666,58 @@ class Agent:
                 self._progress(run, stage=stage, fraction=fraction)
             case SlotOutput(text=text) if run is not None:
                 self._show(run, text)
+            case SlotEnded(left=str()) if run is not None and run.killed is None:
+                slot.ready = False
+                run.ended = word
             case SlotEnded() if run is not None and run.killed is None:
                 slot.ready = False  # until it says so
-                self._end(run, word.result, word.reason, ended=word)
+                if run.over and word.result == "aborted":  # by us, and not by anybody's wish
+                    self._end(run, "error", _over(run), ended=word)
+                else:
+                    self._end(run, word.result, word.reason, ended=word)
+
+    def outlived(self, number: int, what: str) -> None:
+        """Take what still lives of a slot that has ended: its run is not over before that is gone, too."""
+        run = self._runs.get(self._slots[number].run or "")
+        if run is not None:
+            self._progress(run, stage=f"ending: {what}", fraction=None)
+
+    def out_of_memory(self, number: int) -> None:
+        """Take what the kernel says: it has ended something on this host for want of memory, when a slot was killed."""
+        run = self._runs.get(self._slots[number].run or "")
+        if run is not None:
+            run.out_of_memory = True
+
+    def exceeded(self, number: int, token: str, status: str, text: str) -> None:
+        """Take a limit that a run has exceeded: that ends it."""
+        run = self._runs.get(token)
+        if run is not None and self._slots[number].run == token:
+            run.exceeded = Reason(text=text, stage=run.stage, status=status)
+            self._kill(run, "limit", text)
+
+    def not_started(self, token: str, why: str) -> None:
+        """Take a run back that its slot was not told of, because there is no room to work."""
+        run = self._runs.get(token)
+        if run is not None:
+            self._end(run, "handed_back", Reason(text=why, stage="start"))
+
+    def hold(self, what: str, why: str | None) -> None:
+        """Take no work while something is in the way; None: it is not any more."""
+        if why == self._holds.get(what):
+            return
+        if why is None:
+            del self._holds[what]
+            logger.info("the worker may take work again", extra={"what": what})
+        else:
+            if what not in self._holds:
+                logger.warning("the worker takes no work", extra={"what": what, "reason": why})
+            self._holds[what] = why
+        self._beat_wanted = True
+
+    @property
+    def held(self) -> str | None:
+        """Say why this worker takes no work now; None: it does."""
+        return "; ".join(self._holds.values()) or None
 
     def slot_babbled(self, number: int, problem: str) -> None:
         """Take it that a slot has said what is no word: whatever runs in it speaks for it, and is killed with it."""
@@ -630,7 +742,7 @@ class Agent:
         if news := _after(run.tail, last_words):
             self._show(run, news)
         stage = run.stage
-        match "lease" if run.killed is None and exit_code == SLOT_LAPSED else run.killed:
+        match self._why_gone(run, exit_code):
             case "void":
                 del self._runs[run.token]
                 slot.run = None
@@ -642,16 +754,37 @@ class Agent:
                 self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
             case "babble":
                 self._end(run, "error", Reason(text=f"what its slot said cannot be read: {run.babble}", stage=stage))
+            case "timeout":
+                self._end(run, "error", _over(run, "it did not stop in time and was killed"))
+            case "limit":
+                self._end(run, "error", run.exceeded)
+            case _ if run.ended is not None:
+                said = "" if run.ended.reason is None else f"{run.ended.reason.text} "
+                reason = msgspec.structs.replace(
+                    run.ended.reason or Reason(text=""),
+                    text=f"{said}(at its end, this was in the way: {run.ended.left})",
+                )
+                self._end(run, run.ended.result, reason, ended=run.ended)
             case "lease":
                 self._end(
                     run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
                 )
             case _:
-                self._end(run, *_judge_death(exit_code, stage, run.tail))
+                self._end(run, *_judge_death(exit_code, stage, run.tail, out_of_memory=run.out_of_memory))
+
+    @staticmethod
+    def _why_gone(run: _Run, exit_code: int) -> str | None:
+        """Say why a slot ended in the middle of a run; None: by nobody's order."""
+        if run.killed is None and exit_code == SLOT_LAPSED:
+            return "timeout" if run.slot_ends_ns() < run.deadline_ns else "lease"
+        return "timeout" if run.killed is None and run.over else run.killed
 
     def _end(self, run: _Run, result: OutcomeResult, reason: Reason | None, *, ended: SlotEnded | None = None) -> None:
         del self._runs[run.token]
-        self._slots[run.slot].run = None
+        if run.slot is None:
+            self._beat_wanted = True  # other slots are to be had again
+        else:
+            self._slots[run.slot].run = None
         self._settle(run.ref(), run.request.task, result, reason, since=run.since, ended=ended)
 
     def _settle(
@@ -687,12 +820,12 @@ class Agent:
                 outcome, result="error", reason=Reason(text=text, stage=stage, status=result), artifacts=[]
             )
             size = len(encode(outcome))
-        self._keep(outcome, size, on_disk=False)
+        self._keep(outcome, size)
         self._acts.append(Spool(outcome, task.lower()))
 
-    def _keep(self, outcome: Outcome, size: int, *, on_disk: bool) -> _Unsettled:
+    def _keep(self, outcome: Outcome, size: int) -> _Unsettled:
         self._unsettled_bytes += size
-        unsettled = self._unsettled[outcome.token] = _Unsettled(outcome=outcome, size=size, on_disk=on_disk)
+        unsettled = self._unsettled[outcome.token] = _Unsettled(outcome=outcome, size=size)
         return unsettled
 
     def _show(self, run: _Run, text: str) -> None:
@@ -732,17 +865,33 @@ class Agent:
         )
 
     def _kill(self, run: _Run, why: str, text: str) -> None:
-        if run.killed is None:
+        if run.slot is None:
+            if why == "void":
+                del self._runs[run.token]
+                self._beat_wanted = True
+            else:
+                self._end(run, "handed_back", Reason(text=f"it waited to run alone here, and {text}"))
+        elif run.killed is None:
             run.killed = why
             self._slots[run.slot].dying = True
             self._acts.append(KillSlot(slot=run.slot, reason=text))
 
     # ------------------------------------------------------------ the spool
 
+    def unspoolable(self, outcome: Outcome) -> None:
+        """Take an outcome that cannot be written to disk, where there is no time to wait for that: it is sent so."""
+        unsettled = self._unsettled.get(outcome.token)
+        if unsettled is not None:
+            unsettled.sendable = True
+
+    def is_unsettled(self, token: str) -> bool:
+        """Say whether an outcome is not answered yet."""
+        return token in self._unsettled
+
     def spooled(self, outcome: Outcome) -> None:
         """Take an outcome that is on disk: now it can be sent."""
-        unsettled = self._unsettled.get(outcome.token) or self._keep(outcome, len(encode(outcome)), on_disk=True)
-        unsettled.on_disk = True
+        unsettled = self._unsettled.get(outcome.token) or self._keep(outcome, len(encode(outcome)))
+        unsettled.sendable = True
 
     # ------------------------------------------------------------ time
 
@@ -752,7 +901,10 @@ class Agent:
             if run.deadline_ns <= now_ns:
                 self._kill(run, "lease", f"its lease of {run.lease:g} s was not renewed in time")
             elif run.kill_ns is not None and run.kill_ns <= now_ns:
-                self._kill(run, "abort", "it does not stop")
+                self._kill(run, "timeout" if run.over else "abort", "it does not stop")
+            elif run.slot is not None and run.abort is None and not run.over and now_ns >= (run.timeout_ns or inf):
+                run.over = True
+                self._stop(run, run.slot, _over(run).text, now_ns)
         since = now_ns - self._beaten_ns
         if since >= self._beat_interval_ns() or (self._stage_news and since >= NEWS_NS):
             self._beat_wanted = True
@@ -767,15 +919,22 @@ class Agent:
         """Take no more tickets."""
         self._draining = True
         self._beat_wanted = True
+        for run in list(self._runs.values()):
+            if run.slot is None:
+                self._kill(run, "stop", "the worker is stopping")
 
     def stop_runs(self) -> None:
         """Kill what runs, to hand it back."""
-        for run in self._runs.values():
+        for run in list(self._runs.values()):
             self._kill(run, "stop", "the worker is stopping")
 
     def busy(self) -> bool:
         """Say whether a run is in a slot, or may come into one."""
         return bool(self._runs or self._asking)
+
+    def wants_to_end(self) -> bool:
+        """Say whether it was told to end when nothing runs, and nothing does."""
+        return self._leaving and not self.busy() and not self._unsettled
 
     @property
     def consuming(self) -> str | None:
@@ -800,18 +959,26 @@ class Agent:
 
     # ------------------------------------------------------------ inside
 
+    def _idle(self) -> list[int]:
+        return [number for number, slot in self._slots.items() if slot.ready and slot.run is None and not slot.dying]
+
     def _free(self) -> int:
         """Count the slots that a ticket may still come for; none, while the ledger answers too few outcomes."""
         if len(self._unsettled) >= MAX_UNSETTLED or self._unsettled_bytes >= MAX_UNSETTLED_BYTES:
             return 0
-        return sum(slot.ready and slot.run is None and not slot.dying for slot in self._slots.values()) - len(
-            self._asking
+        return 0 if self._has_alone() else len(self._idle()) - len(self._asking)
+
+    def _has_alone(self) -> bool:
+        """Say whether something here is to run alone: nothing else is to come."""
+        return any(run.alone for run in self._runs.values()) or any(
+            asking.ticket.alone and asking.asks_to_run() for asking in self._asking.values()
         )
 
     def _adjust_consumer(self) -> None:
         """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
         wanted = None
-        if self._epoch is not None and not self._draining and self._analysis is not None and self._free() > 0:
+        able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
+        if self._epoch is not None and able and self._free() > 0:
             wanted = self._assigned
         if wanted == self._consuming:
             return
@@ -854,7 +1021,7 @@ class Agent:
         due = [
             unsettled
             for unsettled in self._unsettled.values()
-            if unsettled.on_disk
+            if unsettled.sendable
             and (unsettled.sent_ns is None or (beat and now_ns - unsettled.sent_ns >= HEARTBEAT_NS))
         ]
         for unsettled in due:
@@ -871,6 +1038,7 @@ class Agent:
                     epoch=self._epoch or "",
                     seq=self._seq,
                     incarnation=self._incarnation,
+                    home=self._home,
                     parts=parts,
                 )
             )
@@ -890,10 +1058,13 @@ class Agent:
 
     def _heartbeat(self) -> Heartbeat:
         alive = sum((slot.ready or slot.run is not None) and not slot.dying for slot in self._slots.values())
+        draining = self._draining or self._told_to_drain
         return Heartbeat(
             queue=self._consuming,
             assigned=self._assigned,
-            slots=0 if self._draining else alive,
+            slots=0 if draining or self._has_alone() else len(self._runs) if self._holds else alive,
+            draining=draining,
+            leaving=self._draining or self._leaving,
             running=[
                 RunProgress(
                     request=run.request.id,
@@ -910,6 +1081,7 @@ class Agent:
                 RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
                 for one in islice(self._unsettled.values(), MAX_LISTED)  # what a predecessor left may be more
             ],
+            held=self.held,
         )
 
     def _question(self, asking: _Asking) -> Claim | Refusal:
@@ -959,11 +1131,20 @@ def _too_many(metadata: Mapping[str, Any], size: int) -> str:
     )
 
 
-def _judge_death(exit_code: int, stage: str | None, tail: str) -> tuple[OutcomeResult, Reason]:
+def _over(run: _Run, more: str | None = None) -> Reason:
+    """Say that a run has taken longer than it may."""
+    text = f"ran longer than its timeout of {run.request.timeout:g} s"
+    return Reason(text=f"{text} ({more})" if more else text, stage=run.stage, status="timeout")
+
+
+def _judge_death(exit_code: int, stage: str | None, tail: str, *, out_of_memory: bool) -> tuple[OutcomeResult, Reason]:
     """Say what it means that a slot's process ended in the middle of a run, by nobody's order."""
     line = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), None)
     if exit_code == -9:  # noqa: PLR2004  # SIGKILL, which no task sends to itself by mistake
-        text = "the slot's process was killed (SIGKILL): out of memory, or by hand"
+        if out_of_memory:
+            text = "the slot's process was killed (SIGKILL) when this host was out of memory"
+            return "lost", Reason(text=text, stage=stage, exit_code=exit_code, status="memory", line=line)
+        text = "the slot's process was killed (SIGKILL) by somebody on this host"
         return "lost", Reason(text=text, stage=stage, exit_code=exit_code, line=line)
     how = f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"
     text = f"the task ended its process ({how}) without an outcome"

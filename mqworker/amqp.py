@@ -14,18 +14,18 @@ import ssl
 import struct
 import time
 import uuid
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from pika import BasicProperties, spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorPhaseErrorBase
 from pika.channel import Channel
-from pika.connection import URLParameters
+from pika.connection import ConnectionParameters, SSLOptions
+from pika.credentials import ExternalCredentials, PlainCredentials
 from pika.data import encode_table
 from pika.exceptions import (
     AMQPError,
@@ -39,6 +39,7 @@ from pika.exceptions import (
 )
 from pika.spec import Basic
 
+from mqworker.brokerurl import BrokerUrl, Host, check_url, read_url
 from mqworker.errors import BrokerRefused, BrokerUnavailable, MqworkerError, NotPublished, SettingsError
 from mqworker.topology import Exchange, Queue, Topology
 
@@ -51,6 +52,9 @@ BLOCKED_SECONDS: Final = 60.0  # for how long a memory or disk alarm may stop us
 CONNECT_SECONDS: Final = 10.0  # for name, TCP, TLS, AMQP and the plan together
 SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
+ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
+ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
+MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # RabbitMQ 4.x closes the channel that publishes more
 PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what is in the way
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
@@ -137,6 +141,7 @@ class Consumer:
     on_delivery: Callable[[Delivery], None]
     prefetch: int = 100
     no_ack: bool = False
+    priority: int = 0  # as long as one of a higher one can take a message, one of a lower gets none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,63 +154,20 @@ class Plan:
     replies: Callable[[Delivery], None] | None = None  # answers to what is published with reply_to=REPLY_TO
 
 
-def check_url(url: str) -> str:
-    """Check an AMQP URL and return it fit for showing, without its password.
-
-    Raises:
-        SettingsError: it is none; the text says what is wrong and never holds the password.
-    """
-    _read_url(url)
-    return redact(url)
-
-
-def redact(url: str) -> str:
-    """Return an AMQP URL fit for showing: without its password and its options."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port is not None else ""
-    except ValueError:
-        return "(an unreadable URL)"  # no telling where the password ends
-    if not parts.hostname:
-        return "(an unreadable URL)"
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    user = f"{parts.username}:***@" if parts.password is not None else f"{parts.username}@" if parts.username else ""
-    return f"{parts.scheme}://{user}{host}{port}{parts.path}"
-
-
-def _read_url(url: str) -> URLParameters:
-    form = "amqp://USER:PASSWORD@HOST:PORT/VHOST (or amqps://; the vhost / is written %2F)"
-    try:
-        parts = urlsplit(url)
-        fit = parts.scheme in {"amqp", "amqps"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        parts, fit = urlsplit(""), False  # its text could hold a piece of the password
-    if not fit:
-        raise SettingsError(
-            f"expected a broker URL of the form {form}, got {redact(url)}; "
-            "characters such as / # ? @ in user or password have to be %-encoded"
-        )
-    if (parts.username is None) != (parts.password is None):
-        raise SettingsError(f"expected user and password, or neither, got {redact(url)}; write {form}")
-    if parts.path.count("/") > 1:
-        raise SettingsError(f"expected one vhost after the host, got {parts.path!r}; write / within it as %2F")
-    try:
-        return URLParameters(url)
-    except Exception as error:  # noqa: BLE001  # pika evaluates options as Python: anything can come
-        raise SettingsError(f"expected options that pika knows in the query of {redact(url)}, got: {error}") from None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Where:
     """Say which broker is meant, in every error's words."""
 
-    host: str
-    port: int
+    hosts: tuple[Host, ...]
+    at: Host | None = None  # the one that was tried; None: all of them
     vhost: str
-    user: str
+    user: str | None
 
     def __str__(self) -> str:
-        return f"{self.host}:{self.port} (vhost {self.vhost!r}, user {self.user!r})"
+        hosts = ", ".join(map(str, self.hosts))
+        one_of = "" if self.at is None or len(self.hosts) == 1 else f"one of {hosts}; "
+        user = "the user whom our certificate names" if self.user is None else f"user {self.user!r}"
+        return f"{hosts if self.at is None else self.at} ({one_of}vhost {self.vhost!r}, {user})"
 
     def explain(self, error: BaseException) -> MqworkerError:
         """Translate what pika reports as the end of a connection or channel, or of a try to open one."""
@@ -232,8 +194,11 @@ class _Where:
         if isinstance(error, ssl.SSLCertVerificationError):
             return BrokerRefused(
                 f"expected a certificate that we trust from {self}, but: {error.verify_message}; "
-                "add its authority to this machine's, or name it in the URL's ssl_options"
+                "name its authority by cacertfile in the broker's URL, and the host as the certificate does"
             )
+        # What comes after TLS 1.3's handshake, as the other end's last word on it, pika has only as text.
+        if tls := error.reason if isinstance(error, ssl.SSLError) else _told_in(error, r"\[SSL: ([A-Z0-9_]+)\]"):
+            return self._explain_tls(tls)
         if isinstance(error, AMQPError):
             return BrokerUnavailable(
                 f"lost the broker at {self}: {error!r}; does it run, and is this its AMQP port (5672, with TLS 5671)?"
@@ -241,6 +206,24 @@ class _Where:
         return BrokerUnavailable(
             f"nobody answers at {self}: {str(error) or repr(error)}; does the broker run, and are host and port right?"
         )
+
+    def _explain_tls(self, reason: str) -> MqworkerError:
+        if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}:
+            return BrokerRefused(
+                f"expected TLS at {self}, but it speaks something else: is this the port without TLS? "
+                "Then write amqp:// in the broker's URL, or give the port of its TLS listener (5671)"
+            )
+        if "ALERT" in reason:
+            return BrokerRefused(
+                f"the broker at {self} does not want us in TLS: {reason.lower().replace('_', ' ')}; "
+                "does it ask for a certificate of ours (certfile and keyfile in its URL), and trust it?"
+            )
+        return BrokerUnavailable(f"lost the broker at {self} in TLS: {reason.lower().replace('_', ' ')}")
+
+
+def _told_in(error: BaseException, pattern: str) -> str | None:
+    match = re.search(pattern, str(error))
+    return None if match is None else match[1]
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -271,21 +254,16 @@ class Link:
         on_down: Callable[[str], None] = lambda _reason: None,
         on_blocked: Callable[[bool], None] = lambda _blocked: None,
         blocked_seconds: float = BLOCKED_SECONDS,
+        heartbeat: int = HEARTBEAT_SECONDS,  # unless the URL says another one
     ) -> None:
-        parameters = _read_url(url)
-        options = parse_qs(urlsplit(url).query)
-        parameters.client_properties = {"connection_name": name, "product": "mqworker"}
-        parameters.connection_attempts = 1  # the tries are ours
-        parameters.socket_timeout = SOCKET_SECONDS
-        parameters.stack_timeout = None  # ours too: pika's trips over an assertion of its own in mid-handshake
-        if "heartbeat" not in options:
-            parameters.heartbeat = HEARTBEAT_SECONDS
-        if "blocked_connection_timeout" not in options:
-            parameters.blocked_connection_timeout = blocked_seconds
-        self._parameters = parameters
-        self._where = _Where(
-            parameters.host, parameters.port, parameters.virtual_host, unquote(urlsplit(url).username or "guest")
-        )
+        check_url(url)
+        self._url = read_url(url)
+        self._name = name
+        self._blocked_seconds = blocked_seconds
+        self._heartbeat = heartbeat
+        self._where = _Where(hosts=self._url.hosts, vhost=self._url.vhost, user=self._url.user)
+        self._turn = random.randrange(len(self._url.hosts))  # noqa: S311  # spreads load, keeps no secret
+        self._failures = 0  # since the last life that was worth the name
         self._plan = plan
         self._on_up = on_up
         self._on_down = on_down
@@ -316,47 +294,62 @@ class Link:
         An exception of a callback (plan, on_delivery, ...) comes out here: it is the owner's bug, not an outage.
         """
         self._idle.clear()
-        failures = 0
         try:
             while not self._closing.is_set():
-                life = _Life(self._parameters, self._where, self._plan, self._on_blocked)
-                self._life = life
                 began = time.monotonic()
-                try:
-                    if await life.opened:
-                        self._rise(life)
-                    end = await life.ended
-                finally:
-                    was_up, life.up = life.up_once, False
-                    await life.bury()
+                end, was_up = await self._live()
                 if self._closing.is_set():
                     return
                 if not isinstance(end, MqworkerError):
                     raise end
                 self.last_error = end
+                lasted = was_up and time.monotonic() - began > LONGEST_PAUSE
+                self._failures = 0 if lasted else self._failures + 1
+                self._turn += 1
                 self._tell_waiters()
                 if was_up:
                     self._on_down(str(end))
-                failures = 0 if was_up and time.monotonic() - began > LONGEST_PAUSE else failures + 1
-                await self._pause(failures)
+                await self._pause()
         finally:
             self._closing.set()
             self._life = None
             self._idle.set()
             self._tell_waiters()
 
+    async def _live(self) -> tuple[Exception, bool]:
+        """Lead one life of the connection; return its end, and whether it was up."""
+        host = self._url.hosts[self._turn % len(self._url.hosts)]
+        try:
+            parameters = _parameters(
+                self._url, host, name=self._name, blocked_seconds=self._blocked_seconds, heartbeat=self._heartbeat
+            )
+        except SettingsError as error:  # a file that was there when we began
+            return error, False
+        timeout = self._url.connection_timeout or CONNECT_SECONDS
+        where = replace(self._where, at=host)
+        life = self._life = _Life(parameters, where, self._plan, self._on_blocked, connect_seconds=timeout)
+        try:
+            if await life.opened:
+                self._rise(life)
+            end = await life.ended
+        finally:
+            was_up, life.up = life.up_once, False
+            await life.bury()
+        return end, was_up
+
     async def wait_up(self, timeout: float | None = None) -> str:  # noqa: ASYNC109  # it has an error of its own to raise
         """Wait until the connection is up, and return its epoch.
 
         Raises:
-            BrokerRefused: at once if the very first try was refused, else at the timeout.
+            BrokerRefused: at once if the very first try, at each host, was refused, else at the timeout.
             BrokerUnavailable: at the timeout (seconds; None: never), or when the link is closed.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.epoch is None:
             if self._closing.is_set():
                 raise BrokerUnavailable(f"expected a link to {self._where} that is open, but it is closed")
-            if not self._been_up and isinstance(self.last_error, BrokerRefused):
+            tried_all = self._failures >= len(self._url.hosts)
+            if not self._been_up and tried_all and isinstance(self.last_error, BrokerRefused):
                 raise self.last_error
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -425,7 +418,8 @@ class Link:
     def declare(self, queue: Queue) -> asyncio.Future[None]:
         """Declare and bind a queue; what is published before the answer may overtake it.
 
-        The future fails with BrokerUnavailable or BrokerRefused; the latter also ends this life of the connection.
+        The future fails with BrokerRefused, which harms nothing else, or with BrokerUnavailable, after 5 s without an
+        answer too: a queue whose node is down is refused, one whose node hangs is not answered for.
         """
         if self._life is None or not self._life.up:
             return _failed(self._down(f"declare queue {queue.name!r}"))
@@ -439,6 +433,15 @@ class Link:
         if self._life is None or not self._life.up:
             return _failed(self._down(f"delete queue {queue!r}"))
         return self._life.delete(queue)
+
+    def refresh(self) -> asyncio.Future[None]:
+        """Declare and bind once more all that the plan has: somebody may have deleted exchanges or bindings.
+
+        The future fails as that of declare().
+        """
+        if self._life is None or not self._life.up:
+            return _failed(self._down("refresh exchanges and queues"))
+        return self._life.refresh()
 
     def remove(self, *, queues: Iterable[str], exchanges: Iterable[str]) -> asyncio.Future[None]:
         """Delete queues and exchanges, used or not; those that do not exist count as deleted."""
@@ -463,14 +466,22 @@ class Link:
         """Publish a message; the future resolves when the broker has confirmed it.
 
         The future fails with NotPublished if no queue takes the message (unless not mandatory), a queue refuses it, the
-        connection is lost before the confirm, it is down now, or the key has more than AMQP's 255 bytes. It need not be
-        awaited. After NotPublished the message may have arrived all the same: use its message_id again.
+        connection is lost before the confirm, it is down now, or it can never be taken: the key has more than AMQP's
+        255 bytes, or the body more than MAX_BODY_BYTES. It need not be awaited. After NotPublished the message may have
+        arrived all the same: use its message_id again.
         """
         if self._life is None or not self._life.up:
             return _failed(
                 NotPublished(
                     f"expected to publish to exchange {exchange!r} with key {key!r}, but the broker at {self._where} "
                     f"is down: {self.last_error or 'not connected yet'}; publish it again when it is up"
+                )
+            )
+        if len(body) > MAX_BODY_BYTES:
+            return _failed(
+                NotPublished(
+                    f"expected a message of at most {MAX_BODY_BYTES} bytes for exchange {exchange!r}, got {len(body)}; "
+                    "it will never be taken as it is"
                 )
             )
         properties = BasicProperties(
@@ -487,13 +498,18 @@ class Link:
         return self._life.publish(exchange, key, body, properties, mandatory=mandatory)
 
     def put_aside(self, delivery: Delivery, *, exchange: str, reason: str) -> asyncio.Future[None]:
-        """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers."""
+        """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers.
+
+        Of one that is longer than any broker is sure to take, it is the beginning.
+        """
+        if len(delivery.body) > MAX_BODY_BYTES:
+            reason = f"the first {MAX_BODY_BYTES} of {len(delivery.body)} bytes: {reason}"
         told = {REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
         headers = {**_kept_headers(delivery.headers), **told}
         return self.publish(
             exchange=exchange,
             key=exchange,
-            body=delivery.body,
+            body=delivery.body[:MAX_BODY_BYTES],
             kind=delivery.kind or "",
             message_id=delivery.message_id,
             headers=headers,
@@ -518,13 +534,44 @@ class Link:
             if not waiter.done():
                 waiter.set_result(None)
 
-    async def _pause(self, failures: int) -> None:
+    async def _pause(self) -> None:
         """Wait before the next try, unlike all others that have lost the same broker; a close() ends it."""
-        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10))
+        rounds = min(self._failures // len(self._url.hosts), 10)
+        longest = min(LONGEST_PAUSE, FIRST_PAUSE * 2**rounds)
         pause = longest * random.uniform(0.5, 1)  # noqa: S311  # spreads load, keeps no secret
         closing = asyncio.ensure_future(self._closing.wait())
         await asyncio.wait([closing], timeout=pause)
         closing.cancel()
+
+
+def _parameters(
+    url: BrokerUrl, host: Host, *, name: str, blocked_seconds: float, heartbeat: int
+) -> ConnectionParameters:
+    """Tell pika what it needs for one host.
+
+    Raises:
+        SettingsError: a file of TLS cannot be read.
+    """
+    parameters = ConnectionParameters(
+        host=host.name,
+        port=host.port,
+        virtual_host=url.vhost,
+        credentials=ExternalCredentials() if url.user is None else PlainCredentials(url.user, url.password),
+        heartbeat=heartbeat if url.heartbeat is None else url.heartbeat,
+        blocked_connection_timeout=blocked_seconds,
+        client_properties={"connection_name": name, "product": "mqworker"},
+        connection_attempts=1,  # the tries are ours
+        socket_timeout=min(SOCKET_SECONDS, url.connection_timeout or SOCKET_SECONDS),
+        stack_timeout=None,  # ours too: pika's trips over an assertion of its own in mid-handshake
+    )
+    if url.channel_max is not None:
+        parameters.channel_max = url.channel_max
+    if url.tls is not None:
+        parameters.ssl_options = SSLOptions(url.tls.context(), url.tls.server_name or host.name)
+    return parameters
+
+
+_Begin = Callable[[Channel, Callable[[Any], None]], None]  # asks on a channel, and names who takes the last answer
 
 
 class _Life:
@@ -532,10 +579,12 @@ class _Life:
 
     def __init__(
         self,
-        parameters: URLParameters,
+        parameters: ConnectionParameters,
         where: _Where,
         plan: Callable[[str], Plan],
         on_blocked: Callable[[bool], None],
+        *,
+        connect_seconds: float,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.epoch = secrets.token_hex(8)
@@ -557,7 +606,11 @@ class _Life:
         self._returned: dict[tuple[str, str, str], list[str]] = {}
         self._published = 0
         self._asked: set[asyncio.Future[None]] = set()
-        self._deadline = loop.call_later(CONNECT_SECONDS, self._too_slow)
+        self._asides: deque[tuple[asyncio.Future[None], str, _Begin]] = deque()  # questions for throw-away channels
+        self._aside = 0  # of them, under way
+        self._made = Plan()
+        self._connect_seconds = connect_seconds
+        self._deadline = loop.call_later(connect_seconds, self._too_slow)
         self._connection = AsyncioConnection(
             parameters,
             on_open_callback=self._on_connection,
@@ -582,11 +635,11 @@ class _Life:
         channel.add_on_cancel_callback(self._on_cancelled)
         channel.add_on_return_callback(self._on_returned)
         with self._owners_code():
-            plan = self._plan(self.epoch)
+            plan = self._made = self._plan(self.epoch)
             for exchange in plan.exchanges:  # without waiting for answers: a refusal closes the channel in any case
                 channel.exchange_declare(exchange.name, exchange.kind, durable=True)
             for queue in plan.queues:
-                self._declare(queue)
+                self._declare(channel, queue)
             if plan.replies is not None:
                 self._consume(Consumer(queue=REPLY_TO, on_delivery=plan.replies, no_ack=True))
             for consumer in plan.consumers:
@@ -647,7 +700,7 @@ class _Life:
     def _too_slow(self) -> None:
         self.end(
             BrokerUnavailable(
-                f"the broker at {self._where} did not let us in within {CONNECT_SECONDS:.0f} s; "
+                f"the broker at {self._where} did not let us in within {self._connect_seconds:g} s; "
                 "is it overloaded, and is this its AMQP port (5672, with TLS 5671)?"
             )
         )
@@ -723,18 +776,35 @@ class _Life:
             with self._owners_code():
                 consumer.on_delivery(delivery)
 
-        self._tags[consumer.queue] = self.channel.basic_consume(consumer.queue, on_message, auto_ack=consumer.no_ack)
+        self._tags[consumer.queue] = self.channel.basic_consume(
+            consumer.queue,
+            on_message,
+            auto_ack=consumer.no_ack,
+            arguments={"x-priority": consumer.priority} if consumer.priority else None,
+        )
 
     # ---- queues
 
     def declare(self, queue: Queue) -> asyncio.Future[None]:
-        """Declare and bind a queue on the live channel."""
-        future = self._ask()
-        self._declare(queue, lambda _frame: self._answer(future))
-        return future
+        """Declare and bind a queue."""
+        return self._ask_aside(
+            f"to declare queue {queue.name!r}", lambda channel, answer: self._declare(channel, queue, answer)
+        )
 
-    def _declare(self, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
-        self.channel.queue_declare(
+    def refresh(self) -> asyncio.Future[None]:
+        """Carry out once more what the plan has of exchanges and queues."""
+
+        def begin(channel: Channel, answer: Callable[[Any], None]) -> None:
+            for exchange in self._made.exchanges:
+                channel.exchange_declare(exchange.name, exchange.kind, durable=True, callback=_ignore)
+            for queue in self._made.queues:
+                self._declare(channel, queue, _ignore)
+            channel.basic_qos(callback=answer)  # its answer comes after all others
+
+        return self._ask_aside("to declare again what the plan has", begin)
+
+    def _declare(self, channel: Channel, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
+        channel.queue_declare(
             queue.name,
             durable=queue.durable,
             exclusive=queue.exclusive,
@@ -743,27 +813,60 @@ class _Life:
         )
         for number, (exchange, key) in enumerate(queue.bindings, start=1):
             last = number == len(queue.bindings)
-            self.channel.queue_bind(queue.name, exchange, key, callback=on_done if last else None)
+            channel.queue_bind(queue.name, exchange, key, callback=on_done if last else None)
 
     def delete(self, queue: str) -> asyncio.Future[None]:
-        """Delete an unused, empty queue on a throw-away channel: a refusal closes the channel that asks."""
+        """Delete an unused, empty queue."""
+        return self._ask_aside(
+            f"queue {queue!r} to be unused and empty",
+            lambda channel, answer: channel.queue_delete(queue, if_unused=True, if_empty=True, callback=answer),
+        )
+
+    def _ask_aside(self, expected: str, begin: _Begin) -> asyncio.Future[None]:
+        """Ask on a throw-away channel, a few at a time: a refusal closes the channel that asks."""
         future = self._ask()
+        self._asides.append((future, expected, begin))
+        self._open_asides()
+        return future
 
+    def _open_asides(self) -> None:
+        while self._asides and self._aside < ASKED_AT_ONCE and not self.ended.done():
+            self._aside += 1
+            self._open_aside(*self._asides.popleft())
+
+    def _open_aside(self, future: asyncio.Future[None], expected: str, begin: _Begin) -> None:
         def on_channel(channel: Channel) -> None:
-            channel.queue_delete(queue, if_unused=True, if_empty=True, callback=lambda _frame: on_deleted(channel))
+            begin(channel, lambda _frame: on_answer(channel))
 
-        def on_deleted(channel: Channel) -> None:
+        def on_answer(channel: Channel) -> None:
             self._answer(future)
-            channel.close()
+            if channel.is_open:
+                channel.close()
 
         def on_closed(_channel: Channel, error: Exception) -> None:
-            if future in self._asked:
-                self._asked.discard(future)
-                told = error.reply_text if isinstance(error, ChannelClosedByBroker) else repr(error)
-                _fail(future, BrokerRefused(f"expected queue {queue!r} to be unused and empty, but: {told}"))
+            told = error.reply_text if isinstance(error, ChannelClosedByBroker) else repr(error)
+            refuse(BrokerRefused(f"expected {expected}, but: {told}"))
 
-        self._connection.channel(on_open_callback=on_channel).add_on_close_callback(on_closed)
-        return future
+        def too_slow() -> None:  # the channel stays as it is: it has to wait for this answer
+            text = f"expected {expected}, but the broker at {self._where} does not answer within {ASK_SECONDS:g} s"
+            refuse(BrokerUnavailable(text))
+
+        def refuse(error: MqworkerError) -> None:
+            if future in self._asked:  # else it is answered, or this life has ended
+                self._asked.discard(future)
+                _fail(future, error)
+
+        def done(_future: asyncio.Future[None]) -> None:
+            give_up.cancel()
+            self._aside -= 1
+            self._open_asides()
+
+        give_up = self._loop.call_later(ASK_SECONDS, too_slow)
+        future.add_done_callback(done)
+        try:
+            self._connection.channel(on_open_callback=on_channel).add_on_close_callback(on_closed)
+        except AMQPError as error:  # none is free: of a small number that the URL allows, all wait for answers
+            refuse(BrokerUnavailable(f"expected {expected}, but there is no channel to ask on: {error!r}"))
 
     def remove(self, queues: Iterable[str], exchanges: Iterable[str]) -> asyncio.Future[None]:
         """Delete in order; the answer to the last deletion stands for all."""

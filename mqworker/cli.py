@@ -19,7 +19,7 @@ from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
 from mqworker.lifecycle import FINAL
-from mqworker.messages import After, RequestView, encode_line
+from mqworker.messages import After, Limits, RequestView, encode_line
 from mqworker.rehearsal import Given, kept_directory, rehearse
 from mqworker.screen import (
     Following,
@@ -38,8 +38,12 @@ from mqworker.shell import (
     Shell,
     print_json,
     read_data,
+    read_duration,
+    read_moment,
     read_name,
     read_requires,
+    read_results,
+    read_size,
     read_take,
     run,
     show,
@@ -127,6 +131,32 @@ def submit(
     lease: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="How long a run may go on unheard; default: the task's.")
     ] = None,
+    retry_on: Annotated[
+        str | None,
+        typer.Option(metavar="RESULTS", help="Try again after these, too: failure, error, or failure,error."),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(parser=read_duration, metavar="DURATION", help="End a run that takes longer: 90s, 15m, 2h."),
+    ] = None,
+    not_before: Annotated[
+        float | None,
+        typer.Option(parser=read_moment, metavar="TIME", help="Do not begin before then: 2030-01-31T22:15, or +30m."),
+    ] = None,
+    expires: Annotated[
+        float | None, typer.Option(parser=read_moment, metavar="TIME", help="Abort it if it has not begun by then.")
+    ] = None,
+    memory: Annotated[
+        int | None, typer.Option(parser=read_size, metavar="SIZE", help="What a run may use of memory: 512M, 4G.")
+    ] = None,
+    cpus: Annotated[float | None, typer.Option(metavar="N", help="... of cores; more is slowed.")] = None,
+    cpu_time: Annotated[
+        float | None, typer.Option(parser=read_duration, metavar="DURATION", help="... of processor time in all.")
+    ] = None,
+    disk: Annotated[
+        int | None, typer.Option(parser=read_size, metavar="SIZE", help="... of disk in its work directory.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(metavar="N", help="... of processes at one time.")] = None,
     group: Annotated[str, typer.Option(metavar="NAME", help="Whose share of the slots it uses.")] = "default",
     concurrency_key: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of requests with one key, a few run at a time.")
@@ -167,13 +197,20 @@ def submit(
         "data": read_data(data, file),
         "priority": priority,
         "max_attempts": max_attempts,
+        "retry_on": [] if retry_on is None else read_results(retry_on),
         "lease": lease,
+        "timeout": timeout,
+        "not_before": not_before,
+        "expires_at": expires,
+        "limits": Limits(memory=memory, cpus=cpus, cpu_seconds=cpu_time, disk=disk, processes=processes),
         "group": read_name(group, "--group"),
         "concurrency_key": None if concurrency_key is None else read_name(concurrency_key, "--concurrency-key"),
         "requires": read_requires(requires),
         "after": [*(after or ()), *(After(request=one, need="end") for one in after_end or ())],
         "take": [read_take(one) for one in take or ()],
     }
+    if request_words["limits"] == Limits():
+        request_words["limits"] = None
     shell: Shell = context.obj
     request = str(own_id or uuid.uuid4())
     alone = quiet or not sys.stdout.isatty()
@@ -350,6 +387,7 @@ def scheduler(
             store_url=settings.store,
             retry_delay=settings.scheduler.retry_delay,
             no_worker_after=settings.scheduler.no_worker_after,
+            pause_after=settings.scheduler.pause_after,
             group_weights=settings.scheduler.group_weights,
             concurrency_limits=settings.scheduler.concurrency_limits,
             metrics_listen=settings.scheduler.metrics_listen,
@@ -377,6 +415,9 @@ def worker(
         list[str] | None, typer.Option(metavar="TASK", help="Run no other; may be repeated; default: all.")
     ] = None,
     deny_task: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Do not run it; may be repeated.")] = None,
+    min_free_disk: Annotated[
+        int | None, typer.Option(metavar="BYTES", help="Take no work with less free; 0: take it always.")
+    ] = None,
 ) -> None:
     """Run a worker: it runs what this host can run."""
     shell: Shell = context.obj
@@ -392,6 +433,7 @@ def worker(
             "worker.tags": tag or None,
             "worker.allow_tasks": allow_task or None,
             "worker.deny_tasks": deny_task or None,
+            "worker.min_free_disk": min_free_disk,
         }
     )
     from mqworker import worker as resident  # noqa: PLC0415  # the other commands do without
@@ -411,6 +453,8 @@ def worker(
             allow_tasks=settings.worker.allow_tasks,
             deny_tasks=settings.worker.deny_tasks,
             metrics_listen=settings.worker.metrics_listen,
+            bounds=settings.worker.limits,
+            min_free_disk=settings.worker.min_free_disk,
         )
     )
 

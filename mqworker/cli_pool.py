@@ -3,7 +3,7 @@
 import difflib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
@@ -13,8 +13,8 @@ import typer
 
 from mqworker.client import Client
 from mqworker.errors import OutsideError, SubmitterError
-from mqworker.messages import Explanation, PauseView, encode_line
-from mqworker.screen import printable
+from mqworker.messages import Explanation, PauseView, WorkerView, encode_line
+from mqworker.screen import Counting, printable
 from mqworker.screen_pool import (
     Sight,
     Watching,
@@ -119,6 +119,57 @@ def _doubts(client: Client, kind: Kind, name: str) -> Iterator[str]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         yield missing + (f"; did you mean {near[0]}? `mqworker resume {kind.value} {name}` undoes it" if near else "")
+
+
+@application.command(rich_help_panel=POOL)
+def drain(
+    context: typer.Context,
+    *,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[WORKER...]", help="Workers' names.", show_default=False)
+    ] = None,
+    of_class: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="CLASS", help="All workers of a capability class; may be repeated."),
+    ] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="All workers.")] = False,
+    reason: Annotated[str, typer.Option("--reason", "-r", help="Why; others see it.")] = "",
+    stop: Annotated[bool, typer.Option("--stop", help="They end when nothing runs there any more.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until nothing runs there any more.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Have workers take nothing more; what runs goes on. `mqworker resume worker NAME` ends it.
+
+    A drained worker is paused, also when it comes back.
+    """
+    if bool(names) + bool(of_class) + everybody != 1:
+        raise SubmitterError("expected what to drain: names of workers, or --class, or --all")
+    shell: Shell = context.obj
+    with shell.client() as client, closing(client.follow_events(quiet=LOOK_SECONDS)) as events:
+        for name in names or ():
+            for doubt in _doubts(client, Kind.WORKER, name):
+                tell(doubt)
+        found = client.drain(names or (), classes=of_class or (), everybody=everybody, reason=reason, stop=stop)
+        if wait:
+            found = _see_drained(client, events, [worker.name for worker in found], stop=stop)
+    if as_json:
+        print_json(found)
+    elif found:
+        show(worker_table(found, time.time()))
+    else:
+        tell("no worker that is known drains")
+
+
+def _see_drained(client: Client, events: Iterator[list[Any]], names: Sequence[str], *, stop: bool) -> list[WorkerView]:
+    """Wait until nothing runs on workers, or until they have gone."""
+    with Counting("drain", len(names)) as counting:
+        while True:
+            found = [worker for worker in client.workers() if worker.name in names]
+            busy = [one for one in found if one.state == "online" and (stop or one.running or not one.draining)]
+            counting.show(len(found) - len(busy))
+            if not busy:
+                return found
+            next(events)
 
 
 @application.command(rich_help_panel=POOL)

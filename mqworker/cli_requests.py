@@ -210,12 +210,14 @@ def abort(
     worker: OnWorker = None,
     older_than: OlderThan = None,
     reason: Annotated[str, typer.Option("--reason", "-r", help="Why; it is kept.")] = "aborted from the command line",
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Until nothing of them runs any more.")] = True,
     yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop requests, wherever they are; a running one ends a little later.
+    """Stop requests, wherever they are, and wait for the end of those that run.
 
     Either those with the ids, or all that match a filter and have not ended: then it says how many, and asks first.
+    A full id that nobody knows yet is remembered for a day, and its request aborted when it comes.
     """
     given = Filter.of(states=state, task=task, group=group, worker=worker, older_than=older_than)
     _check("abort", ids or (), given, OPEN)
@@ -224,8 +226,38 @@ def abort(
         chosen = _choose(client, "abort", ids or (), given, given.states or OPEN, yes=yes)
         if chosen is not None:
             ended = _Ended(chosen)
-            _carry_out(chosen, "abort", "are aborted", lambda part: ended.add(client.abort(part, reason)))
+            running: list[str] = []
+
+            def act(part: tuple[str, ...]) -> None:
+                views = client.abort(part, reason, wait=False, on_mark=_tell_mark)
+                still = [view.request.id for view in views if wait and view.state not in FINAL]
+                running.extend(still)
+                ended.add(view for view in views if view.request.id not in still)
+
+            _carry_out(chosen, "abort", "are aborted", act)
+            ended.add(_see_end(client, running))
             ended.show(_aborted, as_json=as_json)
+
+
+def _tell_mark(request: str) -> None:
+    tell(f"nobody knows {request} yet: it is aborted when it comes within a day")
+
+
+def _see_end(client: Client, running: Sequence[str]) -> list[RequestView]:
+    """Wait until requests that are being stopped have ended; whoever stops that is told how many have not."""
+    ends = 0
+    with Counting("stop", len(running)) as counting:
+
+        def count(_: RequestView) -> None:
+            nonlocal ends
+            ends += 1
+            counting.show(ends)
+
+        try:
+            return client.wait(running, on_end=count)
+        except KeyboardInterrupt:
+            tell(f"{many(len(running) - ends, 'request')} of {len(running):,} still to end; their abort goes on")
+            raise
 
 
 @application.command(rich_help_panel=REQUESTS)

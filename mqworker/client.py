@@ -7,7 +7,6 @@ knows of requests, a scheduler has told it.
 
 import asyncio
 import logging
-import re
 import threading
 import time
 import uuid
@@ -38,8 +37,9 @@ from mqworker.errors import (
     Unanswered,
     Unreadable,
 )
-from mqworker.lifecycle import FINAL, MOVES
+from mqworker.lifecycle import FINAL, MOVES, window_problem
 from mqworker.messages import (
+    FULL_ID,
     MAX_DESCRIBED_BYTES,
     MAX_REQUEST_BYTES,
     MAX_REQUESTS_IN_A_MESSAGE,
@@ -51,6 +51,7 @@ from mqworker.messages import (
     Capability,
     CapabilityList,
     CountRequests,
+    DrainWorkers,
     Explain,
     Explanation,
     FileEntry,
@@ -58,6 +59,7 @@ from mqworker.messages import (
     GetPool,
     GetRequests,
     ImportArtifact,
+    Limits,
     ListArtifacts,
     ListPauses,
     ListRequests,
@@ -126,7 +128,6 @@ VIEWS_IN_AN_ANSWER: Final = 100  # as long as nobody knows how large they are
 MOST_VIEWS_IN_AN_ANSWER: Final = 1000
 FOLLOW_PREFETCH: Final = 500  # what a slow reader has in memory; the rest waits at the broker
 
-_FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _MOVE_TO: Final[Mapping[str, str]] = {to: event for (_, event), to in MOVES.items() if to in FINAL}
 _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
     "unreadable": Unreadable,
@@ -215,7 +216,12 @@ class Client:
         *,
         priority: int = 0,
         max_attempts: int = 3,
+        retry_on: Iterable[Literal["failure", "error"]] = (),
         lease: float | None = None,
+        timeout: float | None = None,
+        not_before: float | None = None,
+        expires_at: float | None = None,
+        limits: Limits | None = None,
         group: str = "default",
         concurrency_key: str | None = None,
         requires: Mapping[str, Any] | None = None,
@@ -224,6 +230,10 @@ class Client:
         id: str | None = None,  # noqa: A002  # the word for it everywhere else
     ) -> str:
         """Submit one request and return its id, once the ledger keeps it.
+
+        `lease` and `timeout` are in seconds: how long a run may go on unheard, and how long at all. `not_before` and
+        `expires_at` are seconds since the epoch, and bound when it may begin. `retry_on` are results that are tried
+        again, up to `max_attempts`; what is lost is tried again anyway. `limits` bound what a run may use of its host.
 
         `requires` is a JSON Schema that a worker's metadata must satisfy; keys that must be there it has to name in
         `required`. `after` are requests that have to end first, ids (or unique beginnings) those that must succeed.
@@ -246,7 +256,12 @@ class Client:
                 data=dict(data or {}),
                 priority=priority,
                 max_attempts=max_attempts,
+                retry_on=[*retry_on],
                 lease=lease,
+                timeout=timeout,
+                not_before=not_before,
+                expires_at=expires_at,
+                limits=limits,
                 group=group,
                 concurrency_key=concurrency_key,
                 requires=None if requires is None else dict(requires),
@@ -288,16 +303,23 @@ class Client:
                 future.cancel()
         return receipts
 
-    def wait(self, ids: Iterable[str], timeout: float | None = None) -> Views:
+    def wait(
+        self,
+        ids: Iterable[str],
+        timeout: float | None = None,
+        *,
+        on_end: Callable[[RequestView], None] = lambda _: None,
+    ) -> Views:
         """Wait until requests are final and return them, in the order given.
 
-        Outlives restarts of broker and scheduler. `timeout` is in seconds; None waits for ever.
+        Outlives restarts of broker and scheduler. `timeout` is in seconds; None waits for ever. `on_end` is told of
+        each as it ends, in a thread of this client's.
 
         Raises:
             NotFound: the ledger has no such request.
             Unanswered: some are not final yet at the timeout, or nobody answers at the beginning.
         """
-        return self._call(self._wait(list(dict.fromkeys(ids)), timeout))
+        return self._call(self._wait(list(dict.fromkeys(ids)), timeout, on_end))
 
     def status(self, id: str) -> RequestView:  # noqa: A002  # the word for it everywhere else
         """Return one request with its attempts and artifacts; a unique beginning of the id is enough.
@@ -382,13 +404,28 @@ class Client:
         )
         return self._ask(query, RequestCount).number
 
-    def abort(self, ids: Iterable[str], reason: str) -> Views:
-        """Stop requests, wherever they are, and return them; a running one ends a little later.
+    def abort(
+        self,
+        ids: Iterable[str],
+        reason: str,
+        *,
+        wait: bool = True,
+        on_mark: Callable[[str], None] = lambda _: None,
+        on_end: Callable[[RequestView], None] = lambda _: None,
+    ) -> Views:
+        """Stop requests, wherever they are, and return them; with `wait`, once each has ended and nothing of it lives.
+
+        One that runs ends within its task's grace, but for hosts that are away: then at the end of its lease. A full id
+        that nobody knows is remembered for a day, and the request aborted when it comes: `on_mark` is told of it, and
+        it is not returned. `on_end` is as for `wait`.
 
         Raises:
             NotFound: some are not there; the others are being stopped.
         """
-        return self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped")
+        views = self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped", on_mark)
+        running = [view.request.id for view in views if view.state not in FINAL] if wait else []
+        ended = {view.request.id: view for view in self.wait(running, on_end=on_end)}
+        return [ended.get(view.request.id, view) for view in views]
 
     def reprioritise(self, ids: Iterable[str], priority: int) -> Views:
         """Give requests another priority, and return them; to those that have ended it means nothing.
@@ -504,6 +541,26 @@ class Client:
             Rejected: it cannot be a name.
         """
         return self._ask(Resume(kind=kind, name=name), PauseList).pauses
+
+    def drain(
+        self,
+        names: Iterable[str] = (),
+        *,
+        classes: Iterable[str] = (),
+        everybody: bool = False,
+        reason: str = "",
+        stop: bool = False,
+    ) -> Workers:
+        """Have workers take nothing more (or end, when nothing runs there), and return those that are known.
+
+        They are paused until a `resume` of each, also when they come back.
+
+        Raises:
+            NotFound: there is no such capability class; nobody drains.
+            Rejected: one cannot be a name.
+        """
+        query = DrainWorkers(names=[*names], classes=[*classes], everybody=everybody, reason=reason, stop=stop)
+        return self._ask(query, WorkerList).workers
 
     def pauses(self) -> Pauses:
         """Return what is paused."""
@@ -652,7 +709,7 @@ class Client:
         return self._broken or BrokerUnavailable("expected an open client, got one that is closed: open it with `with`")
 
     def _full_id(self, id: str) -> str:  # noqa: A002  # the word for it everywhere else
-        return id if _FULL_ID.fullmatch(id) else self.status(id.lower()).request.id
+        return id if FULL_ID.fullmatch(id) else self.status(id.lower()).request.id
 
     def _after(self, one: str | After) -> After:
         return After(request=self._full_id(one)) if isinstance(one, str) else self._named(one)
@@ -663,7 +720,13 @@ class Client:
     def _ask(self, query: Query, kind: type[_T]) -> _T:
         return self._call(self._answer(_checked(query), kind, self._deadline()))
 
-    def _command(self, ids: Iterable[str], query: Callable[[Ids], Query], done: str) -> Views:
+    def _command(
+        self,
+        ids: Iterable[str],
+        query: Callable[[Ids], Query],
+        done: str,
+        on_mark: Callable[[str], None] = lambda _: None,
+    ) -> Views:
         """Ask for something to be done to any number of requests, and return them."""
         views: Views = []
         missing: Ids = []
@@ -680,6 +743,8 @@ class Client:
             fit.learn(len(answer.requests), answer)
             views += answer.requests
             missing += answer.missing
+            for one in answer.marked:
+                on_mark(one)
         if missing:
             others = f"; the other {len(views)} {done}" if views else ""
             raise NotFound(f"{_no_request(missing)}{others}")
@@ -855,7 +920,7 @@ class Client:
                 return await self._views(ids, _countdown(min(self._timeout, left())))
         return []
 
-    async def _wait(self, ids: Sequence[str], seconds: float | None) -> Views:
+    async def _wait(self, ids: Sequence[str], seconds: float | None, on_end: Callable[[RequestView], None]) -> Views:
         if not ids:
             return []
         left = _countdown(seconds)
@@ -866,6 +931,8 @@ class Client:
             views = await self._views(ids, self._deadline())
             order = [view.request.id for view in views]
             done = {view.request.id: view for view in views if view.state in FINAL}
+            for view in done.values():
+                on_end(view)
             while still := [request for request in order if request not in done]:
                 if left() <= 0:
                     raise Unanswered(
@@ -877,7 +944,10 @@ class Client:
                 look = [request for request in still if request in ended] if items and None not in items else still
                 if look:
                     views = await self._look_patiently(look, left)
-                    done |= {view.request.id: view for view in views if view.state in FINAL}
+                    ended_now = {view.request.id: view for view in views if view.state in FINAL}
+                    done |= ended_now
+                    for view in ended_now.values():
+                        on_end(view)
         finally:
             await self._close_follow(follow)
         return [done[request] for request in order]
@@ -1085,6 +1155,8 @@ def _checked_length(request: Request) -> int:
         raise Rejected(f"request {request.id} cannot be: {error}") from error
     if request.requires is not None and (trouble := schemas.problem(request.requires)) is not None:
         raise Rejected(f"request {request.id} cannot be: `requires`: {trouble}")
+    if (trouble := window_problem(request)) is not None:
+        raise Rejected(f"request {request.id} cannot be: {trouble}")
     if len(body) > MAX_REQUEST_BYTES:
         raise Rejected(
             f"expected a request of at most {MAX_REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "

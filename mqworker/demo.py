@@ -24,7 +24,7 @@ from typing import Any, Final
 from rich.live import Live
 from rich.table import Table
 
-from mqworker import amqp, debianhost, processes
+from mqworker import amqp, brokerurl, debianhost, processes
 from mqworker.client import Client
 from mqworker.errors import HostUnfit, MqworkerError, OutsideError, Unanswered
 from mqworker.lifecycle import FINAL
@@ -137,7 +137,10 @@ def _show(
         amqp_url = stack.enter_context(_node(scratch / "broker")).url
     else:
         prefix = f"mqworker-demo-{uuid.uuid4().hex[:8]}"
-        say(f"uses the broker {amqp.redact(amqp_url)}, where everything is named {prefix}.*, and is removed at the end")
+        say(
+            f"uses the broker {brokerurl.redact(amqp_url)}, where everything is named {prefix}.*,"
+            " and is removed at the end"
+        )
     settings = {
         "MQWORKER_AMQP_URL": amqp_url,
         "MQWORKER_PREFIX": prefix,

@@ -1,6 +1,6 @@
 """What is wrong here: the broker, rights on it, the scheduler, the store, the ledger, directories, tasks and tools.
 
-Looks and tells; changes nothing but the ledger's term, which rises with every look. Draws nothing.
+Looks and tells, and changes nothing. Draws nothing.
 """
 
 import asyncio
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from mqworker.amqp import Consumer, Delivery, Link, Plan, redact
+from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import redact
 from mqworker.client import Client
 from mqworker.debianhost import missing_packages, why_no_unshare
 from mqworker.errors import LedgerLocked, MqworkerError, NotPublished, OutsideError, StoreUnavailable, Unanswered
@@ -186,12 +187,12 @@ def _ledger(url: str) -> Check:
             advice="only the scheduler needs it: give that one --ledger sqlite:///PATH, or another user",
         )
     try:
-        Ledger.open(url).close()
-    except LedgerLocked:
-        return Check(state="ok", what="ledger", finding=f"{url}, in use by a scheduler")
+        finding = Ledger.check(url)
+    except LedgerLocked as error:
+        return Check(state="ok", what="ledger", finding=f"in use: {error}")
     except MqworkerError as error:
         return _failed("ledger", error)
-    return Check(state="ok", what="ledger", finding=f"{url}; no scheduler uses it")
+    return Check(state="ok", what="ledger", finding=f"{finding}; no scheduler uses it")
 
 
 def _existing(path: Path) -> Path:

@@ -13,7 +13,7 @@ MqworkerError
 │   ├── SettingsError        a setting is missing, unknown or out of range
 │   ├── BrokerRefused        the broker answers, but not to these credentials or this vhost
 │   ├── LedgerLocked         another scheduler writes this ledger
-│   ├── LedgerInvalid        the file is no ledger, or one of another schema
+│   ├── LedgerInvalid        the database is no ledger, or one of another schema
 │   ├── StateLocked          another worker uses this state directory
 │   ├── StoreMismatch        the worker and the scheduler do not share a store
 │   └── HostUnfit            a program or right that is needed is not there
@@ -22,6 +22,7 @@ MqworkerError
 │   ├── NotPublished         a message was returned, refused or cut off before its confirm
 │   ├── Unanswered           the scheduler did not answer in time
 │   ├── LedgerUnavailable    the database cannot commit now
+│   ├── LedgerLost           another scheduler was elected
 │   └── StoreUnavailable     the store cannot be read or written now
 ├── PeerError                somebody's message is not what was agreed
 │   ├── Unreadable           not JSON, not a known type, or not its fields
@@ -96,7 +97,7 @@ class LedgerLocked(OperatorError):
 
 
 class LedgerInvalid(OperatorError):
-    """Raise when a file is no ledger, or one of another schema."""
+    """Raise when a database is no ledger, or one of another schema."""
 
 
 class StateLocked(OperatorError):
@@ -131,6 +132,10 @@ class Unanswered(OutsideError):
 
 class LedgerUnavailable(OutsideError):
     """Raise when the database cannot commit now."""
+
+
+class LedgerLost(OutsideError):
+    """Raise when another scheduler was elected, and what this one does counts no more."""
 
 
 class StoreUnavailable(OutsideError):

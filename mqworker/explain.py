@@ -5,6 +5,7 @@ Pure: it is told what matching, dispatch and the pool know, and puts it into the
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
@@ -53,6 +54,11 @@ def steps(funnel: Funnel, *, offline: Sequence[str]) -> list[Step]:
             )
         )
     return found
+
+
+def time_of(at: float) -> str:
+    """Write a time as anybody reads it, whatever the clocks of those who talk about it say of their zones."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def name_of(key: Key) -> str:

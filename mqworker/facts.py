@@ -30,7 +30,8 @@ class Accept:
     """Keep a submission: pending, or rejected for a reason.
 
     What it comes after and takes from must have been accepted before it, also in the same set; else it is rejected.
-    What of that has ended already counts at once: if it cannot be met any more, the request is aborted at once.
+    What of that has ended already counts at once: if it cannot be met any more, the request is aborted at once. So is
+    what was to be aborted before it came.
     """
 
     seq: int  # given by the scheduler; rises with each, gaps are fine
@@ -123,6 +124,17 @@ class AbortAsked:
     request: str
     reason: str
     at: float
+    stage: str | None = None  # of the reason
+    running: bool = True  # False: leave one that runs
+    mark: bool = False  # keep it for a request that nobody knows yet
+    user: str | None = None  # the broker's user that asked; None: the broker did not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unmark:
+    """Forget the aborts of requests that have not come; the result is their number."""
+
+    before: float  # asked for before then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +175,7 @@ class Rekey:
 
 
 Write: TypeAlias = (
-    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Import | Pause | Resume | Rekey
+    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Unmark | Import | Pause | Resume | Rekey
 )
 
 # ---------------------------------------------------------------- what is read
@@ -218,6 +230,13 @@ class Wanted(NamedTuple):
     key: str | None
     after: int
     limit: int
+
+
+class Expired(NamedTuple):
+    """Show what is not granted by the time it had to be, and when the next will not be; None: there is no other."""
+
+    requests: tuple[tuple[str, float], ...]  # with when each expired, the first of them first
+    next: float | None
 
 
 class RequirementRow(NamedTuple):
@@ -287,6 +306,7 @@ class AbortResult:
 
     before: State | None
     after: State | None
+    marked: bool = False  # it is kept for a request that nobody knows yet
     task: str | None = None
     attempt: int | None = None
     before_lane: LaneRow | None = None  # where it stood, if it was pending
@@ -304,4 +324,7 @@ class ImportRefused:
 Granting: TypeAlias = Literal["granted", "again", "void"]
 Imported: TypeAlias = int
 Rekeyed: TypeAlias = int
-Result: TypeAlias = Accepted | bool | Moved | Granting | Ended | AbortResult | Imported | ImportRefused | Rekeyed
+Unmarked: TypeAlias = int
+Result: TypeAlias = (
+    Accepted | bool | Moved | Granting | Ended | AbortResult | Imported | ImportRefused | Rekeyed | Unmarked
+)

@@ -5,34 +5,26 @@ in lifecycle, and what an outcome means is judged by the scheduler. Each move is
 only if the row is still as the writer believed. Synchronous, for one thread at a time.
 """
 
-import errno
-import fcntl
 import hashlib
 import heapq
-import os
-import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from sqlalchemy import (
+    URL,
     BindParameter,
+    ColumnClause,
     ColumnElement,
     Connection,
-    Engine,
     Executable,
-    Integer,
     Row,
     Select,
     bindparam,
     column,
-    create_engine,
     delete,
-    event,
     exc,
     func,
     insert,
@@ -44,18 +36,10 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.pool import StaticPool
 
 from mqworker import schema
-from mqworker.errors import (
-    IllegalMove,
-    LedgerInvalid,
-    LedgerLocked,
-    LedgerUnavailable,
-    MqworkerError,
-    SettingsError,
-    TooLarge,
-)
+from mqworker.database import Database
+from mqworker.errors import IllegalMove, SettingsError, TooLarge
 from mqworker.facts import (
     AbortAsked,
     AbortResult,
@@ -63,6 +47,7 @@ from mqworker.facts import (
     Accepted,
     End,
     Ended,
+    Expired,
     Grant,
     Granting,
     Import,
@@ -81,11 +66,12 @@ from mqworker.facts import (
     Resume,
     Return,
     Stranded,
+    Unmark,
     Wake,
     Wanted,
     Write,
 )
-from mqworker.lifecycle import FINAL, MOVES, Event, State, meets, move
+from mqworker.lifecycle import FINAL, MOVES, Event, State, Tried, delayed_until, meets, move
 from mqworker.messages import (
     MAX_MESSAGE_BYTES,
     Artifact,
@@ -102,9 +88,9 @@ from mqworker.messages import (
     RequestView,
     Selection,
 )
+from mqworker.postgresql import PostgresqlDatabase
+from mqworker.sqlite import SqliteDatabase
 
-BUSY_TIMEOUT: Final = 5.0  # seconds; nobody else writes, but a backup may hold the file for a moment
-CACHE_KIB: Final = 64 * 1024  # ids are random, so each acceptance touches its own page of their index
 PAGE: Final = 1000  # the most values in one IN (...)
 SHORTEST_BEGINNING: Final = 4  # characters of an id
 FILE_LENGTH: Final = 200  # characters of a file's entry, about
@@ -113,8 +99,7 @@ _Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one
 
 # ---------------------------------------------------------------- statements, built once
 
-_meta, _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts = (
-    schema.meta,
+_requests, _dependencies, _requirements, _pauses, _attempts, _artifacts = (
     schema.requests,
     schema.dependencies,
     schema.requirements,
@@ -122,6 +107,7 @@ _meta, _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts =
     schema.attempts,
     schema.artifacts,
 )
+_abort_marks = schema.abort_marks
 _artifact_files, _artifact_relations, _imports = schema.artifact_files, schema.artifact_relations, schema.imports
 
 _THE_ID: Final = "the_id"
@@ -262,6 +248,11 @@ _abort_later = _of_seq.where(_requests.c.abort.is_(None)).values(abort=bindparam
 _move = _of_seq.values(priority=bindparam("to_priority"))
 _rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
 
+_mark = insert(_abort_marks)
+_marked = select(_abort_marks.c.id, _abort_marks.c.reason).where(_abort_marks.c.id.in_(_ids))
+_take_marks = delete(_abort_marks).where(_abort_marks.c.id.in_(_ids))
+_unmark = delete(_abort_marks).where(_abort_marks.c.at < bindparam("before"))
+
 _new_dependency = insert(_dependencies)
 _anybody_waits = select(_dependencies.c.request).limit(1)
 _waited_for = select(_dependencies.c.after).where(_dependencies.c.after.in_(_ids)).distinct()
@@ -315,38 +306,46 @@ _LIVE: Final = (
 )
 
 
+def _column(name: str) -> ColumnClause[Any]:
+    """Name a column of the requests without naming their table, with its type."""
+    return column(name, _requests.c[name].type)
+
+
 def _from(index: str, *columns: str) -> Select[*tuple[Any, ...]]:
-    """Select requests by an index of our choice: left to itself, SQLite sorts all that matches, for each limit anew."""
-    return select(*(column(name) for name in columns)).select_from(text(f"requests INDEXED BY {index}"))
+    return select(*(_column(name) for name in columns)).select_from(schema.RequestsBy(index))
 
 
 _live_of_ids = select(*(_requests.c[name] for name in _LIVE)).where(_requests.c.id.in_(_ids))
-_held = _from("requests_held", *_LIVE).where(schema.IS_HELD).order_by(column("seq"))
+_held = _from("requests_held", *_LIVE).where(schema.IS_HELD).order_by(_column("seq"))
 _REQUEST: Final = tuple(_requests.c.keys())
 _LANE: Final = ("requirement", "priority", "grp", "ckey")
 _lanes = (
     _from("requests_lanes", *_LANE)
     .add_columns(func.count().label("number"))
     .where(schema.IS_WAITING)
-    .group_by(*(column(name) for name in _LANE))
+    .group_by(*(_column(name) for name in _LANE))
 )
-_heads = (
+_heads_of_group = (
     _from("requests_lanes", *_LIVE)
     .where(
         schema.IS_WAITING,
-        column("requirement") == bindparam("requirement"),
-        column("priority") == bindparam("priority"),
-        column("grp") == bindparam("group"),
-        column("ckey").is_not_distinct_from(bindparam("key")),
-        column("seq") > bindparam("after"),
+        _column("requirement") == bindparam("requirement"),
+        _column("priority") == bindparam("priority"),
+        _column("grp") == bindparam("group"),
+        _column("seq") > bindparam("after"),
     )
-    .order_by(column("seq"))
+    # By the key too, which is always the same. Else PostgreSQL may take all requests by their age, to save a look into
+    # the index of lanes; and pass a million that have ended before it comes to one that waits.
+    .order_by(_column("ckey"), _column("seq"))
     .limit(bindparam("limit"))
 )
+_heads = _heads_of_group.where(_column("ckey") >= bindparam("key"), _column("ckey") <= bindparam("key"))
+# By itself, since no index of PostgreSQL serves a comparison that also holds between two NULLs.
+_heads_without_key = _heads_of_group.where(_column("ckey").is_(None))
 _members = (
     _from("requests_members", *_LIVE)
-    .where(schema.IS_PENDING, column("requirement") == bindparam("requirement"))
-    .order_by(column("priority").desc(), column("seq"))
+    .where(schema.IS_PENDING, _column("requirement") == bindparam("requirement"))
+    .order_by(_column("priority").desc(), _column("seq"))
     .limit(bindparam("limit"))
 )
 _dependents = (
@@ -357,8 +356,20 @@ _dependents = (
     .where(_dependencies.c.after.in_(_ids))
     .order_by(_dependencies.c.request)
 )
-_used = _from("requests_members", "requirement").where(schema.IS_PENDING, column("requirement").in_(_ids)).distinct()
+_used = _from("requests_members", "requirement").where(schema.IS_PENDING, _column("requirement").in_(_ids)).distinct()
 _blocked = select(func.count(_dependencies.c.request.distinct()))
+_expired = (
+    _from("requests_expiring", "id", "expires_at")
+    .where(schema.IS_EXPIRING, _column("expires_at") <= bindparam("now"))
+    .order_by(_column("expires_at"))
+    .limit(bindparam("limit"))
+)
+_expires_next = (
+    _from("requests_expiring", "expires_at")
+    .where(schema.IS_EXPIRING, _column("expires_at") > bindparam("now"))
+    .order_by(_column("expires_at"))
+    .limit(1)
+)
 _newest = select(func.max(_requests.c.seq))
 _newest_requirement = select(func.max(_requirements.c.id))
 _has_live_requests = or_(
@@ -413,65 +424,77 @@ _ENDS: Final = frozenset(to for (state, _), to in MOVES.items() if state is Stat
 class Ledger:
     """Keep the facts of one pool; its only writer for as long as it is open."""
 
-    def __init__(self, engine: Engine, name: str, lock: int | None, term: int) -> None:
-        self._reading = engine.execution_options(begin="BEGIN")
-        self._writing = engine.execution_options(begin="BEGIN IMMEDIATE")
-        self._name = name
-        self._lock = lock
-        self.term = term
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._doubt: _Doubt | None = None
+        with database.transaction() as connection:
+            connection.execute(_old_requirements)
 
     @classmethod
     def open(cls, url: str) -> "Ledger":
-        """Open a ledger, make it if there is none, and raise its term by one.
+        """Open a ledger, make it if there is none, bring its schema up to date, and raise its term by one.
 
-        `sqlite:///path` is a file (four slashes: from the root), `sqlite://` lives in memory.
+        `sqlite:///path` is a file (four slashes: from the root), `sqlite://` lives in memory, and
+        `postgresql://user:password@host:port/database` is PostgreSQL.
 
         Raises:
-            LedgerLocked: another Ledger has it open.
+            LedgerLocked: another scheduler has it open, or is active; see `may_stand_by`.
             LedgerInvalid: it is no ledger, of another schema, or may not be read and written.
             LedgerUnavailable: the database cannot commit now.
-            SettingsError: the URL is not of SQLite.
+            SettingsError: the URL is of another kind of database, or its package is missing.
         """
-        path = _path(url)
-        if path is None:
-            return cls._start(":memory:", "the ledger in memory", None)
-        name = f"the ledger {path}"
-        lock = _take_lock(path)
+        kind, parsed = _read_url(url)
+        database = kind.open(parsed)
         try:
-            return cls._start(str(path), name, lock)
+            return cls(database)
         except BaseException:
-            os.close(lock)
+            database.close()
             raise
 
-    @classmethod
-    def _start(cls, database: str, name: str, lock: int | None) -> "Ledger":
-        # One connection for life: there is one writer, and a second would not see a database in memory.
-        engine = create_engine(
-            "sqlite://",
-            creator=lambda: _connect(database, name),
-            poolclass=StaticPool,
-            query_cache_size=200,
-        )
+    @staticmethod
+    def check(url: str) -> str:
+        """Try whether a ledger could be opened, and change nothing; return what was found.
 
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            connection.exec_driver_sql(connection.get_execution_options()["begin"])
+        Raises:
+            MqworkerError: as `open` does.
+        """
+        kind, parsed = _read_url(url)
+        name, found = kind.check(parsed)
+        match found:
+            case None:
+                return f"{name} is empty; the first scheduler makes its tables"
+            case schema.REVISION:
+                return name
+            case _:
+                return f"{name} has the schema {found}; the next scheduler brings it up to {schema.REVISION}"
 
-        ledger = cls(engine, name, lock, 0)
-        try:
-            with ledger._transaction() as connection:
-                ledger.term = _raise_term(connection, name)
-        except BaseException:
-            engine.dispose()
-            raise
-        return ledger
+    @staticmethod
+    def may_stand_by(url: str) -> bool:
+        """Tell whether a second scheduler of a ledger waits for its turn; else it is one too many.
+
+        Raises:
+            SettingsError: the URL is of another kind of database.
+        """
+        return _read_url(url)[0] is PostgresqlDatabase
+
+    @property
+    def name(self) -> str:
+        """Say which ledger it is, fit for showing."""
+        return self._database.name
+
+    @property
+    def term(self) -> int:
+        """Return the term for which it was opened."""
+        return self._database.term
+
+    @property
+    def sure(self) -> bool:
+        """Tell whether nobody else can have been elected yet; if not, `commit` finds out."""
+        return self._database.sure
 
     def close(self) -> None:
-        """Let go of the file and its lock; a second time does nothing."""
-        self._writing.dispose()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Let go of the database and of the term; a second time does nothing."""
+        self._database.close()
 
     # ---------------------------------------------------------------- writing
 
@@ -481,50 +504,71 @@ class Ledger:
         They do what they would do one by one. But writes that concern different requests are independent of each
         other, as a rule, so they are done kind by kind, many rows with one statement.
 
+        After LedgerUnavailable, the very same sequence may be given again, and is done once, even if a database that
+        was cut off has committed it without an answer.
+
         Raises:
             IllegalMove: an End names a state that a run cannot end in; nothing is written.
-            LedgerUnavailable: the database cannot commit now; nothing is written.
+            LedgerUnavailable: the database cannot commit now; nothing is written, as far as one can know.
+            LedgerLost: another scheduler was elected; nothing is written.
         """
+        doubt = self._doubt
+        if doubt is not None:
+            committed = self._database.has(doubt.number)
+            self._doubt = None
+            if committed and doubt.writes is writes:
+                return doubt.results
         if not writes:
+            if not self._database.sure:
+                self._database.confirm()
             return []
-        results: dict[int, Result] = {}
-        with self._transaction() as connection:
+        done: dict[int, Result] = {}
+        with self._database.transaction() as connection:
             for (_, kind), numbers in sorted(_plan(writes, _entangled(connection, writes)).items()):
-                done = _DO[kind](connection, [writes[number] for number in numbers])
-                results.update(zip(numbers, done, strict=True))
-        return [results[number] for number in range(len(writes))]
+                of_kind = _DO[kind](connection, [writes[number] for number in numbers])
+                done.update(zip(numbers, of_kind, strict=True))
+            results = [done[number] for number in range(len(writes))]
+            self._doubt = _Doubt(writes, results, self._database.number)  # until the commit is answered
+        self._doubt = None
+        return results
 
     # ---------------------------------------------------------------- reading
 
     def held(self) -> list[Live]:
         """Return every request that is offered, runs, or is pending with a delay, the oldest first."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return [_live(row) for row in connection.execute(_held)]
 
     def lanes(self) -> list[LaneCount]:
         """Count the waiting requests of each lane that has any."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return [LaneCount(*row) for row in connection.execute(_lanes)]
 
     def heads(self, wants: Sequence[Wanted]) -> list[list[Live]]:
         """Return for each want the requests that it asks for, the oldest first."""
-        with self._snapshot() as connection:
-            return [[_live(row) for row in connection.execute(_heads, want._asdict()).all()] for want in wants]
+        with self._database.snapshot() as connection:
+            return [
+                [
+                    _live(row)
+                    for row in connection.execute(_heads_without_key if want.key is None else _heads, want._asdict())
+                ]
+                for want in wants
+            ]
 
     def members(self, requirement: int, limit: int) -> list[Live]:
         """Return the pending requests of a requirement class, whatever they wait for, the best first."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             rows = connection.execute(_members, {"requirement": requirement, "limit": limit})
             return [_live(row) for row in rows]
 
     def requirements(self) -> list[RequirementRow]:
         """Return the requirement classes of requests that have not ended."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return [RequirementRow(*row) for row in connection.execute(_live_requirements)]
 
     def pauses(self) -> list[PauseView]:
         """Return what is paused."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return [
                 PauseView(kind=row.kind, name=row.name, reason=row.reason, since=row.since)
                 for row in connection.execute(_all_pauses)
@@ -532,22 +576,41 @@ class Ledger:
 
     def used(self, requirements: Collection[int]) -> frozenset[int]:
         """Return those of the requirement classes that have a pending request."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return frozenset(row.requirement for row in _rows(connection, _used, requirements))
 
     def blocked(self) -> int:
         """Count the requests that wait for others."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return connection.scalar(_blocked) or 0
+
+    def expired(self, now: float, limit: int) -> Expired:
+        """Return requests that are not granted and had to be by now, and when the next ones have to be."""
+        with self._database.snapshot() as connection:
+            rows = connection.execute(_expired, {"now": now, "limit": limit}).all()
+            return Expired(
+                tuple((row.id, row.expires_at) for row in rows), connection.scalar(_expires_next, {"now": now})
+            )
+
+    def histories(self, ids: Collection[str]) -> dict[str, tuple[Tried, ...]]:
+        """Return how the attempts of requests ended that count, the oldest first; of each that has any."""
+        found: defaultdict[str, list[Tried]] = defaultdict(list)
+        with self._database.snapshot() as connection:
+            for row in _rows(connection, _attempts_of, ids):
+                if row.counted and row.result is not None:
+                    reason = _reason_from(row.reason)
+                    why = "no reason was given" if reason is None else reason.text
+                    found[row.request].append(Tried(row.number, row.worker, row.result, why))
+        return {id_: tuple(tried) for id_, tried in found.items()}
 
     def newest(self) -> int:
         """Return the highest seq that any request has; 0: there is none."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return connection.scalar(_newest) or 0
 
     def newest_requirement(self) -> int:
         """Return the highest id that a requirement class has ever had; 0: there was none."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return connection.scalar(_newest_requirement) or 0
 
     def view(self, ids: Sequence[str]) -> tuple[list[RequestView], list[str]]:
@@ -558,7 +621,7 @@ class Ledger:
         Raises:
             TooLarge: they are more than an answer may hold; found out before they are read.
         """
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             full = {given: self._resolve(connection, given) for given in ids}
             wanted = [id_ for id_ in dict.fromkeys(full.values()) if id_ is not None]
             attempts: defaultdict[str, list[AttemptView]] = defaultdict(list)
@@ -595,7 +658,7 @@ class Ledger:
             statement = statement.where(_artifacts.c.request == query.request)
         if query.category is not None:
             statement = statement.where(_artifacts.c.category == query.category)
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             if query.ids:
                 matching = [row.id for row in _rows(connection, statement.where(_artifacts.c.id.in_(_ids)), query.ids)]
                 ids = sorted(set(matching), reverse=True)[: query.limit]
@@ -607,14 +670,14 @@ class Ledger:
 
     def artifacts_by_id(self, ids: Collection[int], *, limit: int | None = None) -> dict[int, RecordedArtifact]:
         """Return those of the artifacts that the ledger knows; with a limit, none larger, in characters about."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             if limit is not None:
                 ids = [number for number, weight in _weights(connection, ids).items() if weight <= limit]
             return _read_artifacts(connection, ids)
 
     def artifacts_briefly(self, ids: Collection[int]) -> dict[int, RecordedArtifact]:
         """Return those of the artifacts that the ledger knows, without data and files."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return {
                 row.id: RecordedArtifact(id=row.id, category=row.category, name=row.name)
                 for row in _rows(connection, _artifacts_briefly, ids)
@@ -622,12 +685,12 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """Return the number of requests in each state that has any."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return {row.state: row.number for row in connection.execute(_counts)}
 
     def count(self, query: CountRequests) -> int:
         """Return how many requests match."""
-        with self._snapshot() as connection:
+        with self._database.snapshot() as connection:
             return sum(
                 connection.execute(one.with_only_columns(func.count(), maintain_column_froms=True)).scalar_one()
                 for one in _selections(query)
@@ -639,15 +702,15 @@ class Ledger:
         Raises:
             TooLarge: they are more than an answer may hold; found out before they are read.
         """
-        order: ColumnElement[int] = column("seq", Integer) if query.oldest else column("seq", Integer).desc()
-        older = true() if query.before is None else column("seq") < query.before
-        with self._snapshot() as connection:
+        order: ColumnElement[int] = _column("seq") if query.oldest else _column("seq").desc()
+        older = true() if query.before is None else _column("seq") < query.before
+        with self._database.snapshot() as connection:
             lengths = [
                 (row.seq, row.length)
                 for one in _selections(query)
                 for row in connection.execute(
                     one.with_only_columns(
-                        column("seq"), func.length(column("body")).label("length"), maintain_column_froms=True
+                        _column("seq"), func.length(_column("body")).label("length"), maintain_column_froms=True
                     )
                     .where(older)
                     .order_by(order)
@@ -665,28 +728,32 @@ class Ledger:
             after = _still_waited_for(connection, rows)
         return [_request_view(row, after[row.seq], [], []) for row in rows]
 
-    # ---------------------------------------------------------------- transactions
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._explained(), self._writing.begin() as connection:
-            yield connection
+class _Doubt(NamedTuple):
+    """A set of writes whose commit was not answered."""
 
-    @contextmanager
-    def _snapshot(self) -> Iterator[Connection]:
-        with self._explained(), self._reading.connect() as connection:
-            yield connection
+    writes: Sequence[Write]
+    results: list[Result]
+    number: int
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Say what a database's error means for the ledger, where it is known."""
-        try:
-            yield
-        except exc.DatabaseError as error:
-            explained = _explain(error, self._name)
-            if explained is None:
-                raise
-            raise explained from error
+
+_Kind: TypeAlias = type[SqliteDatabase | PostgresqlDatabase]
+_KINDS_OF_DATABASE: Final[dict[str, _Kind]] = {"sqlite": SqliteDatabase, "postgresql": PostgresqlDatabase}
+
+
+def _read_url(url: str) -> tuple[_Kind, URL]:
+    wanted = (
+        "expected a ledger's URL like sqlite:////var/lib/mqworker/ledger.db or "
+        "postgresql://USER:PASSWORD@HOST:5432/DATABASE"
+    )
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError) as error:
+        raise SettingsError(f"{wanted}, got something that is no URL") from error
+    kind = _KINDS_OF_DATABASE.get(parsed.drivername)
+    if kind is None:
+        raise SettingsError(f"{wanted}, got one that begins with {parsed.drivername}://")
+    return kind, parsed
 
 
 # ---------------------------------------------------------------- the order of writes
@@ -761,6 +828,8 @@ def _about(write: Write) -> str:
             return f"requirement {write.id}"
         case Pause() | Resume():
             return f"pause {write.kind} {write.name}"
+        case Unmark():
+            return "marks"
         case Rekey():
             return "all"
         case _:
@@ -827,12 +896,16 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
     new = [write for write in writes if write.request.id not in known]
     standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
     made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
+    marks = {row.id: row.reason for row in _rows(connection, _marked, [write.request.id for write in new])}
     results: dict[str, Accepted] = {}
     rows = []
     dependencies = []
     for write in new:
         request = write.request
         beginning = _begin(write, needs[request.id], standing, made)
+        if request.id in marks and beginning.state not in FINAL:
+            reason = Reason(text=marks[request.id], stage="abort")
+            beginning = _Beginning(state=move(beginning.state, Event.ABORT), reason=reason)
         standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
         row = _new_request(write, contents[request.id], beginning)
         rows.append(row)
@@ -842,6 +915,7 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
         connection.execute(_accept, rows)
     if dependencies:
         connection.execute(_new_dependency, dependencies)
+    _forget(connection, _take_marks, marks)
 
     def result(write: Accept) -> Accepted:
         before = known.get(write.request.id)
@@ -924,7 +998,7 @@ def _accepted(write: Accept, row: dict[str, Any], beginning: _Beginning) -> Acce
             worker=None,
             token=None,
             abort=None,
-            not_before=None,
+            not_before=row["not_before"],
             submitted=write.at,
         )
         live = _filled(live, beginning.bound)
@@ -955,6 +1029,8 @@ def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str
         "state": beginning.state,
         "attempt": 1,
         "tried": 0,
+        "not_before": delayed_until(request, write.at) if beginning.state not in FINAL else None,
+        "expires_at": request.expires_at,
         "submitted": write.at,
         "ended": write.at if beginning.state in FINAL else None,
         "reason": _reason_json(beginning.reason),
@@ -1139,17 +1215,19 @@ def _do_aborts(connection: Connection, writes: Sequence[AbortAsked]) -> list[Res
 
 def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortResult]:
     rows = {row.id: row for row in _rows(connection, _places, [write.request for write in writes])}
+    _keep_marks(connection, [write for write in writes if write.mark and write.request not in rows])
     results: list[AbortResult] = []
     now, later, blocked = [], [], []
     for write in writes:
         row = rows.get(write.request)
         if row is None:
-            results.append(AbortResult(before=None, after=None))
+            results.append(AbortResult(before=None, after=None, marked=write.mark))
             continue
         before = after = State(row.state)
         lane = None
         if before is State.RUNNING:
-            later.append({_THE_SEQ: row.seq, "abort": write.reason})
+            if write.running:
+                later.append({_THE_SEQ: row.seq, "abort": write.reason})
         elif before not in FINAL:
             after = move(before, Event.ABORT)
             now.append(
@@ -1158,7 +1236,7 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
                     "state": after,
                     "abort": write.reason,
                     "ended": write.at,
-                    "reason": _reason_json(Reason(text=write.reason)),
+                    "reason": _reason_json(Reason(text=write.reason, stage=write.stage)),
                 }
             )
             if before is State.PENDING:
@@ -1182,6 +1260,22 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
     for number, (freed, stranded) in settled.items():
         results[ended[number]] = replace(results[ended[number]], freed=freed, stranded=stranded)
     return results
+
+
+def _keep_marks(connection: Connection, writes: Sequence[AbortAsked]) -> None:
+    """Keep what is to be aborted once it comes; what was asked first stays."""
+    known = {row.id for row in _rows(connection, _marked, [write.request for write in writes])}
+    rows = [
+        {"id": write.request, "reason": write.reason, "user": write.user, "at": write.at}
+        for write in writes
+        if write.request not in known
+    ]
+    if rows:
+        connection.execute(_mark, rows)
+
+
+def _do_unmarks(connection: Connection, writes: Sequence[Unmark]) -> list[Result]:
+    return [connection.execute(_unmark, {"before": write.before}).rowcount for write in writes]
 
 
 def _do_imports(connection: Connection, writes: Sequence[Import]) -> list[Result]:
@@ -1243,6 +1337,7 @@ _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
     (Grant, _do_grants),
     (End, _do_ends),
     (AbortAsked, _do_aborts),
+    (Unmark, _do_unmarks),
     (Import, _do_imports),
     (Pause, _do_pauses),
     (Resume, _do_resumes),
@@ -1636,16 +1731,16 @@ def _selections(query: Selection) -> list[Select[*tuple[Any, ...]]]:
     order of age. So it is asked state by state, unless there is an index for just what is wanted.
     """
     wanted = {"task": query.task, "grp": query.group, "worker": query.worker}
-    conditions = [column(name) == value for name, value in wanted.items() if value is not None]
+    conditions = [_column(name) == value for name, value in wanted.items() if value is not None]
     if query.submitted_before is not None:
-        conditions.append(column("submitted") < query.submitted_before)
+        conditions.append(_column("submitted") < query.submitted_before)
     states = sorted(set(query.states))
     if query.worker is None and (states or query.submitted_before is not None or len(conditions) > 1):
         statement = _from("requests_by_state", *_REQUEST).where(*conditions)
-        return [statement.where(column("state") == state) for state in states or State]
+        return [statement.where(_column("state") == state) for state in states or State]
     if states:
-        conditions.append(column("state").in_(states))
-    return [select(*(column(name) for name in _REQUEST)).select_from(text("requests")).where(*conditions)]
+        conditions.append(_column("state").in_(states))
+    return [select(*(_column(name) for name in _REQUEST)).select_from(text("requests")).where(*conditions)]
 
 
 def _still_waited_for(connection: Connection, rows: Iterable[Row[Any]]) -> defaultdict[int, list[str]]:
@@ -1705,124 +1800,3 @@ def _reason_json(reason: Reason | None) -> str | None:
 
 def _reason_from(stored: str | None) -> Reason | None:
     return None if stored is None else _read_reason(stored)
-
-
-# ---------------------------------------------------------------- the file
-
-
-def _path(url: str) -> Path | None:
-    """Return the file that a ledger's URL names; None: memory."""
-    wanted = "expected a ledger's URL like sqlite:////var/lib/mqworker/ledger.db"
-    try:
-        parsed = make_url(url)
-    except exc.ArgumentError as error:
-        raise SettingsError(f"{wanted}, got something that is no URL; write sqlite:/// and the path") from error
-    if parsed.drivername != "sqlite" or parsed.host is not None or parsed.query:
-        given = parsed.render_as_string(hide_password=True)
-        raise SettingsError(f"{wanted}, got {given}; only SQLite files are supported, without parameters")
-    if parsed.database in (None, "", ":memory:"):
-        return None
-    return Path(os.path.realpath(parsed.database))  # so that two names of one file meet at one lock
-
-
-def _take_lock(path: Path) -> int:
-    """Take the lock beside a ledger and write the pid into it; it is held until the descriptor closes."""
-    lock_path = f"{path}.lock"
-    if path.is_dir():
-        raise LedgerInvalid(f"expected a file for the ledger, got the directory {path}; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _explain_os(error, path) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise LedgerLocked(
-            f"expected to be the only scheduler of the ledger {path}, but process {holder} holds {lock_path}; "
-            "stop that scheduler, or use another ledger"
-        ) from error
-    except OSError as error:
-        os.close(lock)
-        raise _explain_os(error, path) from error
-    return lock
-
-
-def _explain_os(error: OSError, path: Path) -> MqworkerError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
-        return LedgerUnavailable(
-            f"the ledger {path} cannot be written now: {error}; free space there, or look at its disk"
-        )
-    return LedgerInvalid(
-        f"expected a path for the ledger where this user may make files, got {path}: {error}; "
-        "name another path, or give this user the right to write there"
-    )
-
-
-def _connect(database: str, name: str) -> sqlite3.Connection:
-    """Open the database file, make sure that it is ours before anything in it is changed, and set it up."""
-    connection = sqlite3.connect(database, timeout=BUSY_TIMEOUT, check_same_thread=False)
-    try:
-        _set_up(connection, name)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _set_up(connection: sqlite3.Connection, name: str) -> None:
-    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and not tables >= schema.EVER:
-        raise LedgerInvalid(
-            f"expected {name} to be a ledger or an empty file, got an SQLite database of something else; "
-            "name another file"
-        )
-    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-    if mode not in {"wal", "memory"}:
-        raise LedgerInvalid(
-            f"expected a file system that can keep a write-ahead log for {name}, got one that cannot "
-            f"(journal mode {mode}); put the ledger on a local disk"
-        )
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute(f"PRAGMA cache_size = {-CACHE_KIB}")
-
-
-def _raise_term(connection: Connection, name: str) -> int:
-    """Make the schema in an empty database, refuse another one, and return the new term."""
-    if not connection.exec_driver_sql("SELECT 1 FROM sqlite_master").first():
-        schema.schema.create_all(connection)
-        connection.execute(
-            insert(_meta), [{"key": "schema", "value": schema.SCHEMA_VERSION}, {"key": "term", "value": 0}]
-        )
-    meta = {row.key: row.value for row in connection.execute(select(_meta))}
-    if meta.get("schema") != schema.SCHEMA_VERSION or "term" not in meta:
-        raise LedgerInvalid(
-            f"expected {name} to have schema {schema.SCHEMA_VERSION}, got schema {meta.get('schema', 'unknown')}; "
-            "use the mqworker that wrote it, or another file"
-        )
-    connection.execute(_old_requirements)
-    term: int = meta["term"] + 1
-    connection.execute(update(_meta).where(_meta.c.key == "term").values(value=term))
-    return term
-
-
-def _explain(error: exc.DatabaseError, name: str) -> MqworkerError | None:
-    """Return what a database error means to whoever reads it; None: it is our own mistake."""
-    code = getattr(error.orig, "sqlite_errorcode", None)
-    primary = None if code is None else code & 0xFF  # extended codes carry their primary one in the low byte
-    if primary in {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FORMAT}:
-        return LedgerInvalid(
-            f"expected {name} to be an SQLite database, got one that cannot be read ({error.orig}); "
-            "name another file, or bring back a backup"
-        )
-    if isinstance(error, exc.OperationalError) and primary != sqlite3.SQLITE_ERROR:
-        return LedgerUnavailable(
-            f"{name} cannot commit now: {error.orig}; nothing was written. "
-            "Free space on its disk, and end what else holds the file open"
-        )
-    return None

@@ -3,15 +3,21 @@
 Whatever changes a request's state stands in MOVES, and nowhere else.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
+
+import msgspec
 
 from mqworker.errors import IllegalMove
-from mqworker.messages import OutcomeResult
+from mqworker.messages import OutcomeResult, Reason, Request
 
 MAX_BACK_OFF: Final = 600.0  # seconds
+MOST_TOLD: Final = 10  # attempts in the reason of a request that has none left
+MOST_TOLD_OF_ONE: Final = 200  # characters
 
 
 class State(StrEnum):
@@ -99,13 +105,22 @@ class Ending:
 
 
 def end_attempt(
-    result: OutcomeResult, *, again: bool, tried: int, max_attempts: int, abort_asked: bool, retry_delay: float
+    result: OutcomeResult,
+    *,
+    again: bool,
+    tried: int,
+    max_attempts: int,
+    abort_asked: bool,
+    retry_delay: float,
+    retry_on: Collection[str] = (),
 ) -> Ending:
     """Judge how an attempt's end moves its request.
 
-    `tried` counts the earlier attempts that count. A worker's own outcome stands, even if an abort was asked for;
-    a run that was lost or handed back while an abort was asked for is aborted, not tried again.
+    `tried` counts the earlier attempts that count; `retry_on` names results that are tried again beside those that
+    always are. A worker's own outcome stands, even if an abort was asked for; a run that was lost or handed back, or
+    that would be tried again, while an abort was asked for is aborted.
     """
+    again = again or result in retry_on
 
     def ending(event: Event, *, counted: bool = True, delay: float = 0.0, exhausted: bool = False) -> Ending:
         return Ending(event=event, to=move(State.RUNNING, event), counted=counted, delay=delay, exhausted=exhausted)
@@ -121,6 +136,66 @@ def end_attempt(
             return ending(Event.RETRY, delay=min(retry_delay * 2**tried, MAX_BACK_OFF))
         return ending(Event.ERR if result in {"lost", "error"} else Event.FAIL, exhausted=True)
     return ending(Event.FAIL if result == "failure" else Event.ERR)
+
+
+class Tried(NamedTuple):
+    """Say how an attempt ended that counts."""
+
+    number: int
+    worker: str
+    result: str
+    why: str
+
+
+def last_alone(history: Sequence[Tried], max_attempts: int) -> bool:
+    """Say whether the next attempt runs alone on its worker: it is the last, and all before it were lost.
+
+    Such a request may be what kills its workers; others are not to be there once more when it does.
+    """
+    return bool(history) and len(history) + 1 >= max_attempts and all(one.result == "lost" for one in history)
+
+
+def exhausted(reason: Reason | None, history: Sequence[Tried], max_attempts: int) -> Reason:
+    """Return why a request that has no attempt left ended: the last attempt's reason, and how those before it ended."""
+    said = Reason(text="no reason was given") if reason is None else reason
+    text = f"{said.text} (attempt {max_attempts} of {max_attempts}, none is left)"
+    told = [f"attempt {one.number} on {one.worker}: {one.result}, {_cut(one.why)}" for one in history[-MOST_TOLD:]]
+    if more := len(history) - len(told):
+        told.insert(0, f"{more} more")
+    if told:
+        text = f"{text}; before it: {'; '.join(told)}"
+    return msgspec.structs.replace(said, text=text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_TOLD_OF_ONE else f"{text[:MOST_TOLD_OF_ONE]} [...]"
+
+
+def delayed_until(request: Request, now: float) -> float | None:
+    """Return the time before which a request that comes now must not be offered; None: there is none."""
+    return request.not_before if request.not_before is not None and request.not_before > now else None
+
+
+def has_expired(request: Request, now: float) -> bool:
+    """Say whether a request must not be granted any more."""
+    return request.expires_at is not None and request.expires_at <= now
+
+
+def expiry_text(expires_at: float) -> str:
+    """Say why a request that was not granted in time is aborted."""
+    at = datetime.fromtimestamp(expires_at, UTC).isoformat(timespec="seconds")
+    return f"expired: not granted by {at}"
+
+
+def window_problem(request: Request) -> str | None:
+    """Return what is wrong with the time in which a request may be granted."""
+    begins, ends = request.not_before, request.expires_at
+    if begins is None or ends is None or begins < ends:
+        return None
+    return (
+        f"expected expires_at behind not_before, got not_before {begins:.3f} and expires_at {ends:.3f}: it could never "
+        "be granted; let it expire later, or begin earlier"
+    )
 
 
 def lease_seconds(asked: float | None, task_lease: float) -> float:

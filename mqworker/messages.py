@@ -9,6 +9,7 @@ that somebody works through. Where a field has none of its own, its reader keeps
 it: what the scheduler says to clients and workers, and what a slot says to its agent.
 """
 
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -34,10 +35,12 @@ MAX_FILES: Final = 50_000  # of one artifact
 MAX_REASON: Final = 4000  # characters of each part of a reason
 MAX_STAGE: Final = 200  # characters
 CUT: Final = " [...]"  # behind a text that was cut
-LATEST: Final = 2**40  # seconds since the epoch
+LATEST: Final = 2**37  # seconds since the epoch: in the year 6325, which every calendar has
+
+FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # \Z and not $, which would let a line feed through at the end.
-Id = Annotated[str, Meta(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")]
+Id = Annotated[str, Meta(pattern=rf"^{FULL_ID.pattern}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # what the ledger can keep
@@ -123,8 +126,8 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     retry_on: Annotated[list[Literal["failure", "error"]], Meta(max_length=2)] = []  # lost ones are retried anyway
     lease: Annotated[float, Meta(ge=5, le=86400)] | None = None  # seconds; None: what the task says
     timeout: Annotated[float, Meta(ge=1, le=31 * 86400)] | None = None  # seconds of one run, by the worker's clock
-    not_before: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch
-    expires_at: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch; counts until the grant
+    not_before: Time | None = None  # seconds since the epoch
+    expires_at: Time | None = None  # seconds since the epoch; counts until the grant
     limits: Limits | None = None
     group: Name = "default"  # whose share of the slots it uses
     concurrency_key: Name | None = None  # requests with one key run a few at a time: settings say how many
@@ -250,6 +253,7 @@ class Ticket(Struct, frozen=True, kw_only=True, tag="ticket"):
     term: Count
     attempt: Positive
     request: Request
+    alone: bool = False  # the last attempt of a request whose others were lost: nothing else may run beside it
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.report)
@@ -283,9 +287,11 @@ class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]  # how many can take a run or have one
     running: Annotated[list[RunProgress], Meta(max_length=MAX_SLOTS)]
     claiming: Annotated[list[RunRef], Meta(max_length=MAX_SLOTS)]  # claims that are not answered yet
-    unsettled: Annotated[
-        list[RunRef], Meta(max_length=MAX_LISTED)
-    ]  # outcomes in the spool: a lease that none of the three lists names is lost
+    # Outcomes in the spool: a lease that none of the three lists names is lost.
+    unsettled: Annotated[list[RunRef], Meta(max_length=MAX_LISTED)]
+    draining: bool = False  # it was told to take nothing more
+    leaving: bool = False  # it ends when nothing runs any more
+    held: Annotated[str, Meta(max_length=2 * MAX_REASON)] | None = None  # why it takes no work now: a full disk, say
 
 
 class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
@@ -318,6 +324,7 @@ class Report(Struct, frozen=True, kw_only=True, tag="report"):
     epoch: Token  # of the worker's connection: where the answer goes
     seq: Count  # rises with each report of one agent process
     incarnation: Count  # rises with each agent process of one state directory
+    home: Annotated[str, Meta(max_length=40)] = ""  # of that directory; the tokens of its claims begin with it
     parts: Annotated[list[ReportPart], Meta(max_length=2 * MAX_SLOTS)]
 
 
@@ -399,7 +406,14 @@ class Introduce(Struct, frozen=True, kw_only=True, tag="introduce"):
     """Ask a worker for a Hello: the scheduler does not know it, or wants fresh metadata."""
 
 
-VerdictPart = Alive | Assign | Granted | Void | Abort | Recorded | Introduce
+class Drain(Struct, frozen=True, kw_only=True, tag="drain"):
+    """Tell a worker to take nothing more; repeated until it says that it does. A queue assigned to it ends it."""
+
+    reason: str
+    stop: bool = False  # it is to end when nothing runs any more
+
+
+VerdictPart = Alive | Assign | Granted | Void | Abort | Recorded | Introduce | Drain
 
 
 class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
@@ -454,7 +468,7 @@ class Reprioritise(Struct, frozen=True, kw_only=True, tag="reprioritise"):
 
 
 class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
-    """Ask for requests to be stopped, wherever they are."""
+    """Ask for requests to be stopped, wherever they are; one with a full id that nobody knows, when it comes."""
 
     v: int = VERSION
     ids: RequestIds
@@ -520,6 +534,17 @@ class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
     name: Name
 
 
+class DrainWorkers(Struct, frozen=True, kw_only=True, tag="drain_workers"):
+    """Ask that workers take nothing more, and end if that is wanted when nothing runs; a Resume of each ends it."""
+
+    v: int = VERSION
+    names: Annotated[list[Name], Meta(max_length=10000)] = []
+    classes: Annotated[list[Name], Meta(max_length=1000)] = []  # all workers of these capability classes
+    everybody: bool = False  # all workers that are known
+    reason: Annotated[str, Meta(max_length=1000)] = ""
+    stop: bool = False
+
+
 class ListPauses(Struct, frozen=True, kw_only=True, tag="list_pauses"):
     """Ask what is paused."""
 
@@ -567,6 +592,7 @@ Query = (
     | ImportArtifact
     | Pause
     | Resume
+    | DrainWorkers
     | ListPauses
     | Explain
     | GetCapabilities
@@ -616,6 +642,7 @@ class RequestList(Struct, frozen=True, kw_only=True, tag="request_list"):
     v: int = VERSION
     requests: list[RequestView] = []
     missing: list[str] = []
+    marked: list[str] = []  # of AbortRequests: nobody knows them yet; they are aborted when they come
 
 
 class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -634,11 +661,12 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: str | None = None
     paused: str | None = None  # why; empty: no reason was given
     denied: list[str] = []
+    draining: bool = False  # by its own word, it takes nothing more
     capability_class: str | None = None
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers, and RefreshWorkers with nobody: what they find comes later."""
+    """Answer ListWorkers and DrainWorkers, and RefreshWorkers with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -811,7 +839,7 @@ class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
     term: int
     time: float
     worker: str
-    event: Literal["online", "changed", "offline", "refused"]
+    event: Literal["online", "changed", "offline", "refused", "paused"]
     reason: str | None = None
 
 
@@ -860,6 +888,8 @@ class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
     inputs: list[RecordedArtifact]
     directory: str
     deadline_ns: int
+    limits: Limits | None = None  # that the slot is to see to itself, as far as the kernel helps one process with it
+    cpus: list[int] = []  # the run keeps to these; empty: to all that its slot has
 
 
 class Renew(Struct, frozen=True, kw_only=True, tag="renew"):
@@ -895,12 +925,13 @@ class SlotOutput(Struct, frozen=True, kw_only=True, tag="slot_output"):
 
 
 class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot_ended"):
-    """Tell the agent how the run ended: every descendant is gone and every artifact in the store."""
+    """Tell the agent how the run ended: artifacts are in the store, and all descendants gone but what is `left`."""
 
     result: Literal["success", "failure", "error", "aborted"]
     reason: Reason | None = None
     again: bool = False
     artifacts: list[Artifact] = []
+    left: str | None = None  # what could not be ended: the slot ends itself, and the run is over when that has gone
 
 
 class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):

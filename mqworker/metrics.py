@@ -67,6 +67,7 @@ class SchedulerMetrics(_Process):
 
     def __init__(self, *, version: str) -> None:
         super().__init__(role="scheduler", version=version)
+        self.active = self._gauge("mqworker_scheduler_active", "1 while this scheduler is active, not standby.")
         self.term = self._gauge("mqworker_scheduler_term", "The term of this scheduler.")
         self.requests = self._gauge("mqworker_requests", "Requests that are not final, by state.", ["state"])
         self.received = self._counter(
@@ -130,6 +131,9 @@ class WorkerMetrics(_Process):
             "mqworker_worker_runs_total", "Runs that ended here, by task and result.", ["task", "result"]
         )
         self.refusals = self._counter("mqworker_worker_refusals_total", "Tickets that this worker refused.", ["task"])
+        self.held = self._gauge(
+            "mqworker_worker_held", "1 while the worker takes no work for want of room; /healthz says where."
+        )
         self.slot_restarts = self._counter(
             "mqworker_worker_slot_restarts_total", "Slot processes started after the first ones."
         )

@@ -31,8 +31,8 @@ def needs(request: Request) -> dict[str, Need]:
 def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
     """Order requests that come together so that each stands behind those that it needs.
 
-    Returns the positions in that order, and what is wrong with those that need each other in a circle; these, and what
-    needs them, stand at the end.
+    Returns the positions in that order, and what is wrong with those that need each other in a circle and with those
+    that need one of these; they stand at the end.
     """
     position = {request.id: number for number, request in enumerate(requests)}
     wanted = [[position[id_] for id_ in needs(request) if id_ in position] for request in requests]
@@ -54,7 +54,7 @@ def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
     problems = {}
     looks = CIRCLES_LOOKED_FOR
     for number in left:
-        circle = _circle(number, wanted, missing, looks)
+        circle = _way_to_circle(number, wanted, missing, looks)
         looks -= circle.looks
         if circle.way:
             shown = [requests[one].id for one in circle.way]
@@ -62,7 +62,7 @@ def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
                 shown[CIRCLE_SHOWN - 1 : -1] = ["..."]
             names = " needs ".join(shown)
             problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
-        elif looks <= 0:
+        else:
             problems[number] = "expected requests that can be done one after the other, got many that need each other"
     return [*order, *left], problems
 
@@ -92,6 +92,18 @@ def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int],
                 return _Circle([start, *way[:0:-1], start], looks)
             reached.append(one)
     return _Circle([], looks)
+
+
+def _way_to_circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int], most: int) -> _Circle:
+    """Look for the way from a request to a circle, and around it: at once, if the request stands in one."""
+    way = [start]
+    looks = 0
+    while True:
+        found = _circle(way[-1], wanted, missing, most - looks)
+        looks += found.looks
+        if found.way or looks > most:
+            return _Circle([*way[:-1], *found.way] if found.way else [], looks)
+        way.append(next(one for one in wanted[way[-1]] if missing[one]))
 
 
 def bind(data: Mapping[str, Any], pointer: str, value: object) -> dict[str, Any]:

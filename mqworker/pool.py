@@ -10,16 +10,17 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from heapq import nsmallest
 from itertools import islice
+from math import inf
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from mqworker import explain
+from mqworker.blame import Blame
 from mqworker.dispatch import Dispatch, Lane, Want
-from mqworker.examiner import Draft, Examiner, wrong_input
+from mqworker.examiner import Draft, wrong_input
 from mqworker.facts import (
     AbortAsked,
     AbortResult,
@@ -27,6 +28,7 @@ from mqworker.facts import (
     Accepted,
     End,
     Ended,
+    Expired,
     Grant,
     Import,
     LaneCount,
@@ -40,12 +42,26 @@ from mqworker.facts import (
     Resume,
     Return,
     Stranded,
+    Unmark,
     Wake,
     Write,
 )
 from mqworker.facts import Pause as KeepPause
-from mqworker.lifecycle import Event, State, end_attempt, lease_seconds
-from mqworker.matching import Change, Funnel, Matching, Question, Requirement, WorkerFacts
+from mqworker.holdings import Entry, Holdings, KnownWorker, Lease, Use
+from mqworker.lifecycle import (
+    Event,
+    State,
+    Tried,
+    delayed_until,
+    end_attempt,
+    exhausted,
+    expiry_text,
+    has_expired,
+    last_alone,
+    lease_seconds,
+    window_problem,
+)
+from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
     MAX_INPUTS_BYTES,
     MAX_METADATA_BYTES,
@@ -54,16 +70,13 @@ from mqworker.messages import (
     Artifact,
     Assign,
     Bye,
-    Capability,
-    CapabilityList,
     Claim,
-    Explanation,
-    GetCapabilities,
+    Drain,
+    DrainWorkers,
     Granted,
     Heartbeat,
     Hello,
     Introduce,
-    ListWorkers,
     Outcome,
     Outcomes,
     Pause,
@@ -79,7 +92,6 @@ from mqworker.messages import (
     Report,
     Request,
     RequestEvent,
-    RequestView,
     RunProgress,
     RunRef,
     StuckEvent,
@@ -88,16 +100,15 @@ from mqworker.messages import (
     VerdictPart,
     Void,
     WorkerEvent,
-    WorkerView,
     bounded,
 )
-from mqworker.messages import Pool as PoolView
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
-from mqworker.requirements import Kind, RequirementClass, Requirements, reads_from, reads_text
+from mqworker.requirements import Kind, RequirementClass, reads_from, reads_text
 from mqworker.task import Task
 from mqworker.topology import Queue, Topology
 from mqworker.tracking import Read
+from mqworker.views import Views
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +121,11 @@ DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew be
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 MAX_POOL_METADATA_BYTES: Final = 512 * 1024 * 1024  # of all workers together; as Python's objects some five times that
+FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
+HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
+DECLARED_AT_ONCE: Final = 20  # of these queues, before other work goes on
+EXPIRED_AT_ONCE: Final = 1000  # requests
+NAME_IS_FREE_AFTER: Final = 20.0  # seconds of silence: four heartbeats
 LEASE_MARGIN: Final = 1.0  # seconds: two clocks may run at rates that differ by 1/60 over the shortest lease
 
 
@@ -140,9 +156,12 @@ class Asks:
     heads: Sequence[Want]
     members: Sequence[int]  # requirement classes whose requests are to be placed anew
     unused: frozenset[int]  # requirement classes that may have no live request any more
+    histories: frozenset[str]  # requests of which is wanted how their attempts ended
+    expired: float | None  # wall: what had to be granted by then
 
     def __bool__(self) -> bool:
-        return bool(self.artifacts or self.heads or self.members or self.unused)
+        asked = self.artifacts or self.heads or self.members or self.unused or self.histories
+        return bool(asked) or self.expired is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +172,8 @@ class Answers:
     heads: Sequence[Sequence[Live]] = ()  # for each want
     members: Sequence[Sequence[Live]] = ()  # for each of the requirement classes, the best first
     used: frozenset[int] = frozenset()
+    histories: Mapping[str, tuple[Tried, ...]] = field(default_factory=dict)
+    expired: Expired | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +185,7 @@ class Kept:
     requirements: Sequence[RequirementRow]
     lanes: Sequence[LaneCount]
     held: Sequence[Live]  # offered, running, or waiting out a delay
+    histories: Mapping[str, tuple[Tried, ...]]  # of those held: how their attempts ended
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
 
@@ -173,75 +195,6 @@ class _Named(NamedTuple):
 
     id: str
     task: str
-
-
-@dataclass(kw_only=True)
-class _Lease:
-    worker: str
-    run: RunProgress  # by the worker's newest word
-    seconds: float
-    deadline: float  # steady
-    probe: int | None = None
-
-    @property
-    def token(self) -> str:
-        return self.run.token
-
-
-@dataclass(kw_only=True, slots=True)
-class _Entry:
-    """One live request that is in memory."""
-
-    seq: int
-    request: Request
-    inputs: tuple[int, ...]
-    one: RequirementClass
-    own: Requirement | None = None  # a requirement of its own, once a worker has refused it
-    state: State = State.PENDING
-    attempt: int = 1
-    tried: int = 0
-    abort: str | None = None
-    submitted: float = 0.0  # wall
-    lease: _Lease | None = None
-    due: float | None = None  # steady; it waits out a delay until then
-
-    @property
-    def requirement(self) -> Requirement:
-        return self.one.id if self.own is None else self.own
-
-    @property
-    def lane(self) -> Lane:
-        request = self.request
-        return Lane(self.requirement, request.priority, request.group, request.concurrency_key)
-
-
-@dataclass(kw_only=True)
-class _Use:
-    """Say how a requirement class is used."""
-
-    entries: int = 0  # in memory
-    idle_since: float = 0.0  # steady
-    stuck_since: float | None = None  # steady; since when no worker can run it
-    told: bool = False  # that it is stuck
-
-
-@dataclass(kw_only=True)
-class _Worker:
-    name: str
-    epoch: str = ""
-    incarnation: int = -1
-    seq: int = -1
-    any_number: bool = False  # its next report counts, whatever number it has
-    hello: Hello | None = None
-    state: str = "offline"
-    reason: str | None = None
-    seen: float = 0.0  # steady
-    seen_wall: float = 0.0
-    probe: int | None = None
-    heartbeat: Heartbeat | None = None
-    former: str | None = None  # the queue that it consumed before it was told of another
-    leases: set[str] = field(default_factory=set)  # request ids
-    metadata_bytes: int = 0
 
 
 class Pool:
@@ -259,6 +212,7 @@ class Pool:
         group_weights: Mapping[str, float] = MappingProxyType({}),
         concurrency_limits: Mapping[str, int] = MappingProxyType({}),
         no_worker_after: float = 300.0,
+        pause_after: int = 3,
     ) -> None:
         self._term = term
         self._topology = topology
@@ -268,36 +222,49 @@ class Pool:
         self._metrics = metrics
         self._classes_made = 0
         self._probes = 0
-        self._last_seq = 0
         self._no_worker_after = no_worker_after
-        self._examiner = Examiner()
-        self._requirements = Requirements()
-        self._uses: dict[int, _Use] = {}
+        held = self._held = Holdings(
+            matching=Matching(name_class=self._name_class),
+            dispatch=Dispatch(weights=group_weights, limits=concurrency_limits),
+        )
+        self._examiner = held.examiner
+        self._requirements = held.requirements
+        self._uses: dict[int, Use] = {}
         self._divided: dict[int, RequirementClass] = {}
-        self._matching = Matching(name_class=self._name_class)
-        self._dispatch = Dispatch(weights=group_weights, limits=concurrency_limits)
-        self._entries: dict[str, _Entry] = {}
-        self._blocked = 0
-        self._delayed: set[str] = set()
-        self._running: dict[str, _Entry] = {}
-        self._workers: dict[str, _Worker] = {}
+        self._matching = held.matching
+        self._dispatch = held.dispatch
+        self._entries = held.entries
+        self._delayed = held.delayed
+        self._running: dict[str, Entry] = {}
+        self._workers = held.workers
         self._metadata_bytes = 0  # of them all
-        self._pauses: dict[tuple[str, str], PauseView] = {}
+        self._pauses = held.pauses
         self._swept = 0.0
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
-        self._refused: dict[str, frozenset[tuple[str, int]]] = {}  # request to the workers that declined it
+        self._refused = held.refused
         self._refusals = 0
-        self._alone: dict[str, _Use] = {}  # by the requests that were refused: how their own requirements are used
-        self._steady = self._wall = 0.0  # when it last looked at what is due
+        self._alone: dict[str, Use] = {}  # by the requests that were refused: how their own requirements are used
+        self._steady = 0.0  # when it last looked at what is due
+        self._wall = 0.0  # ... by the other clock
         self._looked = 0.0  # when it last looked for requests that nobody can run
-        self._asks = Asks(artifacts=frozenset(), heads=(), members=(), unused=frozenset())
+        self._hourly = 0.0  # when it last began what is done hourly
+        self._to_declare: list[str] = []  # classes, for what is done hourly
+        self._blame = Blame(pause_after)
+        self._expires = -inf  # wall: nothing expires before then
+        self._expired_by: float | None = None  # wall: what has expired by then is to be asked for
+        self._histories_wanted: set[str] = set()
+        self._histories: Mapping[str, tuple[Tried, ...]] = {}
+        self._asks = Asks(
+            artifacts=frozenset(), heads=(), members=(), unused=frozenset(), histories=frozenset(), expired=None
+        )
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
         self._sends: list[Send] = []
         self._verdicts: dict[tuple[str, str], list[VerdictPart]] = {}
         self._grants_wanted: set[int] = set()
         self._inputs: Mapping[int, RecordedArtifact] = {}
+        self.views = Views(held, term=term, topology=topology, store_id=store_id, metrics=metrics)
         self.declare: list[Queue] = []  # before the next sends
         self.delete: list[str] = []  # queues of classes that are gone
 
@@ -309,20 +276,28 @@ class Pool:
             self._write(Rekey(to=self._rekeyed), lambda _: None)
             self._rekeyed = {}
         self._committing, self._writes = self._writes, []
-        self._asks = Asks(
+        self._asks = self._take_asks()
+        return [write for write, _ in self._committing if write is not None], self._asks
+
+    def _take_asks(self) -> Asks:
+        asks = Asks(
             artifacts=frozenset(self._grants_wanted),
-            heads=self._dispatch.wants(self._last_seq),
+            heads=self._dispatch.wants(self._held.newest),
             members=tuple(islice(self._divided, DIVIDED_AT_ONCE)),
             unused=frozenset(self._unused),
+            histories=frozenset(self._histories_wanted),
+            expired=self._expired_by,
         )
-        self._grants_wanted = set()
-        self._unused = set()
-        return [write for write, _ in self._committing if write is not None], self._asks
+        self._grants_wanted, self._unused, self._histories_wanted = set(), set(), set()
+        if self._expired_by is not None:
+            self._expires, self._expired_by = inf, None  # the answer says when it is next, or what comes meanwhile
+        return asks
 
     def committed(self, results: Sequence[Any], answers: Answers) -> None:
         """Take over what the ledger has committed of the writes last handed over, and what was read behind them."""
         asks = self._asks
         self._inputs = answers.artifacts
+        self._histories = answers.histories
         remaining = iter(results)
         committing, self._committing = self._committing, []
         for write, then in committing:
@@ -334,6 +309,8 @@ class Pool:
                 self._place_anew(self._divided[number], members)
         for number in asks.unused - answers.used:
             self._drop_unused(number)
+        if answers.expired is not None:
+            self._take_expired(answers.expired)
 
     def _heads(self, want: Want, rows: Sequence[Live]) -> None:
         """Take the next requests of a lane into memory."""
@@ -363,10 +340,11 @@ class Pool:
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
-        self._steady, self._wall = moment
-        self._last_seq = kept.newest
+        self._steady = self._hourly = moment.steady
+        self._held.newest = kept.newest
+        self._wall = moment.wall
         self._requirements.count_from(kept.newest_requirement)
-        self._blocked = kept.blocked
+        self._held.blocked = kept.blocked
         for pause in kept.pauses:
             self._pauses[pause.kind, pause.name] = pause
             if pause.kind == "group":
@@ -376,15 +354,18 @@ class Pool:
         for lane in kept.lanes:
             self._dispatch.restore(Lane(lane.requirement, lane.priority, lane.group, lane.key), lane.number)
         for held in kept.held:
+            if held.unmet:  # it waits for others first
+                continue
             entry = self._entry_of(held)
+            entry.history = kept.histories.get(held.request.id, ())
             if held.state is State.RUNNING:
                 seconds = self._lease_of(entry)
-                worker = self._workers.setdefault(held.worker or "", _Worker(name=held.worker or ""))
+                worker = self._workers.setdefault(held.worker or "", KnownWorker(name=held.worker or ""))
                 worker.seen, worker.seen_wall = moment.steady, moment.wall
                 worker.leases.add(held.request.id)
                 self._running[held.request.id] = entry
                 self._dispatch.hold(held.request.id, entry.lane)
-                entry.lease = _Lease(
+                entry.lease = Lease(
                     worker=worker.name,
                     run=RunProgress(
                         request=held.request.id, attempt=held.attempt, token=held.token or "", since=moment.wall
@@ -438,7 +419,7 @@ class Pool:
 
     def _begin(self, one: RequirementClass, draft: Draft) -> None:
         """Make a requirement class live."""
-        self._uses[one.id] = _Use(idle_since=self._steady)
+        self._uses[one.id] = Use(idle_since=self._steady)
         one.problem = draft.problem
         if one.divided:
             self._divided[one.id] = one
@@ -483,7 +464,7 @@ class Pool:
                 self._dispatch.absent(_lane_of(row), row.seq)
                 self._place(self._entry_of(row, one))
 
-    def _reclass(self, seq: int, request: Request, entry: _Entry | None, *, bound: bool) -> RequirementClass:
+    def _reclass(self, seq: int, request: Request, entry: Entry | None, *, bound: bool) -> RequirementClass:
         """Find the requirement class of a request anew."""
         one = self._class_of(self._examiner.examine(request, bound=bound))
         self._rekeyed[seq] = one.id
@@ -522,6 +503,15 @@ class Pool:
             if number < surplus or self._steady - self._idle_since(one) > LINGER
         }
         self._change(self._matching.merge())
+        long_gone = [
+            worker.name
+            for worker in self._workers.values()
+            if worker.state != "online" and not worker.leases and self._steady - worker.seen > FORGET
+        ]
+        for name in long_gone:
+            del self._workers[name]
+            self._blame.forget(name)
+            self._held.drains.pop(name, None)
 
     def _idle_since(self, one: RequirementClass) -> float:
         return self._uses[one.id].idle_since
@@ -553,9 +543,9 @@ class Pool:
         for index in order:
             draft = drafts[index]
             request = draft.request
-            problem = draft.problem or circular.get(index) or wrong_input(draft, artifacts)
-            self._last_seq += 1
-            seq = self._last_seq
+            problem = draft.problem or circular.get(index) or window_problem(request) or wrong_input(draft, artifacts)
+            self._held.newest += 1
+            seq = self._held.newest
             if problem is not None:
                 write = Accept(
                     seq=seq, request=request, at=moment.wall, rejected=Reason(text=problem, stage="submission")
@@ -565,9 +555,10 @@ class Pool:
                 )
                 continue
             one = self._class_of(draft)
-            entry = _Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
+            entry = Entry(seq=seq, request=request, inputs=draft.inputs, one=one, submitted=moment.wall)
             fresh = later = behind = None
-            if needs(request):
+            self._note_expiry(request)
+            if needs(request) or delayed_until(request, moment.wall) is not None:
                 later = entry
             elif request.id not in self._entries:
                 # Placed at once, so that it can be offered in the transaction that accepts it.
@@ -595,11 +586,11 @@ class Pool:
         request: Request,
         moment: Moment,
         settle: Callable[[Receipted], None],
-        fresh: _Entry | None = None,
-        behind: _Entry | None = None,
-        later: _Entry | None = None,
+        fresh: Entry | None = None,
+        behind: Entry | None = None,
+        later: Entry | None = None,
     ) -> None:
-        if result.status != "accepted":  # the ledger knew it
+        if result.status != "accepted" or result.state is State.ABORTED:  # the ledger knew it, or its abort
             if fresh is not None and self._entries.get(request.id) is fresh:
                 self._forget(fresh)
             if behind is not None:
@@ -612,27 +603,35 @@ class Pool:
         if result.stranded is not None:
             self._tell(request, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=result.stranded)
         elif result.unmet:
-            self._blocked += 1
+            self._held.blocked += 1
         elif result.status == "accepted" and later is not None:
             if result.live is None:
-                self._place(self._new_entry(later))
+                self._let_wait(self._new_entry(later), delayed_until(request, moment.wall), moment)
             else:
-                self._free(result.live)
+                self._free(result.live, moment)
         settle(Receipted(id=request.id, status=result.status, reason=result.reason))
 
-    def _free(self, row: Live) -> None:
+    def _free(self, row: Live, moment: Moment) -> None:
         """Let a request wait for a slot that needs no other request any more."""
         entry = self._entry_of(row)
         if row.request.take:  # only now it is known what its task sees
             self._reclass(row.seq, row.request, entry, bound=True)
-            self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
-        self._place(entry)
+            if row.not_before is None:
+                self._dispatch.absent(_lane_of(row), row.seq)  # the ledger has it there until the next commit
+        self._let_wait(entry, row.not_before, moment)
+
+    def _let_wait(self, entry: Entry, not_before: float | None, moment: Moment) -> None:
+        """Let a request wait for its time, if it has one, and for a slot."""
+        if not_before is None:
+            self._place(entry)
+        else:
+            self._delay(entry, due=moment.steady + not_before - moment.wall)
 
     def _settle_dependents(self, freed: Sequence[Live], stranded: Sequence[Stranded], moment: Moment) -> None:
         """Take over what the end of one request meant for those that needed it."""
-        self._blocked -= len(freed) + len(stranded)
+        self._held.blocked -= len(freed) + len(stranded)
         for row in freed:
-            self._free(row)
+            self._free(row, moment)
         for gone in stranded:
             self._tell(gone, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason)
 
@@ -640,13 +639,18 @@ class Pool:
 
     def report(self, report: Report, moment: Moment) -> None:
         """Take a worker's word; one that is older than the newest known is dropped."""
-        worker = self._workers.setdefault(report.worker, _Worker(name=report.worker))
-        if not worker.any_number and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
+        if (intrudes := self._intrudes(worker, report, moment)) is not None:
+            self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
+            return
+        late = worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq)
+        if late and not worker.any_number:
             return
         worker.any_number = False
-        if report.incarnation != worker.incarnation:
+        if report.incarnation != worker.incarnation or report.home != worker.home:
             worker.hello = worker.heartbeat = None
-        worker.incarnation, worker.seq, worker.epoch = report.incarnation, report.seq, report.epoch
+        worker.home, worker.incarnation = report.home, report.incarnation
+        worker.seq, worker.epoch = report.seq, report.epoch
         worker.seen, worker.seen_wall, worker.probe = moment.steady, moment.wall, None
         for part in report.parts:
             match part:
@@ -664,7 +668,29 @@ class Pool:
                 case Refusal():
                     self._refusal(worker, part)
 
-    def _hello(self, worker: _Worker, hello: Hello, moment: Moment) -> None:
+    @staticmethod
+    def _intrudes(worker: KnownWorker, report: Report, moment: Moment) -> str | None:
+        """Say why a report is not that of the worker which has its name; None: it is, or the name is free.
+
+        A successor in the same state directory takes over at once, since there its predecessor is known to have ended.
+        From another one, it is a successor only if the worker is silent: two agents may be given one name by mistake.
+        """
+        if worker.incarnation < 0 or worker.any_number:
+            return None
+        if report.home == worker.home:
+            if report.incarnation >= worker.incarnation:
+                return None
+            other = "a newer one, which has a copy of its state directory or is its successor,"
+        elif worker.state == "offline" or moment.steady - worker.seen >= NAME_IS_FREE_AFTER:
+            return None
+        else:
+            other = f"another one, on the host {worker.hello.host if worker.hello else 'unknown'},"
+        return (
+            f"expected one worker of the name {worker.name} in the pool, but {other} has it: give one of the two"
+            " another name and state_dir, or stop it"
+        )
+
+    def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
         size = len(msgspec.json.encode(hello.metadata))
         others = self._metadata_bytes - worker.metadata_bytes
@@ -692,10 +718,10 @@ class Pool:
             return
         if not known:
             worker.state, worker.reason = "online", None
-        self._tell_worker(worker, "changed" if known else "online", moment)
+        self._tell_worker(worker.name, "changed" if known else "online", moment, worker.reason)
         self._enter(worker, hello)
 
-    def _enter(self, worker: _Worker, hello: Hello) -> None:
+    def _enter(self, worker: KnownWorker, hello: Hello) -> None:
         self._change(
             self._matching.join(
                 WorkerFacts(
@@ -711,16 +737,17 @@ class Pool:
             self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
-    def _heartbeat(self, worker: _Worker, beat: Heartbeat, moment: Moment) -> None:
+    def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
         if worker.state == "refused":
             self._say(worker, Assign(queue=None, reason=worker.reason))
             return
         if worker.state == "offline":  # it was silent, and is back
             worker.state, worker.reason = "online", None
-            self._tell_worker(worker, "online", moment)
+            self._tell_worker(worker.name, "online", moment, worker.reason)
             if worker.hello is not None:
                 self._enter(worker, worker.hello)
         worker.heartbeat = beat
+        self._tell_to_drain(worker, beat)
         running = {run.token: run for run in beat.running}
         has = {*running, *(ref.token for ref in beat.claiming)}
         settled_soon = {ref.token for ref in beat.unsettled}
@@ -738,7 +765,8 @@ class Pool:
                     self._say(
                         worker, Abort(request=request, attempt=entry.attempt, token=lease.token, reason=entry.abort)
                     )
-            elif lease.token not in settled_soon:  # and its claim came in an earlier report than this
+            elif lease.token not in settled_soon and lease.token.startswith(worker.home):
+                # Its claim came in an earlier report than this. One from another state directory lapses by time.
                 self._lost(entry, "the worker was restarted and does not have this run any more", moment)
         mine = {lease.token for lease in map(self._lease_held, worker.leases) if lease is not None}
         void = [
@@ -762,6 +790,16 @@ class Pool:
             busy=busy,
         )
 
+    def _tell_to_drain(self, worker: KnownWorker, beat: Heartbeat) -> None:
+        """Repeat that a worker is to take nothing more until it says that it does."""
+        drain = self._held.drains.get(worker.name)
+        if drain is None:
+            return
+        if beat.draining and (beat.leaving or not drain.stop):
+            del self._held.drains[worker.name]
+        else:
+            self._say(worker, drain)
+
     def _retire(self, queue: str) -> None:
         """Have a queue deleted that may be one of an earlier term's classes: nobody else would, for a day."""
         if queue.startswith(f"{self._topology.work}.") and not self._is_class(queue):  # a worker may name any queue
@@ -771,10 +809,10 @@ class Pool:
         """Say whether a queue is that of a class that lives."""
         return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
 
-    def _lease_held(self, request: str) -> _Lease | None:
+    def _lease_held(self, request: str) -> Lease | None:
         return self._entries[request].lease
 
-    def _claim(self, worker: _Worker, claim: Claim, moment: Moment) -> None:
+    def _claim(self, worker: KnownWorker, claim: Claim, moment: Moment) -> None:
         hello = worker.hello
         if hello is None or hello.metadata_version != claim.metadata_version or worker.state == "offline":
             self._say(worker, Introduce())  # unanswered, the claim comes again behind the Hello
@@ -787,6 +825,9 @@ class Pool:
             self._writes.append((None, lambda _: self._granted(worker, claim, entry)))  # the same answer again
         elif entry.state is not State.OFFERED:
             self._void(worker, claim, f"the request is {entry.state}, not offered")
+        elif has_expired(entry.request, moment.wall):
+            self._void(worker, claim, "the request has expired")
+            self._expire(entry.request.id, entry.request.expires_at or 0.0, moment)
         elif entry.attempt != claim.attempt:
             self._void(worker, claim, f"attempt {claim.attempt} is over, the request is at attempt {entry.attempt}")
         elif worker.state != "online" or not self._matching.can_run(worker.name, entry.requirement):
@@ -805,7 +846,7 @@ class Pool:
                 partial(self._claim_settled, worker=worker, claim=claim, entry=entry, moment=moment),
             )
 
-    def _claim_settled(self, result: str, *, worker: _Worker, claim: Claim, entry: _Entry, moment: Moment) -> None:
+    def _claim_settled(self, result: str, *, worker: KnownWorker, claim: Claim, entry: Entry, moment: Moment) -> None:
         if result == "void":
             self._void(worker, claim, "another worker was first")
             return
@@ -814,7 +855,7 @@ class Pool:
             return
         seconds = self._lease_of(entry)
         entry.state = State.RUNNING
-        entry.lease = _Lease(
+        entry.lease = Lease(
             worker=worker.name,
             run=RunProgress(
                 request=claim.request, attempt=claim.attempt, token=claim.token, since=moment.wall, stage="start"
@@ -826,6 +867,8 @@ class Pool:
         self._running[claim.request] = entry
         self._dispatch.hold(claim.request, entry.lane)  # also if its class has gone since the claim was judged
         self._dispatch.taken(worker.name, claim.token)
+        if last_alone(entry.history, entry.request.max_attempts):
+            self._dispatch.no_supply(worker.name)  # until its next heartbeat says what else it takes
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
         )
@@ -834,7 +877,7 @@ class Pool:
         )
         self._granted(worker, claim, entry)
 
-    def _granted(self, worker: _Worker, claim: Claim, entry: _Entry) -> None:
+    def _granted(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
         inputs = [self._inputs[number] for number in entry.inputs if number in self._inputs]
         if len(inputs) < len(entry.inputs) or sum(len(msgspec.json.encode(one)) for one in inputs) > MAX_INPUTS_BYTES:
             self._too_much_input(worker, claim)
@@ -850,7 +893,7 @@ class Pool:
             ),
         )
 
-    def _too_much_input(self, worker: _Worker, claim: Claim) -> None:
+    def _too_much_input(self, worker: KnownWorker, claim: Claim) -> None:
         """End a request whose grant no message could carry, before it has begun."""
         reason = Reason(
             text=f"expected input artifacts that are described in at most {MAX_INPUTS_BYTES} bytes together, got more:"
@@ -876,7 +919,7 @@ class Pool:
         )
         self._void(worker, claim, reason.text)
 
-    def _refusal(self, worker: _Worker, refusal: Refusal) -> None:
+    def _refusal(self, worker: KnownWorker, refusal: Refusal) -> None:
         if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
             self._say(worker, Introduce())  # unanswered, the refusal comes again behind the Hello
             return
@@ -887,7 +930,7 @@ class Pool:
             self._return(entry)
         self._void(worker, refusal, "refused")
 
-    def _remember_refusal(self, entry: _Entry, worker: str, metadata_version: int) -> None:
+    def _remember_refusal(self, entry: Entry, worker: str, metadata_version: int) -> None:
         """Give the request a requirement of its own, which this worker does not meet with this metadata."""
         if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
@@ -895,7 +938,7 @@ class Pool:
         earlier = (one for one in self._refused.get(entry.request.id, ()) if one[0] != worker)  # it has other ones now
         denied = frozenset({*earlier, (worker, metadata_version)})
         self._refused[entry.request.id] = denied
-        self._alone.setdefault(entry.request.id, _Use())
+        self._alone.setdefault(entry.request.id, Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
@@ -903,8 +946,8 @@ class Pool:
         entry.own = (entry.one.id, entry.request.id, self._refusals)
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
-        question = replace(self._passing_question(draft), denied=denied)  # it is shared with none: no read divides it
-        self._change(self._matching.need(entry.own, question))
+        alone = self._examiner.passing_question(draft)  # it is shared with none: no read divides it
+        self._change(self._matching.need(entry.own, replace(alone, denied=denied)))
         self._note_escapes()
 
     # ------------------------------------------------------------ outcomes
@@ -935,7 +978,7 @@ class Pool:
             answer=answer,
         )
 
-    def _lost(self, entry: _Entry, why: str, moment: Moment) -> None:
+    def _lost(self, entry: Entry, why: str, moment: Moment) -> None:
         lease = entry.lease
         if lease is None:
             return
@@ -970,10 +1013,11 @@ class Pool:
             max_attempts=entry.request.max_attempts if entry is not None else 1,
             abort_asked=entry is not None and entry.abort is not None,
             retry_delay=self._retry_delay,
+            retry_on=entry.request.retry_on if entry is not None else (),
         )
         reason = None if outcome.reason is None else bounded(outcome.reason)
         if ending.exhausted and entry is not None:
-            reason = _exhausted(reason, entry.tried + 1)
+            reason = exhausted(reason, entry.history, entry.tried + 1)
         if ending.event is Event.ABORT and entry is not None and entry.abort is not None:
             reason = Reason(text=entry.abort, stage=None if reason is None else reason.stage)
         write = End(
@@ -1016,6 +1060,7 @@ class Pool:
                     entry.attempt += 1
                     entry.tried += ending.counted
                     entry.state = State.PENDING
+                    self._note_expiry(entry.request)
                     self._dispatch.forget(ref.request)
                     if ending.delay:
                         self._delay(entry, due=moment.steady + ending.delay)
@@ -1023,15 +1068,50 @@ class Pool:
                         self._place(entry)
                 else:
                     self._forget(entry)
+                    if to is State.SUCCESS:
+                        self._look_for_blame(entry, held.worker, moment)
             self._settle_dependents(result.freed, result.stranded, moment)
             answer(result)
 
         self._write(write, then)
 
+    def _look_for_blame(self, entry: Entry, worker: str, moment: Moment) -> None:
+        """Pause the workers on which too many requests ended badly that went well elsewhere."""
+        for name in self._blame.succeeded(entry.request.id, worker, entry.history):
+            if ("worker", name) not in self._pauses:
+                reason = self._blame.reason(name)
+                logger.warning("a worker is paused", extra={"worker": name, "reason": reason})
+                self.pause(Pause(kind="worker", name=name, reason=reason), moment, lambda _: None)
+                self._tell_worker(name, "paused", moment, reason)
+            self._blame.forget(name)
+
     # ------------------------------------------------------------ commands
 
     def abort(self, request: str, reason: str, moment: Moment, then: Callable[[AbortResult], None]) -> None:
-        """Stop a request wherever it is."""
+        """Stop a request wherever it is; one that nobody knows yet, when it comes."""
+        self._abort(AbortAsked(request=request, reason=reason, at=moment.wall, mark=True), moment, then)
+
+    def _note_expiry(self, request: Request) -> None:
+        if request.expires_at is not None:
+            self._expires = min(self._expires, request.expires_at)
+
+    def _take_expired(self, expired: Expired) -> None:
+        """Take what has expired, and when to ask again."""
+        for request, expires_at in expired.requests:
+            self._expire(request, expires_at, Moment(steady=self._steady, wall=self._wall))
+        if len(expired.requests) == EXPIRED_AT_ONCE:
+            self._expires = -inf  # there may be more
+        elif expired.next is not None:
+            self._expires = min(self._expires, expired.next)
+
+    def _expire(self, request: str, expires_at: float, moment: Moment) -> None:
+        """Abort a request that was not granted in time."""
+        reason = expiry_text(expires_at)
+        write = AbortAsked(request=request, reason=reason, at=moment.wall, stage="expiry", running=False)
+        self._abort(write, moment, lambda _: None)
+
+    def _abort(self, write: AbortAsked, moment: Moment, then: Callable[[AbortResult], None]) -> None:
+        request, reason = write.request, Reason(text=write.reason, stage=write.stage)
 
         def settled(result: AbortResult) -> None:
             stood = result.before_lane
@@ -1039,23 +1119,21 @@ class Pool:
             if result.after is State.ABORTED and result.before is not State.ABORTED:
                 one = _Named(id=request, task=result.task or "")
                 attempt = result.attempt or 1
-                self._tell(
-                    one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=Reason(text=reason)
-                )
+                self._tell(one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=reason)
                 if entry is not None:
                     self._forget(entry)
                 elif stood is not None and stood.waiting:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
-                    self._blocked -= 1
-            elif entry is not None and result.after is State.RUNNING and entry.lease is not None:
-                entry.abort = reason
-                worker = self._workers[entry.lease.worker]
-                self._say(worker, Abort(request=request, attempt=entry.attempt, token=entry.lease.token, reason=reason))
+                    self._held.blocked -= 1
+            elif entry is not None and result.after is State.RUNNING and entry.lease is not None and write.running:
+                entry.abort = entry.abort or write.reason  # as in the ledger, the first is it
+                worker, token = self._workers[entry.lease.worker], entry.lease.token
+                self._say(worker, Abort(request=request, attempt=entry.attempt, token=token, reason=entry.abort))
             self._settle_dependents(result.freed, result.stranded, moment)
             then(result)
 
-        self._write(AbortAsked(request=request, reason=reason, at=moment.wall), settled)
+        self._write(write, settled)
 
     def reprioritise(self, request: str, priority: int, then: Callable[[Moved], None]) -> None:
         """Give a request that has not ended another priority."""
@@ -1094,11 +1172,45 @@ class Pool:
         name = name.lower() if kind == "task" else name
 
         def settled(result: Any) -> None:
+            if kind == "worker":
+                self._blame.forget(name)
+                self._held.drains.pop(name, None)
             if self._pauses.pop((kind, name), None) is not None:
                 self._apply_pause(kind, name)
             then(result)
 
         self._write(Resume(kind=kind, name=name), settled)
+
+    def drain(self, query: DrainWorkers, moment: Moment, then: Callable[[list[str]], None]) -> None:
+        """Pause workers, and tell them to take nothing more, or to end; `then` gets their names.
+
+        A name that nobody knows is paused too: it may come.
+        """
+        names = dict.fromkeys(query.names)
+        for one in query.classes:
+            names.update(dict.fromkeys(sorted(self._matching.members(one))))
+        if query.everybody:
+            names.update(dict.fromkeys(sorted(self._workers)))
+        left = set(names)
+        if not names:
+            self._writes.append((None, lambda _: then([])))
+
+        def settled(name: str) -> None:
+            self._held.drains[name] = Drain(reason=query.reason, stop=query.stop)
+            worker = self._workers.get(name)
+            if worker is not None and worker.state == "online":
+                self._say(worker, self._held.drains[name])
+            left.discard(name)
+            if not left:
+                then([*names])
+
+        for name in names:
+            reason = f"drained{', to end' if query.stop else ''}{': ' if query.reason else ''}{query.reason}"
+            self.pause(Pause(kind="worker", name=name, reason=reason), moment, lambda _, name=name: settled(name))  # type: ignore[misc]  # mypy does not see the default
+
+    def unknown_classes(self, names: Sequence[str]) -> list[str]:
+        """Return those of the names that are no capability class."""
+        return [name for name in names if name not in self._matching.names()]
 
     def pauses(self) -> list[PauseView]:
         """Show what is paused."""
@@ -1122,7 +1234,7 @@ class Pool:
                 self._dispatch.no_supply(name)  # until its next heartbeat says what it has
             self._say(worker, self._assignment(worker))
 
-    def _paused(self, worker: str, entry: _Entry) -> str | None:
+    def _paused(self, worker: str, entry: Entry) -> str | None:
         """Say what is paused, if something keeps a request from a worker."""
         for kind, name in (("worker", worker), ("task", entry.one.kind.task), ("group", entry.request.group)):
             if (kind, name) in self._pauses:
@@ -1153,11 +1265,14 @@ class Pool:
             self._entries[request].due = None
             self._write(Wake(request=request), lambda _: None)
             self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
-        self._steady, self._wall = moment
+        self._steady, self._wall = moment.steady, moment.wall
+        if self._expires <= moment.wall:
+            self._expired_by = moment.wall
         self._note_escapes()
         if moment.steady - self._swept > SWEEP:
             self._swept = moment.steady
             self._sweep()
+        self._do_hourly(moment)
         if moment.steady - self._looked > LOOK:
             self._looked = moment.steady
             self._tell_stuck(moment)
@@ -1185,6 +1300,15 @@ class Pool:
                 )
             )
 
+    def _do_hourly(self, moment: Moment) -> None:
+        """Declare the queues of classes anew, since who is busy does not keep its own; forget aborts of nothing."""
+        if moment.steady - self._hourly > HOURLY:
+            self._hourly = moment.steady
+            self._to_declare = [*self._matching.names()]
+            self._write(Unmark(before=moment.wall - FORGET), lambda _: None)
+        now, self._to_declare = self._to_declare[:DECLARED_AT_ONCE], self._to_declare[DECLARED_AT_ONCE:]
+        self.declare += [self._topology.class_queue(name) for name in now if name in self._matching.names()]
+
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
         for one in self._requirements:
@@ -1193,7 +1317,7 @@ class Pool:
             entry = self._entries[request]
             self._look_for_able(entry.one, entry.requirement, use, moment)
 
-    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: _Use, moment: Moment) -> None:
+    def _look_for_able(self, one: RequirementClass, requirement: Requirement, use: Use, moment: Moment) -> None:
         number = self._dispatch.waiting_for(requirement)
         if not number or one.divided or self._matching.capable_classes(requirement):
             use.stuck_since, use.told = None, False
@@ -1245,24 +1369,31 @@ class Pool:
         """Forget probes that were under way: the report queue died with its connection."""
         self._forget_probes()
 
-    def _leases(self) -> list[_Lease]:
+    def _leases(self) -> list[Lease]:
         return [entry.lease for entry in self._running.values() if entry.lease is not None]
 
     def offer(self, moment: Moment) -> None:
         """Offer requests to the classes that have credit."""
         for offer in self._dispatch.offers(moment.steady):
             entry = self._entries[offer.request]
+            if has_expired(entry.request, moment.wall):
+                self._expire(offer.request, entry.request.expires_at or 0.0, moment)
+                continue
             entry.state = State.OFFERED
+            if entry.tried:
+                self._histories_wanted.add(offer.request)
             self._write(
                 Offer(request=offer.request, attempt=entry.attempt, seq=entry.seq),
                 self._offered(entry, entry.attempt, offer.capability_class),
             )
 
-    def _offered(self, entry: _Entry, attempt: int, capability_class: str) -> Callable[[bool], None]:
+    def _offered(self, entry: Entry, attempt: int, capability_class: str) -> Callable[[bool], None]:
         def then(moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
             queue = self._topology.class_queue(capability_class)
+            entry.history = self._histories.get(entry.request.id, ())
+            alone = last_alone(entry.history, entry.request.max_attempts)
 
             def returned() -> None:
                 if entry.state is State.OFFERED and entry.attempt == attempt:
@@ -1273,240 +1404,12 @@ class Pool:
                 Send(
                     exchange=self._topology.work,
                     key=queue.name,
-                    message=Ticket(term=self._term, attempt=attempt, request=entry.request),
+                    message=Ticket(term=self._term, attempt=attempt, request=entry.request, alone=alone),
                     returned=returned,
                 )
             )
 
         return then
-
-    # ------------------------------------------------------------ views
-
-    def decorate(self, view: RequestView) -> RequestView:
-        """Add what only memory knows: progress, and what a pending request waits for."""
-        entry = self._entries.get(view.request.id)
-        progress = None if entry is None or entry.lease is None else entry.lease.run
-        return msgspec.structs.replace(view, progress=progress, waits=self._waits(view, entry))
-
-    def _waits(self, view: RequestView, entry: _Entry | None) -> str | None:
-        """Say in a line why a request does not run."""
-        if view.state not in (State.PENDING, State.OFFERED):
-            return None
-        held = self._held_back(view, entry)
-        one = self._requirements.get(view.requirement)
-        if held is not None or one is None:
-            return held
-        request, requirement = view.request, one.id if entry is None else entry.requirement
-        if not self._matching.capable_classes(requirement):
-            if entry is not None and entry.own is not None:
-                return explain.DECLINED
-            return explain.nobody(self._matching.errors(requirement))
-        lane = Lane(requirement, request.priority, request.group, request.concurrency_key)
-        if self._dispatch.held_by(lane) is not None:
-            return explain.limited(lane.key)
-        paused = [name for kind, name in self._pauses if kind == "worker" and self._matching.can_run(name, requirement)]
-        if paused and len(paused) == len(self._matching.able(requirement)):
-            return explain.PAUSED
-        return explain.busy(self._dispatch.ahead(lane, view.seq))
-
-    def _held_back(self, view: RequestView, entry: _Entry | None) -> str | None:
-        """Say in a line what keeps a request from being offered, whoever could run it."""
-        if view.after:
-            others = len(view.after) - 1
-            return f"waits for {view.after[0]}" + (f" and {others} more" if others else "")
-        if entry is not None and entry.due is not None:
-            return "waits out the delay before its next attempt"
-        one = self._requirements.get(view.requirement)
-        if one is None:
-            return None
-        for kind, name in (("task", one.kind.task), ("group", view.request.group)):
-            if (kind, name) in self._pauses:
-                return f"the {kind} {name} is paused"
-        if view.state == "offered":
-            return "is offered to a worker"
-        if one.problem is not None:
-            return f"this scheduler cannot configure its task any more: {one.problem}"
-        return None
-
-    def explanation(self, draft: Draft, view: RequestView | None) -> Explanation:
-        """Say who can run a request, submitted or not, and why it waits."""
-        entry = None if view is None else self._entries.get(view.request.id)
-        task = draft.task
-        one = self._requirements.find(draft.kind, task.data if task is not None else {})
-        requirement: Requirement | None = one.id if one is not None else None
-        if entry is not None:
-            requirement = entry.requirement
-        if requirement is not None:
-            funnel, able = self._matching.funnel(requirement), self._matching.able(requirement)
-        else:
-            one = None
-            funnel, able = self._matching.survey(self._passing_question(draft))
-        standing = self._standing(draft, able, self._refused.get(view.request.id, frozenset()) if view else frozenset())
-        offline = sorted(name for name, worker in self._workers.items() if worker.state != "online")
-        lane = Lane(requirement, draft.request.priority, draft.request.group, draft.request.concurrency_key)
-        seq = self._last_seq + 1 if view is None else view.seq
-        ahead = self._dispatch.ahead(lane, seq) if requirement is not None else self._dispatch.waiting()
-        failing = self._matching.errors(requirement) if requirement is not None else None
-        verdict = explain.verdict(standing, ahead=ahead, failing=failing)
-        if view is not None and view.state in (State.PENDING, State.OFFERED):
-            limited = (standing.idle or standing.busy) and self._dispatch.held_by(lane) is not None
-            verdict = self._held_back(view, entry) or (explain.limited(lane.key) if limited else verdict)
-        elif view is not None:
-            verdict = f"it is {view.state}"
-        return Explanation(
-            request=None if view is None else view.request.id,
-            state=None if view is None else view.state,
-            task=draft.kind.task,
-            verdict=verdict,
-            workers=funnel.workers + len(offline),
-            steps=explain.steps(funnel, offline=offline),
-            able=funnel.able,
-            idle=len(standing.idle),
-            busy=len(standing.busy),
-            paused=len(standing.paused),
-            refused=len(standing.refused),
-            offline=len(standing.offline),
-            ahead=ahead if funnel.able else None,
-            advice=[] if funnel.able or task is None else self._advice(draft, funnel),
-            requirement=None if one is None else one.id,
-            escaped=requirement in self._matching.escaped(),
-            failing=failing,
-            classes=sorted(self._matching.capable_classes(requirement)) if requirement is not None else [],
-        )
-
-    def _passing_question(self, draft: Draft) -> Question:
-        """Return the question of one request alone: nothing is learned of it."""
-        passing = RequirementClass(id=0, kind=draft.kind, data=draft.given)
-        return self._examiner.question(passing, draft, lambda _reads: True)
-
-    def _standing(self, draft: Draft, able: Sequence[str], denied: frozenset[tuple[str, int]]) -> explain.Standing:
-        standing = explain.Standing()
-        for name in able:
-            if ("worker", name) in self._pauses:
-                standing.paused.append(name)
-            else:
-                (standing.idle if self._dispatch.idle_slots(name) else standing.busy).append(name)
-        question = self._passing_question(draft)
-        for name, worker in sorted(self._workers.items()):
-            hello = worker.hello
-            if hello is None:
-                continue
-            if worker.state == "online":
-                if (name, hello.metadata_version) in denied and self._could(question, hello):
-                    standing.refused.append(name)
-            elif worker.state == "offline" and self._could(question, hello):
-                standing.offline.append(name)
-        return standing
-
-    @staticmethod
-    def _could(question: Question, hello: Hello) -> bool:
-        return question.task in hello.tasks and question.plain(hello.metadata)[0]
-
-    def _advice(self, draft: Draft, funnel: Funnel) -> list[str]:
-        """Look for the smallest change of a worker that got furthest."""
-        furthest = [name for step in reversed(funnel.steps) for offered in step.offered for name in offered.examples]
-        offered = {
-            explain.name_of(step.looked_at): [one.token for one in step.offered]
-            for step in funnel.steps
-            if not isinstance(step.looked_at, str)
-        }
-        candidates = (
-            (name, facts.metadata)
-            for name in dict.fromkeys(furthest)
-            if draft.kind.task in (facts := self._matching.facts(name)).tasks
-        )
-        task = draft.task
-        return explain.advice(self._examiner.ask(draft), {} if task is None else task.data, candidates, offered)
-
-    def capabilities(self, query: GetCapabilities, moment: Moment) -> CapabilityList:
-        """Show capability classes."""
-        names = (name for name in self._matching.names() if query.after is None or name > query.after)
-        classes = []
-        for name in nsmallest(query.limit, names):
-            members = sorted(self._matching.members(name))
-            facts = [self._matching.facts(worker) for worker in members]
-            classes.append(
-                Capability(
-                    name=name,
-                    queue=self._topology.class_queue(name).name,
-                    workers=len(members),
-                    examples=members[: explain.MAX_SHOWN],
-                    shared=explain.shared([one.metadata for one in facts]),
-                    tasks=sorted(set.intersection(*(set(one.tasks) for one in facts))) if facts else [],
-                    requirements=len(self._matching.runs(name)),
-                    idle=self._dispatch.idle(name),
-                    lookahead=self._dispatch.lookahead(name, moment.steady),
-                    out=self._dispatch.out(name),
-                    backlog=self._dispatch.backlog(name),
-                )
-            )
-        return CapabilityList(
-            classes=classes, requirements=len(self._requirements), escaped=len(self._matching.escaped())
-        )
-
-    def pool(self, requests: Mapping[str, int], version: str) -> PoolView:
-        """Show how many of everything there are."""
-        online = [worker for worker in self._workers.values() if worker.state == "online"]
-        at_work = [worker for worker in online if ("worker", worker.name) not in self._pauses]
-        return PoolView(
-            term=self._term,
-            version=version,
-            store=self._store_id,
-            requests=dict(requests),
-            workers=len(online),
-            classes=self.classes(),
-            paused=len(online) - len(at_work),
-            offline=sum(worker.state == "offline" for worker in self._workers.values()),
-            refused=sum(worker.state == "refused" for worker in self._workers.values()),
-            slots=sum(worker.hello.slots for worker in at_work if worker.hello is not None),
-            busy=sum(len(worker.leases) for worker in online),
-        )
-
-    def workers(self, query: ListWorkers) -> list[WorkerView]:
-        """Show workers that have been heard of."""
-        names = (name for name in self._workers if query.after is None or name > query.after)
-        return [
-            WorkerView(
-                name=worker.name,
-                host=worker.hello.host if worker.hello else "",
-                state=worker.state,  # type: ignore[arg-type]  # one of the three words
-                slots=worker.hello.slots if worker.hello else 0,
-                running=[lease.run for lease in map(self._lease_held, sorted(worker.leases)) if lease is not None],
-                queue=worker.heartbeat.assigned if worker.heartbeat else None,
-                tasks=worker.hello.tasks if worker.hello else {},
-                metadata=worker.hello.metadata if worker.hello else {},
-                version=worker.hello.version if worker.hello else "",
-                seen=worker.seen_wall,
-                reason=worker.reason,
-                paused=pause.reason if (pause := self._pauses.get(("worker", worker.name))) is not None else None,
-                denied=worker.hello.denied if worker.hello else [],
-                capability_class=self._matching.class_of(worker.name),
-            )
-            for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
-        ]
-
-    def classes(self) -> int:
-        """Count the capability classes."""
-        return self._matching.number_of_classes()
-
-    def show(self, moment: Moment) -> None:
-        """Set the gauges."""
-        states = dict.fromkeys((State.PENDING, State.OFFERED, State.RUNNING), 0)
-        for entry in self._entries.values():
-            states[entry.state] += entry.state is not State.PENDING
-        states[State.PENDING] = self._dispatch.waiting() + len(self._delayed) + self._blocked
-        for state, number in states.items():
-            self._metrics.requests.labels(state=state).set(number)
-        for word in ("online", "offline", "refused"):
-            self._metrics.workers.labels(state=word).set(sum(worker.state == word for worker in self._workers.values()))
-        self._metrics.classes.set(self.classes())
-        self._metrics.requirements.set(len(self._requirements))
-        self._metrics.escaped.set(len(self._matching.escaped()))
-        self._metrics.class_idle.clear()
-        self._metrics.class_offers.clear()
-        for name, (_, idle, _, out) in self._dispatch.figures(moment.steady).items():
-            self._metrics.class_idle.labels(capability_class=name).set(idle)
-            self._metrics.class_offers.labels(capability_class=name).set(out)
 
     # ------------------------------------------------------------ inside
 
@@ -1517,14 +1420,14 @@ class Pool:
     def _write(self, write: Write, then: Callable[[Any], None]) -> None:
         self._writes.append((write, then))
 
-    def _entry_of(self, row: Live, one: RequirementClass | None = None) -> _Entry:
+    def _entry_of(self, row: Live, one: RequirementClass | None = None) -> Entry:
         """Take a request of the ledger into memory."""
         one = one or self._requirements.get(row.requirement)
         if one is None:
             one = self._class_of(self._examiner.examine(row.request, bound=not row.unmet))
             self._rekeyed[row.seq] = one.id
         return self._new_entry(
-            _Entry(
+            Entry(
                 seq=row.seq,
                 request=row.request,
                 inputs=row.inputs,
@@ -1537,13 +1440,13 @@ class Pool:
             )
         )
 
-    def _new_entry(self, entry: _Entry) -> _Entry:
+    def _new_entry(self, entry: Entry) -> Entry:
         self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
         self._uses[entry.one.id].entries += 1
         return entry
 
-    def _entry_with(self, request: str, seq: int) -> _Entry | None:
+    def _entry_with(self, request: str, seq: int) -> Entry | None:
         """Return what is in memory of a request that the ledger has; a doubled submission of it makes way."""
         entry = self._entries.get(request)
         if entry is None or entry.seq == seq:
@@ -1551,7 +1454,7 @@ class Pool:
         self._forget(entry)
         return None
 
-    def _drop_entry(self, entry: _Entry) -> None:
+    def _drop_entry(self, entry: Entry) -> None:
         """Let go of a request; the ledger has it."""
         request = entry.request.id
         del self._entries[request]
@@ -1564,23 +1467,23 @@ class Pool:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """Let go of a request that has ended, or never was."""
         self._dispatch.forget(entry.request.id)
         self._drop_entry(entry)
 
-    def _delay(self, entry: _Entry, *, due: float) -> None:
+    def _delay(self, entry: Entry, *, due: float) -> None:
         entry.due = due
         self._delayed.add(entry.request.id)
 
-    def _place(self, entry: _Entry) -> bool:
+    def _place(self, entry: Entry) -> bool:
         """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""
         kept = self._dispatch.wait(entry.request.id, entry.lane, entry.seq)
         if not kept:
             self._drop_entry(entry)
         return kept
 
-    def _return(self, entry: _Entry) -> None:
+    def _return(self, entry: Entry) -> None:
         self._write(Return(request=entry.request.id, attempt=entry.attempt), self._returned(entry.request.id))
 
     def _returned(self, request: str) -> Callable[[bool], None]:
@@ -1593,7 +1496,7 @@ class Pool:
 
         return then
 
-    def _lease_of(self, entry: _Entry) -> float:
+    def _lease_of(self, entry: Entry) -> float:
         task = entry.one.kind.task
         known = Task.class_from_name(task) if Task.is_valid_task_name(task) else Task
         return lease_seconds(entry.request.lease, known.LEASE)
@@ -1611,24 +1514,27 @@ class Pool:
             for request in self._dispatch.remove_class(name):
                 self._return(self._entries[request])
 
-    def _assignment(self, worker: _Worker) -> Assign:
+    def _assignment(self, worker: KnownWorker) -> Assign:
         own = self._matching.class_of(worker.name)
         if own is None or ("worker", worker.name) in self._pauses:
             return Assign(queue=None)
         return Assign(queue=self._topology.class_queue(own).name)
 
-    def _offline(self, worker: _Worker, reason: str, moment: Moment, *, state: str = "offline") -> None:
+    def _offline(self, worker: KnownWorker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:
             return
         worker.state, worker.reason, worker.probe = state, reason, None
         self._change(self._matching.leave(worker.name))
         self._dispatch.no_supply(worker.name)
-        self._tell_worker(worker, state, moment)
+        self._tell_worker(worker.name, state, moment, reason)
 
-    def _say(self, worker: _Worker, part: VerdictPart) -> None:
-        self._verdicts.setdefault((worker.name, worker.epoch), []).append(part)
+    def _say(self, worker: KnownWorker, part: VerdictPart) -> None:
+        self._say_to(worker.name, worker.epoch, part)
 
-    def _void(self, worker: _Worker, ref: RunRef, reason: str) -> None:
+    def _say_to(self, name: str, epoch: str, part: VerdictPart) -> None:
+        self._verdicts.setdefault((name, epoch), []).append(part)
+
+    def _void(self, worker: KnownWorker, ref: RunRef, reason: str) -> None:
         self._say(worker, Void(request=ref.request, attempt=ref.attempt, token=ref.token, reason=reason))
 
     def _tell(
@@ -1666,7 +1572,7 @@ class Pool:
             )
         )
 
-    def _tell_worker(self, worker: _Worker, event: str, moment: Moment) -> None:
+    def _tell_worker(self, worker: str, event: str, moment: Moment, reason: str | None) -> None:
         self._sends.append(
             Send(
                 exchange=self._topology.events,
@@ -1674,9 +1580,9 @@ class Pool:
                 message=WorkerEvent(
                     term=self._term,
                     time=moment.wall,
-                    worker=worker.name,
-                    event=event,  # type: ignore[arg-type]  # one of the four words
-                    reason=worker.reason,
+                    worker=worker,
+                    event=event,  # type: ignore[arg-type]  # one of the five words
+                    reason=reason,
                 ),
                 mandatory=False,
                 persistent=False,
@@ -1686,8 +1592,3 @@ class Pool:
 
 def _lane_of(row: Live) -> Lane:
     return Lane(row.requirement, row.request.priority, row.request.group, row.request.concurrency_key)
-
-
-def _exhausted(reason: Reason | None, attempts: int) -> Reason:
-    said = Reason(text="no reason was given") if reason is None else reason
-    return msgspec.structs.replace(said, text=f"{said.text} (attempt {attempts} of {attempts}, none is left)")

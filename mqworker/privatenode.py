@@ -1,7 +1,7 @@
 """A private RabbitMQ node: own name, ports, cookie, data and epmd, all on loopback, for the demo and the tests.
 
-Runs the rabbitmq-server of this machine as the user who calls, root or not. Knows nothing of AMQP beyond its first
-eight bytes, and nothing of what the node is used for.
+Runs the rabbitmq-server of this machine, or that of another Debian in a folder, as the user who calls, root or not.
+Knows nothing of AMQP beyond its first eight bytes, and nothing of what the node is used for.
 """
 
 import os
@@ -24,7 +24,14 @@ from mqworker.errors import HostUnfit, OutsideError
 SCRIPTS: Final = Path("/usr/lib/rabbitmq/bin")
 PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
 USER: Final = "mqworker"
-NODE: Final = "mqworker@localhost"  # with an epmd of its own the name may be the same for all, and the data moves along
+NAME: Final = "mqworker"  # with an epmd of its own the name may be the same for all, and the data moves along
+INSIDE: Final = "/mnt"  # where a node in a root finds its directory: the mounts of each are its own
+
+# Keeps its process id through all of it; the mounts are nobody else's, and vanish with the process.
+ENTER: Final = """
+mkdir -p "$1$3" && mount --rbind /proc "$1/proc" && mount --rbind /dev "$1/dev" && mount --bind "$2" "$1$3" || exit 1
+root=$1; shift 3; exec chroot "$root" "$@"
+"""
 
 START_SECONDS: Final = 60.0  # 3 to 6 s on an idle machine
 STOP_SECONDS: Final = 30.0  # 6 s with the management plugin
@@ -44,6 +51,8 @@ class PrivateNode:
 
     The directory keeps its data, cookie and password: a later PrivateNode on it is the same broker on other ports.
     `settings` are lines of rabbitmq.conf; `advanced` is the text of advanced.config, for keys that the former lacks.
+    `root` is a folder with a Debian that has another rabbitmq-server in it. Nodes of a cluster have names of their own,
+    one `epmd` (the port of somebody else's) and one `cookie`.
     """
 
     def __init__(
@@ -53,14 +62,25 @@ class PrivateNode:
         settings: Mapping[str, str] | None = None,
         advanced: str | None = None,
         plugins: Sequence[str] = ("rabbitmq_management",),
+        root: Path | None = None,
+        name: str = NAME,
+        epmd: int | None = None,
+        cookie: str | None = None,
     ) -> None:
         self.directory = directory.resolve()
         self.log = self.directory / "node.log"
         self._settings = dict(settings or {})
         self._advanced = advanced
         self._plugins = tuple(plugins)
+        self.root = root
+        self.name = f"{name}@localhost"
         self._ports = _free_ports(5)
         self._amqp, self._management, self._prometheus, self._distribution, self._epmd_port = self._ports
+        self._own_epmd = epmd is None
+        if epmd is not None:
+            self._epmd_port = epmd
+            self._ports.pop()
+        self._cookie = cookie
         self._home = self.directory / "home"
         self._password = ""
         self._node: subprocess.Popen[bytes] | None = None
@@ -96,15 +116,16 @@ class PrivateNode:
         """
         if self._node is not None:
             raise HostUnfit(f"expected the node in {self.directory} to be stopped, but it runs; stop it first")
-        find_programs()
+        find_programs(self.root)
         self._write_files()
         try:
             with self.log.open("ab") as log, _reserved(self._ports):
                 begin = log.tell()
-                self._epmd = self._spawn(
-                    ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"], subprocess.DEVNULL
-                )
-                self._node = self._spawn([str(SCRIPTS / "rabbitmq-server")], log.fileno())
+                if self._own_epmd:
+                    self._epmd = self._spawn(
+                        ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"], subprocess.DEVNULL
+                    )
+                self._node = self._spawn(self._inside([str(SCRIPTS / "rabbitmq-server")]), log.fileno())
                 self._await_amqp(begin)
         except BaseException:
             self.kill()
@@ -132,7 +153,7 @@ class PrivateNode:
         if self._node is None:  # without this node's epmd, rabbitmqctl would start one that outlives us
             raise OutsideError(f"expected a running node in {self.directory}, but it is stopped; start it first")
         done = subprocess.run(
-            [str(SCRIPTS / "rabbitmqctl"), "--quiet", "--node", NODE, *arguments],
+            self._inside([str(SCRIPTS / "rabbitmqctl"), "--quiet", "--node", self.name, *arguments]),
             env=self._environment(),
             cwd=self.directory,
             stdin=subprocess.DEVNULL,
@@ -157,7 +178,7 @@ class PrivateNode:
     def _write_files(self) -> None:
         for directory in (self.directory, self._home, self.directory / "data", self.directory / "log"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _keep_secret(self._home / ".erlang.cookie")
+        _keep_secret(self._home / ".erlang.cookie", self._cookie)
         self._password = _keep_secret(self.directory / "password")
         settings = {
             **DEFAULTS,
@@ -177,22 +198,33 @@ class PrivateNode:
         if self._advanced is not None:
             (self.directory / "advanced.config").write_text(self._advanced)
 
+    def _inside(self, command: list[str]) -> list[str]:
+        """Return a command as it is run in this node's root, if it has one."""
+        if self.root is None:
+            return command
+        user = ["--mount"] if os.getuid() == 0 else ["--user", "--map-root-user", "--mount"]
+        enter = ["unshare", *user, "--propagation", "private", "/bin/sh", "-c", ENTER, "sh"]
+        places = [str(self.root), str(self.directory), INSIDE]
+        # A new user namespace forgets who is to die with whom, so it is said inside once more.
+        return [*enter, *places, "setpriv", "--pdeathsig", "KILL", "--", *command]
+
     def _environment(self) -> dict[str, str]:
+        base = self.directory if self.root is None else Path(INSIDE)
         # Nothing of the caller's: one leftover RABBITMQ_ or ERL_ variable changes everything.
         return {
             "PATH": PATH,
-            "HOME": str(self._home),
+            "HOME": str(base / "home"),
             "LANG": "C.UTF-8",
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
-            "RABBITMQ_NODENAME": NODE,
-            "RABBITMQ_CONFIG_FILE": str(self.directory / "rabbitmq.conf"),
-            "RABBITMQ_CONFIG_FILES": str(self.directory / "conf.d"),
-            "RABBITMQ_ADVANCED_CONFIG_FILE": str(self.directory / "advanced.config"),
-            "RABBITMQ_MNESIA_BASE": str(self.directory / "data"),
-            "RABBITMQ_LOG_BASE": str(self.directory / "log"),
+            "RABBITMQ_NODENAME": self.name,
+            "RABBITMQ_CONFIG_FILE": str(base / "rabbitmq.conf"),
+            "RABBITMQ_CONFIG_FILES": str(base / "conf.d"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(base / "advanced.config"),
+            "RABBITMQ_MNESIA_BASE": str(base / "data"),
+            "RABBITMQ_LOG_BASE": str(base / "log"),
             "RABBITMQ_LOGS": "-",
-            "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.directory / "enabled_plugins"),
-            "RABBITMQ_PID_FILE": str(self.directory / "pid"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(base / "enabled_plugins"),
+            "RABBITMQ_PID_FILE": str(base / "pid"),
             "RABBITMQ_DIST_PORT": str(self._distribution),
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -263,12 +295,14 @@ class PrivateNode:
             self._epmd = None
 
 
-def find_programs() -> None:
-    """Check that the programs of a private node are there.
+def find_programs(root: Path | None = None) -> None:
+    """Check that the programs of a private node are there: rabbitmq-server in a root, if it is to run there.
 
     Raises:
         HostUnfit: one is not; the text says what to install.
     """
+    if root is not None and not os.access(root / SCRIPTS.relative_to("/") / "rabbitmq-server", os.X_OK):
+        raise HostUnfit(f"expected a Debian with RabbitMQ's own scripts in {root}{SCRIPTS}, found none")
     if not os.access(SCRIPTS / "rabbitmq-server", os.X_OK) or shutil.which("epmd", path=PATH) is None:
         raise HostUnfit(
             f"expected RabbitMQ's own scripts in {SCRIPTS}, found none; install them with "
@@ -307,8 +341,8 @@ def _reserved(ports: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def _keep_secret(path: Path) -> str:
+def _keep_secret(path: Path, secret: str | None = None) -> str:
     if not path.exists():
         path.touch(mode=0o600)  # Erlang refuses a cookie that others can read
-        path.write_text(secrets.token_hex(16), encoding="utf-8")
+        path.write_text(secret or secrets.token_hex(16), encoding="utf-8")
     return path.read_text(encoding="utf-8")

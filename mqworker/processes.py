@@ -24,6 +24,11 @@ from mqworker.errors import HostUnfit
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
+_MNT_DETACH: Final = 2  # sys/mount.h
+_UMOUNT_NOFOLLOW: Final = 8  # sys/mount.h
+OOM_SCORE_ADJ: Final = 800  # of children, proc(5): above all that nobody has marked, below what others have given up
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 _FIRST_PAUSE: Final = 0.0005  # seconds between two looks at processes that are dying; doubled up to ...
 _LONGEST_PAUSE: Final = 0.02
 
@@ -85,6 +90,19 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def go_first_when_memory_ends() -> None:
+    """Have the kernel's out-of-memory killer prefer this process, and all that it starts, to the rest of the host."""
+    own = Path("/proc/self/oom_score_adj")
+    if int(own.read_text()) < OOM_SCORE_ADJ:
+        own.write_text(str(OOM_SCORE_ADJ))  # to raise it needs no right
+
+
+def oom_kills() -> int:
+    """Count what the kernel's out-of-memory killer has ended on this host since its boot."""
+    found = re.search(r"^oom_kill (\d+)$", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return 0 if found is None else int(found[1])  # a kernel older than 4.13 does not count them
+
+
 def _prctl(option: int, value: int) -> None:
     if _libc.prctl(option, *(ctypes.c_ulong(number) for number in (value, 0, 0, 0))) != 0:
         number = ctypes.get_errno()
@@ -126,6 +144,9 @@ class _Entry:
     process: Process
     parent: int
     zombie: bool
+    threads: int
+    ticks: int  # of CPU time, with that of children whose end it has been told
+    pages: int  # in memory, shared ones among them
 
 
 def identify(pid: int) -> Process | None:
@@ -149,7 +170,65 @@ def _entry(pid: int) -> _Entry | None:
     # A process whose first thread has ended looks like a zombie while its other threads run on.
     threads = int(fields[17])
     zombie = fields[0] in {b"X", b"x"} or (fields[0] == b"Z" and threads <= 1)
-    return _Entry(process=Process(pid=pid, start=int(fields[19])), parent=int(fields[1]), zombie=zombie)
+    return _Entry(
+        process=Process(pid=pid, start=int(fields[19])),
+        parent=int(fields[1]),
+        zombie=zombie,
+        threads=threads,
+        ticks=sum(map(int, fields[11:15])),
+        pages=int(fields[21]),
+    )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process and its descendants use now; its CPU time includes that of descendants that have ended."""
+
+    memory: int  # resident bytes; what several share is counted for each
+    cpu_seconds: float
+    threads: int
+    pids: tuple[int, ...]
+
+
+def usage(roots: Collection[int]) -> dict[int, Usage]:
+    """Say what each of some processes uses, with all its descendants, by one look at all of them.
+
+    The CPU time is right for a subreaper: there, who ends has its time added to that of an ancestor.
+    """
+    table = _table()
+    children = _children(table)
+    found = {}
+    for root in roots:
+        entries = [table[root]] if root in table else []
+        for entry in entries:  # it grows
+            entries += children.get(entry.process.pid, ())
+        found[root] = Usage(
+            memory=sum(entry.pages for entry in entries) * _PAGE,
+            cpu_seconds=sum(entry.ticks for entry in entries) / _TICKS,
+            threads=sum(entry.threads for entry in entries if not entry.zombie),
+            pids=tuple(entry.process.pid for entry in entries),
+        )
+    return found
+
+
+def proportional_memory(pids: Collection[int]) -> int:
+    """Add up the memory of processes in bytes, with what several share divided among them (PSS).
+
+    Of one that is somebody else's, and does not let this user look, all is counted that it holds.
+    """
+    return sum(map(_proportional, pids))
+
+
+def _proportional(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except PermissionError:
+        entry = _entry(pid)
+        return 0 if entry is None else entry.pages * _PAGE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^Pss:\s*(\d+) kB$", text, re.MULTILINE)
+    return 0 if found is None else int(found[1]) * 1024
 
 
 def _table() -> dict[int, _Entry]:
@@ -157,10 +236,15 @@ def _table() -> dict[int, _Entry]:
     return {entry.process.pid: entry for entry in entries if entry is not None}
 
 
-def _living_below(table: Mapping[int, _Entry], pid: int, spare: Collection[int]) -> list[Process]:
+def _children(table: Mapping[int, _Entry]) -> dict[int, list[_Entry]]:
     children: dict[int, list[_Entry]] = {}
     for entry in table.values():
         children.setdefault(entry.parent, []).append(entry)
+    return children
+
+
+def _living_below(table: Mapping[int, _Entry], pid: int, spare: Collection[int]) -> list[Process]:
+    children = _children(table)
     found: list[Process] = []
     parents = [pid]
     while parents:
@@ -365,6 +449,70 @@ def _remove_as_namespace_root(path: Path, first: Exception) -> None:
     ) from first
 
 
+def size_of_tree(path: Path) -> int:
+    """Add up the bytes that a directory takes on its disk, whoever owns them; what several names have counts once.
+
+    What closed directories of this user's subordinate uids hold is asked of `du` in a user namespace, as
+    `remove_tree` does it. What is mounted below the path is not counted.
+
+    Raises:
+        HostUnfit: a directory cannot be looked into.
+    """
+    total = 0
+    seen: set[int] = set()  # inodes that have several names
+    waiting = [path]
+    device = None
+    try:
+        while waiting:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # it has just gone
+                        found = entry.stat(follow_symlinks=False)
+                        device = found.st_dev if device is None else device
+                        if found.st_dev != device or found.st_ino in seen:
+                            continue
+                        if entry.is_dir(follow_symlinks=False):
+                            waiting.append(Path(entry.path))
+                        elif found.st_nlink > 1:
+                            seen.add(found.st_ino)
+                        total += found.st_blocks * 512
+    except PermissionError as error:
+        return _size_as_namespace_root(path, error)
+    except (FileNotFoundError, NotADirectoryError):  # a directory has just gone; the next look tells more
+        return total
+    return total
+
+
+def _size_as_namespace_root(path: Path, first: Exception) -> int:
+    measure = ["du", "--summarize", "--one-file-system", "--block-size=1", "--", str(path.absolute())]
+    namespace = ["unshare", "--user", "--map-root-user", "--map-auto"]
+    done = subprocess.run(
+        [*namespace, *measure], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    size = done.stdout.partition("\t")[0]
+    if not size.isdecimal():
+        raise HostUnfit(f"expected to measure {path}, but: {first}; {done.stderr.strip()[:300]}") from first
+    return int(size)
+
+
+def unmount_below(path: Path) -> list[str]:
+    """Take away what is mounted below a directory, the deepest first, and return what was.
+
+    What is mounted there may be a directory of the host, bound to another place: it stays as it is.
+
+    Raises:
+        HostUnfit: something stays mounted.
+    """
+    mounts = sorted(_mounts_below(path), key=len, reverse=True)
+    for point in mounts:
+        if _libc.umount2(os.fsencode(point), _MNT_DETACH | _UMOUNT_NOFOLLOW) != 0:
+            number = ctypes.get_errno()
+            raise HostUnfit(
+                f"expected to unmount {point}, which a run has left behind, got: {os.strerror(number)}; unmount it"
+            )
+    return mounts
+
+
 def _mounts_below(path: Path) -> list[str]:
     inside = os.fsencode(path.resolve()) + b"/"
     lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
@@ -376,14 +524,23 @@ def _mounts_below(path: Path) -> list[str]:
 # ---------------------------------------------------------------- the host
 
 
+def private_memory() -> int:
+    """Return what this process has asked for in writable pages of its own, in bytes: what RLIMIT_DATA bounds."""
+    return _own_status("VmData")
+
+
 def peak_memory() -> int:
     """Return the most memory that this program has had in use, in bytes.
 
     Not what getrusage(2) says: its figure is handed down by whoever started this program.
     """
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return _own_status("VmHWM")
+
+
+def _own_status(what: str) -> int:
+    found = re.search(rf"^{what}:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
-        raise HostUnfit("expected /proc/self/status to say VmHWM, as Linux does")
+        raise HostUnfit(f"expected /proc/self/status to say {what}, as Linux does")
     return int(found[1]) * 1024
 
 

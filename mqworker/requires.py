@@ -132,7 +132,7 @@ def _spend(looks: int) -> None:
     left[0] -= looks
     if left[0] < 0:
         raise SubmitterError(
-            f"expected `requires` and metadata that take at most {MAX_WORK} looks, got more: ask for less of what is long"
+            f"expected `requires` that takes at most {MAX_WORK} looks at a worker, got more: ask less of what is long"
         )
 
 

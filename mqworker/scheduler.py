@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, cast
@@ -23,6 +24,8 @@ from mqworker.dispatch import Want
 from mqworker.errors import (
     BrokerRefused,
     BrokerUnavailable,
+    LedgerLocked,
+    LedgerLost,
     LedgerUnavailable,
     NotPublished,
     PeerError,
@@ -34,6 +37,7 @@ from mqworker.facts import ImportRefused, Wanted
 from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
+    FULL_ID,
     MAX_DESCRIBED_BYTES,
     MAX_INPUTS_BYTES,
     MAX_MESSAGE_BYTES,
@@ -42,6 +46,7 @@ from mqworker.messages import (
     Answer,
     ArtifactList,
     CountRequests,
+    DrainWorkers,
     Explain,
     GetCapabilities,
     GetPool,
@@ -76,7 +81,7 @@ from mqworker.messages import (
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
+from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology
@@ -89,6 +94,12 @@ STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 MAX_WAITING_BYTES: Final = 256 * 1024 * 1024  # of reports, while the ledger commits; more are dropped: they come again
+STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
+# What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
+READING_HEARTBEAT: Final = 5
+STANDBY: Final = "standby"
+STANDS_BY: Final = "for its turn, another scheduler is active"
+HIGHEST_PRIORITY: Final = 2**31 - 1  # of a consumer
 
 _T = TypeVar("_T")
 
@@ -100,13 +111,15 @@ def now() -> Moment:
 
 def kept_by(ledger: Ledger) -> Kept:
     """Read what a new scheduler begins with."""
+    held = ledger.held()
     return Kept(
         newest=ledger.newest(),
         newest_requirement=ledger.newest_requirement(),
         requirements=ledger.requirements(),
         lanes=ledger.lanes(),
-        held=ledger.held(),
+        held=held,
         blocked=ledger.blocked(),
+        histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
     )
 
@@ -118,6 +131,8 @@ def look_up(ledger: Ledger, asks: Asks) -> Answers:
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
+        histories=ledger.histories(asks.histories) if asks.histories else {},
+        expired=None if asks.expired is None else ledger.expired(asks.expired, EXPIRED_AT_ONCE),
     )
 
 
@@ -140,6 +155,7 @@ class Scheduler:
         retry_delay: float,
         offer_timeout: float,
         no_worker_after: float,
+        pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
         link: Callable[..., Link] = Link,
@@ -160,6 +176,7 @@ class Scheduler:
             group_weights=group_weights,
             concurrency_limits=concurrency_limits,
             no_worker_after=no_worker_after,
+            pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
         self._waiting_bytes = 0  # of reports in it
@@ -179,6 +196,7 @@ class Scheduler:
             plan=self._reading_plan,
             on_up=self._link_changed,
             on_down=self._reading_down,
+            heartbeat=READING_HEARTBEAT,
         )
         self._writing = link(
             amqp_url,
@@ -194,9 +212,11 @@ class Scheduler:
 
         Raises:
             BrokerRefused: the broker does not let this scheduler in.
+            LedgerLost: another scheduler was elected.
         """
         moment = self._now()
         self._pool.restore(await self._in_ledger_thread(lambda: kept_by(self._ledger)), moment)
+        self._metrics.active.set(1)
         self._metrics.term.set(self._ledger.term)
         links = [asyncio.create_task(link.run()) for link in (self._writing, self._reading)]
         ticker = asyncio.create_task(self._tick())
@@ -231,7 +251,7 @@ class Scheduler:
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
-            return Health(well=False, text="the ledger cannot commit")
+            return Health(well=False, text="the ledger does not answer")
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -240,8 +260,11 @@ class Scheduler:
         topology = self._topology
         report = topology.report_queue(epoch)
 
+        # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
+        priority = min(self._ledger.term, HIGHEST_PRIORITY)
+
         def consumer(queue: str, *, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch)
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
@@ -250,7 +273,7 @@ class Scheduler:
                 Consumer(queue=report.name, on_delivery=self._take_report, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50),
+                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -301,7 +324,22 @@ class Scheduler:
     # ------------------------------------------------------------ the loop
 
     async def _in_ledger_thread(self, call: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+        """Ask the ledger, again and again while it is away."""
+        while True:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(self._ledger_thread, call)
+            except LedgerUnavailable as error:
+                if self._stopping.is_set():
+                    raise
+                self._ledger_well = False
+                self._metrics.commit_failures.inc()
+                logger.error(  # noqa: TRY400  # no traceback at an operator
+                    "the ledger does not answer, trying again", extra={"reason": str(error)}
+                )
+                await asyncio.sleep(COMMIT_RETRY)
+            else:
+                self._ledger_well = True
+                return found
 
     async def _tick(self) -> None:
         while True:
@@ -350,7 +388,7 @@ class Scheduler:
             self._reading.ack(delivery)
         if moment.steady - self._shown >= SHOW:
             self._shown = moment.steady
-            self._pool.show(moment)
+            self._pool.views.show(moment.steady)
 
     async def _record(self) -> None:
         """Commit what the pool has judged; nothing else happens until the ledger has it."""
@@ -365,26 +403,17 @@ class Scheduler:
                 results = self._ledger.commit(writes)
             answers = look_up(self._ledger, asks)
 
-        if not writes and not asks:
+        # Also what is said without a write to the ledger is said in our term only.
+        if not writes and not asks and self._ledger.sure:
             self._pool.committed([], Answers())
             return
         began = time.monotonic()
-        while answers is None:
-            try:
-                await self._in_ledger_thread(commit)
-            except LedgerUnavailable as error:
-                self._ledger_well = False
-                self._metrics.commit_failures.inc()
-                logger.error(  # noqa: TRY400  # no traceback at an operator
-                    "the ledger cannot commit, trying again", extra={"reason": str(error)}
-                )
-                await asyncio.sleep(COMMIT_RETRY)
-        self._ledger_well = True
+        await self._in_ledger_thread(commit)
         if writes:
             self._metrics.commit_seconds.observe(time.monotonic() - began)
             self._metrics.commit_writes.observe(len(writes))
         self._awake.set()  # what came free is offered at once, and not at the next tick
-        self._pool.committed(results or [], answers)
+        self._pool.committed(results or [], answers or Answers())
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
@@ -510,11 +539,11 @@ class Scheduler:
                 return await self._requests(ids)
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
-                return RequestList(requests=[self._pool.decorate(view) for view in views])
+                return RequestList(requests=[self._pool.views.decorate(view) for view in views])
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+                return await self._abort(ids, reason)
             case Reprioritise(ids=ids, priority=priority):
                 return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
@@ -523,16 +552,18 @@ class Scheduler:
             case Resume(kind=kind, name=name):
                 await self._settled(partial(self._pool.resume, kind, name))
                 return PauseList(pauses=self._pool.pauses())
+            case DrainWorkers():
+                return await self._drain(query)
             case ListPauses():
                 return PauseList(pauses=self._pool.pauses())
             case Explain():
                 return await self._explain(query)
             case GetCapabilities():
-                return self._pool.capabilities(query, self._now())
+                return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
                 return await self._retry(query)
             case ListWorkers():
-                return WorkerList(workers=self._pool.workers(query))
+                return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
@@ -544,11 +575,11 @@ class Scheduler:
             case ImportArtifact():
                 return await self._import(query)
             case GetPool():
-                return self._pool.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
+                return self._pool.views.pool(await self._in_ledger_thread(self._ledger.counts), __version__)
 
     async def _requests(self, ids: Sequence[str]) -> RequestList:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
-        return RequestList(requests=[self._pool.decorate(view) for view in views], missing=missing)
+        return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
     async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
         """Let the pool judge a command on each request, and show what became of them."""
@@ -557,6 +588,27 @@ class Scheduler:
         await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
         return msgspec.structs.replace(answer, missing=known.missing)
+
+    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+        """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
+        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+        to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
+        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        results = await asyncio.gather(*(self._settled(ask) for ask in asks))
+        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        return RequestList(
+            requests=[*answer.requests, *came.requests],
+            missing=[one for one in answer.missing if one not in to_come],
+            marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
+        )
+
+    async def _drain(self, query: DrainWorkers) -> Answer:
+        if unknown := self._pool.unknown_classes(query.classes):
+            text = f"expected names of capability classes, got {', '.join(unknown)}; `mqworker capabilities` lists them"
+            return Problem(kind="not_found", text=text)
+        names = await self._settled(partial(self._pool.drain, query, self._now()))
+        workers = self._pool.views.workers(ListWorkers())
+        return WorkerList(workers=[worker for worker in workers if worker.name in names])
 
     async def _explain(self, query: Explain) -> Answer:
         view = None
@@ -575,7 +627,7 @@ class Scheduler:
         draft = self._pool.examine(request, bound=bound)
         if draft.problem is not None and view is None:
             return Problem(kind="rejected", text=draft.problem)
-        return self._pool.explanation(draft, view)
+        return self._pool.views.explanation(draft, view)
 
     async def _retry(self, query: RetryRequest) -> Answer:
         known = await self._requests([query.id])
@@ -585,7 +637,9 @@ class Scheduler:
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
-        draft = self._pool.examine(msgspec.structs.replace(old.request, id=query.new_id))
+        # When it had to be done is over, or nobody knows.
+        anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
+        draft = self._pool.examine(anew)
         artifacts = await self._artifacts([draft])
         receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
         result = receipt.results[0]
@@ -632,43 +686,96 @@ async def run(
     store_url: str,
     retry_delay: float,
     no_worker_after: float,
+    pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
-    """Run a scheduler until SIGTERM or SIGINT.
+    """Run a scheduler until SIGTERM or SIGINT. On PostgreSQL it stands by as long as another one is active.
 
     Raises:
         MqworkerError: a door does not open: the ledger is locked, the store is not there, the broker refuses.
     """
     gc.set_threshold(*GC_THRESHOLDS)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
-    ledger = await asyncio.to_thread(Ledger.open, ledger_url)
-    server = None
-    try:
-        metrics = SchedulerMetrics(version=__version__)
-        scheduler = Scheduler(
-            amqp_url=amqp_url,
-            topology=Topology(prefix),
-            ledger=ledger,
-            store=store,
-            metrics=metrics,
-            retry_delay=retry_delay,
-            offer_timeout=offer_timeout,
-            group_weights=group_weights,
-            concurrency_limits=concurrency_limits,
-            no_worker_after=no_worker_after,
-        )
-        if metrics_listen:
-            server = MetricsServer(metrics_listen, registry=metrics.registry, health=scheduler.health)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, scheduler.stop)
-        logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger_url, "store": store.id})
-        await scheduler.run()
-        logger.info("scheduler has stopped")
-    finally:
-        if server is not None:
-            server.close()
-        ledger.close()
+    while not stopping.is_set():
+        metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
+        duty = _Duty()
+        with ExitStack() as doors:
+            if metrics_listen:
+                server = MetricsServer(metrics_listen, registry=metrics.registry, health=duty.health)
+                doors.callback(server.close)
+            ledger = await _elected(ledger_url, stopping, duty)
+            if ledger is None:
+                return
+            doors.callback(ledger.close)
+            scheduler = Scheduler(
+                amqp_url=amqp_url,
+                topology=Topology(prefix),
+                ledger=ledger,
+                store=store,
+                metrics=metrics,
+                retry_delay=retry_delay,
+                offer_timeout=offer_timeout,
+                group_weights=group_weights,
+                concurrency_limits=concurrency_limits,
+                no_worker_after=no_worker_after,
+                pause_after=pause_after,
+            )
+            duty.scheduler = scheduler
+            stop = asyncio.create_task(_then(stopping, scheduler.stop))
+            logger.info("scheduler starts", extra={"term": ledger.term, "ledger": ledger.name, "store": store.id})
+            try:
+                await scheduler.run()
+            except LedgerLost as error:
+                logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            else:
+                logger.info("scheduler has stopped")
+                return
+            finally:
+                stop.cancel()
+
+
+class _Duty:
+    """Know whether this process is the active scheduler, or a standby."""
+
+    def __init__(self) -> None:
+        self.scheduler: Scheduler | None = None
+        self.waits = "for the ledger"
+
+    def health(self) -> Health:
+        """Say so; a standby that cannot reach the ledger is not well."""
+        if self.scheduler is not None:
+            return self.scheduler.health()
+        return Health(well=self.waits == STANDS_BY, text=f"{STANDBY}: waits {self.waits}")
+
+
+async def _elected(url: str, stopping: asyncio.Event, duty: _Duty) -> Ledger | None:
+    """Open a ledger as soon as no other scheduler is active; None: this one was stopped before.
+
+    Raises:
+        MqworkerError: it cannot be opened, and waiting will not help.
+    """
+    told: type[Exception] | None = None
+    while not stopping.is_set():
+        try:
+            return await asyncio.to_thread(Ledger.open, url)
+        except (LedgerLocked, LedgerUnavailable) as error:
+            if not Ledger.may_stand_by(url):
+                raise
+            duty.waits = STANDS_BY if isinstance(error, LedgerLocked) else str(error)
+            if told is not type(error):
+                logger.info("scheduler stands by", extra={"reason": str(error)})
+            told = type(error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), STANDBY_SECONDS)
+    return None
+
+
+async def _then(event: asyncio.Event, call: Callable[[], None]) -> None:
+    await event.wait()
+    call()

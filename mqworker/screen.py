@@ -27,10 +27,12 @@ from rich.text import Text
 from mqworker.lifecycle import FINAL
 from mqworker.messages import (
     AttemptView,
+    Limits,
     LogProgress,
     LogText,
     Reason,
     RecordedArtifact,
+    Request,
     RequestEvent,
     RequestView,
 )
@@ -52,6 +54,8 @@ STYLES: Final[Mapping[str, str]] = {
     "offline": "dim",
     "refused": "red",
     "paused": "yellow",
+    "draining": "yellow",
+    "drained": "yellow",
     "stuck": "red",
     "ok": "green",
     "note": "yellow",
@@ -204,11 +208,17 @@ def request_table(views: Iterable[RequestView], now: float) -> Table:
             cell(view.request.task, 16),
             styled(view.state),
             duration(now - view.submitted),
-            "" if took is None else duration(took),
+            "" if took is None else _took(view, took),
             cell(view.worker or "", 20),
             cut_cell(_stage(view)),
         )
     return table
+
+
+def _took(view: RequestView, seconds: float) -> str:
+    """Say how long a request has taken, and of one that runs how long it may."""
+    may = view.request.timeout if view.state == "running" else None
+    return duration(seconds) if may is None else f"{duration(seconds)} of {duration(may)}"
 
 
 def pending_table(views: Sequence[RequestView], now: float, *, whole: bool = True) -> Table:
@@ -221,9 +231,10 @@ def pending_table(views: Sequence[RequestView], now: float, *, whole: bool = Tru
         "age",
         *(["priority"] if priorities - {0} else []),
         *(["group"] if groups - {DEFAULT_GROUP} else []),
+        *(["expires"] if any(view.request.expires_at is not None for view in views) else []),
         "why it waits",
     ]
-    table = make_table(*columns, right=("age", "priority"), wrap=("why it waits",))
+    table = make_table(*columns, right=("age", "priority", "expires"), wrap=("why it waits",))
     for view in views:
         cells: dict[str, RenderableType] = {
             "request": view.request.id[:SHORT_ID],
@@ -231,6 +242,7 @@ def pending_table(views: Sequence[RequestView], now: float, *, whole: bool = Tru
             "age": duration(now - view.submitted),
             "priority": str(view.request.priority),
             "group": cell(view.request.group, 16),
+            "expires": "" if view.request.expires_at is None else f"in {duration(view.request.expires_at - now)}",
             "why it waits": (Text if whole else cut_cell)(one_line(view.waits or view.state)),
         }
         table.add_row(*(cells[column] for column in columns))
@@ -250,7 +262,6 @@ def _stage(view: RequestView) -> str:
 def request_page(view: RequestView, now: float) -> Group:
     """Draw all that is known of a request."""
     request = view.request
-    lease = "its task's" if request.lease is None else duration(request.lease)
     state = styled(view.state)
     state.append(_how_long(view, now), style="default")
     reason = view.reason
@@ -265,7 +276,10 @@ def request_page(view: RequestView, now: float) -> Group:
             ("Cause", None if reason is None else reason.line),
             ("Abort", None if view.state in FINAL else view.abort),
             ("Data", json.dumps(request.data, ensure_ascii=False)),
-            ("Limits", f"priority {request.priority}, at most {request.max_attempts} attempts, lease {lease}"),
+            ("Limits", ", ".join(_limits(request))),
+            ("May use", ", ".join(_may_use(request.limits))),
+            ("Not before", None if request.not_before is None else clock(request.not_before, day=True)),
+            ("Expires", None if request.expires_at is None else clock(request.expires_at, day=True)),
             ("Group", None if request.group == DEFAULT_GROUP else request.group),
             ("Key", request.concurrency_key),
             ("Requires", None if request.requires is None else json.dumps(request.requires, ensure_ascii=False)),
@@ -279,6 +293,31 @@ def request_page(view: RequestView, now: float) -> Group:
     if view.artifacts:
         parts.append(section("Artifacts", artifact_table(view.artifacts)))
     return Group(*parts)
+
+
+def _limits(request: Request) -> Iterator[str]:
+    yield f"priority {request.priority}"
+    yield f"at most {request.max_attempts} attempts"
+    if request.retry_on:
+        yield f"again after {' and '.join(request.retry_on)}"
+    yield "lease its task's" if request.lease is None else f"lease {duration(request.lease)}"
+    if request.timeout is not None:
+        yield f"timeout {duration(request.timeout)}"
+
+
+def _may_use(limits: Limits | None) -> Iterator[str]:
+    if limits is None:
+        return
+    if limits.memory is not None:
+        yield f"memory {size(limits.memory)}"
+    if limits.cpus is not None:
+        yield f"cpus {limits.cpus:g}"
+    if limits.cpu_seconds is not None:
+        yield f"cpu time {duration(limits.cpu_seconds)}"
+    if limits.disk is not None:
+        yield f"disk {size(limits.disk)}"
+    if limits.processes is not None:
+        yield f"processes {limits.processes:,}"
 
 
 def _after(view: RequestView) -> Iterator[str]:
@@ -312,7 +351,9 @@ def _timeline(view: RequestView) -> Table:
     if view.ended is not None and not (view.attempts and view.attempts[-1].result == view.state):
         moments.append((view.ended, view.state))
     if view.ended is None and view.not_before is not None:
-        moments.append((view.not_before, "not tried again before"))
+        moments.append((view.not_before, "not tried again before" if view.attempts else "not begun before"))
+    if view.ended is None and view.granted is None and view.request.expires_at is not None:
+        moments.append((view.request.expires_at, "expires"))
     moments.sort(key=lambda moment: moment[0])
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

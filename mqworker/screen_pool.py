@@ -71,15 +71,20 @@ def worker_table(workers: Iterable[WorkerView], now: float) -> Table:
     """Draw one line a worker."""
     table = make_table("worker", "state", "busy", "seen", "tasks", right=("busy", "seen"), wrap=("tasks",))
     for worker in workers:
-        state = "paused" if worker.paused is not None and worker.state == "online" else worker.state
         table.add_row(
             cell(worker.name, 24),
-            styled(state),
+            styled(_standing(worker)),
             f"{len(worker.running)}/{worker.slots}",
             duration(now - worker.seen) if worker.seen else "",
             Text(one_line("; ".join(_about(worker)))),
         )
     return table
+
+
+def _standing(worker: WorkerView) -> str:
+    if worker.state == "online" and worker.draining:
+        return "draining" if worker.running else "drained"
+    return "paused" if worker.paused is not None and worker.state == "online" else worker.state
 
 
 def _about(worker: WorkerView) -> Iterator[str]:

@@ -18,11 +18,11 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from mqworker.errors import SettingsError
-from mqworker.messages import Name
+from mqworker.messages import Limits, Name
 
 PREFIX: Final = "MQWORKER_"
 CONFIG_VARIABLE: Final = "MQWORKER_CONFIG"
-TABLES: Final = ("worker", "scheduler")
+TABLES: Final = ("worker", "worker.limits", "scheduler")
 
 # These are read elsewhere: by the command line, by tasks and by the tests.
 FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG", "MQWORKER_TASK_MODULES")
@@ -59,6 +59,7 @@ class SchedulerSettings(Struct, frozen=True, kw_only=True):
     metrics_listen: Listen = "127.0.0.1:9107"  # host:port; empty: off
     retry_delay: Seconds = 5.0  # before the second attempt; doubles with each
     no_worker_after: Seconds = 300.0  # how long nobody can run a request before an event says so
+    pause_after: Annotated[int, Meta(ge=0, le=1000)] = 3  # requests that fail on a worker and not elsewhere; 0: never
     group_weights: dict[Name, Weight] = {}  # of groups' shares; a group that is not named has 1
     concurrency_limits: dict[NameOrAny, Limit] = {}  # by concurrency key; "*": of those not named, else 1
 
@@ -77,6 +78,8 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
     tags: list[str] = []
     allow_tasks: list[str] = []  # empty: all
     deny_tasks: list[str] = []  # goes over allow_tasks
+    limits: Limits = field(default_factory=Limits)  # of each run; a request may ask for less
+    min_free_disk: Annotated[int, Meta(ge=0, le=2**60)] = 1024**3  # bytes; with less it takes no work; 0: off
 
     def state_directory(self) -> Path:
         """Return where the worker keeps its lock and its spool: by name, so that two on one host do not meet."""
@@ -147,7 +150,7 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, config: Path |
     values = {key: _convert(key, value, source) for key, (value, source) in found.items()}
     settings = Settings(
         **{key: value for key, value in values.items() if "." not in key},
-        worker=WorkerSettings(**_table("worker", values)),
+        worker=WorkerSettings(**_table("worker", values), limits=Limits(**_table("worker.limits", values))),
         scheduler=SchedulerSettings(**_table("scheduler", values)),
     )
     return Loaded(settings=settings, sources={key: source for key, (_, source) in found.items()}, config=path)
@@ -159,7 +162,7 @@ def _flag(key: str) -> str:
 
 
 def _table(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+    return {key.rpartition(".")[2]: value for key, value in values.items() if key.rpartition(".")[0] == name}
 
 
 def _find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:

@@ -4,11 +4,13 @@ import logging
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import typer
@@ -197,6 +199,48 @@ def read_duration(text: str) -> float:
     if not re.fullmatch(r"(\d+(\.\d+)?[smhdw])+", text):
         raise typer.BadParameter(f"expected a duration like 90s, 15m, 2h or 3d, got {text!r}")
     return sum(float(number) * SECONDS[unit] for number, unit in re.findall(r"([\d.]+)([smhdw])", text))
+
+
+def read_moment(text: str) -> float:
+    """Read a time: +30m from now, or ISO 8601 (local, if it names no zone); in seconds since the epoch.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    if text.startswith("+"):
+        return time.time() + read_duration(text[1:])
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"expected a time like 2030-01-31T22:15 (or with its zone: 2030-01-31T22:15+01:00), or +30m from now,"
+            f" got {text!r}"
+        ) from error
+
+
+def read_size(text: str) -> int:
+    """Read a number of bytes: 512M, 4G, 1.5T, by powers of 1024.
+
+    Raises:
+        BadParameter: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:iB|B)?", text)
+    if match is None:
+        raise typer.BadParameter(f"expected a size like 512M or 4G, got {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
+def read_results(text: str) -> list[Literal["failure", "error"]]:
+    """Read the results after which to try again.
+
+    Raises:
+        SubmitterError: one of them is no such result.
+    """
+    names = [name.strip() for name in text.split(",")]
+    try:
+        return msgspec.convert(list(dict.fromkeys(names)), list[Literal["failure", "error"]])
+    except msgspec.ValidationError as error:
+        raise SubmitterError(f"expected --retry-on failure, error or failure,error, got {text!r}") from error
 
 
 def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:

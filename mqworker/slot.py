@@ -4,7 +4,7 @@ It hears orders on standard input and speaks on standard output, one JSON a line
 live log instead. A thread watches the orders and the deadline: when the deadline passes, or the agent is gone, it
 kills every descendant without grace and ends this process, whatever the task is doing.
 
-    python -P -m mqworker.slot            wait for runs
+    python -P -m mqworker.slot [FD]       wait for runs; FD is a pipe that ends with the watchdog
     python -P -m mqworker.slot --analyze  say once what this host can do, and end
 """
 
@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from mqworker import processes
-from mqworker.errors import ArtifactInvalid, MqworkerError, NotFound, OutsideError, Unreadable
+import msgspec
+
+from mqworker import limits, processes
+from mqworker.errors import ArtifactInvalid, HostUnfit, MqworkerError, NotFound, OutsideError, Unreadable
 from mqworker.messages import (
     MAX_DESCRIBED_BYTES,
     MAX_LINE_BYTES,
@@ -33,6 +35,7 @@ from mqworker.messages import (
     Analysis,
     Artifact,
     FileEntry,
+    Limits,
     Outfit,
     Reason,
     RecordedArtifact,
@@ -297,8 +300,9 @@ class _Context:
 class Slot:
     """Run what the agent orders, until it is gone."""
 
-    def __init__(self, *, orders: int, words: int) -> None:
+    def __init__(self, *, orders: int, words: int, watchdog: int | None = None) -> None:
         self._orders = orders
+        self._watchdog = watchdog  # a pipe that ends with the watchdog
         self._mouth = _Mouth(words)
         self._live = _LiveLog(self._mouth)
         self._output = _Output(self._live)
@@ -321,6 +325,8 @@ class Slot:
             order = self._runs.get()
             ended = self._run(order)
             self._mouth.say(ended)
+            if ended.left is not None:
+                self._die()
             if processes.peak_memory() > MEMORY_KEPT or _condition() != fresh:
                 return  # the next run is better off in a process of its own
 
@@ -336,10 +342,13 @@ class Slot:
 
     def _hear(self) -> None:
         pending = b""
+        watched = [self._orders, self._alarm.fileno(), *([] if self._watchdog is None else [self._watchdog])]
         while True:
-            ready, _, _ = select.select([self._orders, self._alarm.fileno()], [], [])
+            ready, _, _ = select.select(watched, [], [])
             if self._alarm.fileno() in ready:
                 self._die(SLOT_LAPSED)
+            if self._watchdog in ready:  # nobody would hold the deadline if this process could not
+                self._die()
             chunk = os.read(self._orders, CHUNK)
             if not chunk:
                 self._die()
@@ -404,16 +413,20 @@ class Slot:
                 stop = self._stop
             if stop is not None:
                 task.abort()
-            with self._output.kept(_log_opener(task)):
+            with limits.kept(order.limits, order.cpus), self._output.kept(_log_opener(task)):
                 result = "success" if task.execute() else "failure"
         except BaseException as error:  # noqa: BLE001  # a task's own code: SystemExit and the like are its errors, too
             result = "error"
             again = isinstance(error, OutsideError)  # a store that is away says nothing of the request
-            reason = _explain(error, None if task is None else task.reason)
+            reason = _explain(error, None if task is None else task.reason, order.request.limits)
         with self._lock:
             self._task = None
         os.chdir("/")
-        processes.kill_descendants()  # what forked away goes, whatever its task said
+        left = None
+        try:
+            processes.kill_descendants()  # what forked away goes, whatever its task said
+        except HostUnfit as error:  # the host's fault: the task has said what it had to say
+            left = str(error)
         if task is not None and task.aborted:
             with self._lock:
                 reason = Reason(text=self._stop or "aborted", stage=_stage(task))
@@ -427,9 +440,10 @@ class Slot:
             self._busy = False
         return SlotEnded(
             result=result,  # type: ignore[arg-type]  # one of the four words
-            reason=None if reason is None else bounded(reason),
+            reason=_with_logs_problem(None if reason is None else bounded(reason), task),
             again=result in {"failure", "error"} and (again or (task is not None and task.try_again)),
             artifacts=[] if context is None else context.artifacts,
+            left=left,
         )
 
 
@@ -447,8 +461,25 @@ def _stage(task: Task) -> str | None:
     return None if task.reason is None else task.reason.stage
 
 
-def _explain(error: BaseException, said: Reason | None) -> Reason:
+def _with_logs_problem(reason: Reason | None, task: Task | None) -> Reason | None:
+    """Tell who will look for the logs of a run why there are none."""
+    if task is None or task.debug_logs_problem is None:
+        return reason
+    text = f"its debug logs could not be uploaded: {task.debug_logs_problem}"
+    if reason is None:
+        return Reason(text=text)
+    return msgspec.structs.replace(reason, text=f"{reason.text} ({text})")
+
+
+def _explain(error: BaseException, said: Reason | None, asked: Limits | None) -> Reason:
     """Make a reason of what a task raised: its own words, and where it was."""
+    if isinstance(error, MemoryError):
+        limit = "" if asked is None or asked.memory is None else f", with a limit of {asked.memory} bytes"
+        return Reason(
+            text=f"the run needed more memory than it may have{limit}: the task raised {type(error).__name__}",
+            stage=None if said is None else said.stage,
+            status="memory",
+        )
     if isinstance(error, MqworkerError):
         return Reason(text=str(error), stage=None if said is None else said.stage)
     frames = traceback.extract_tb(error.__traceback__)
@@ -469,17 +500,21 @@ def _analyze(words: int, work_directory: Path) -> None:
 
 def main() -> None:
     """Be a slot, or look at the host."""
+    processes.go_first_when_memory_ends()
     words = os.dup(1)  # not inherited by anybody
     os.dup2(2, 1)  # what tasks print while their modules load is for the agent's own log
     if sys.argv[1:2] == ["--analyze"]:
         _analyze(words, Path(sys.argv[2]))
         return
+    watchdog = int(sys.argv[1]) if sys.argv[1:] else None
+    if watchdog is not None:
+        os.set_inheritable(watchdog, False)
     orders = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     os.chdir("/")
-    Slot(orders=orders, words=words).serve()
+    Slot(orders=orders, words=words, watchdog=watchdog).serve()
 
 
 if __name__ == "__main__":

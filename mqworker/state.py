@@ -1,4 +1,4 @@
-"""A worker's state directory: its lock, the number of its incarnation, its slots' pids, and the spool of outcomes.
+"""A worker's state directory: its lock, its own id, the number of its incarnation, its slots' pids, and the spool.
 
 Knows files only. What is here lets a worker that was killed deliver what it had finished, and end what it had begun.
 """
@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,7 @@ from mqworker.errors import PeerError, StateLocked, Unreadable
 from mqworker.messages import MAX_MESSAGE_BYTES, Outcome, RunRef, decode, encode
 from mqworker.processes import Process
 
+MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))  # machine-id(5)
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")  # another one after each boot, random(4)
 
 
@@ -47,14 +49,46 @@ class WorkerState:
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
-        self.incarnation = self._next_incarnation()
+        self.copied: str | None = None  # why this directory is taken for a copy of another worker's
+        try:
+            self.home = self._find_home()
+            self.incarnation = self._next_incarnation()
+        except OSError as error:
+            os.close(self._lock)
+            raise StateLocked(
+                f"expected a state directory with room for a few small files, got {directory}: {error.strerror};"
+                " make room there: what is in its spool waits"
+            ) from error
 
     def close(self) -> None:
         """Let go of the directory."""
         os.close(self._lock)
 
+    def _find_home(self) -> str:
+        """Return the id of this directory, which is made with it; a copy of a directory gets one of its own.
+
+        So the scheduler does not take two workers for one and its successor. What is in the spool of a copy may be
+        told twice, which harms nobody: an outcome counts by its token, once.
+        """
+        file = self._directory / "home"
+        place = f"{_machine_id()} {self._directory.stat().st_ino}"
+        home, _, before = file.read_text().strip().partition(" ") if file.exists() else ("", "", "")
+        if home and before == place:
+            return home
+        if home:
+            self.copied = (
+                f"expected the state directory {self._directory} where it was made ({before}), got it at ({place}): a"
+                " copy, or one that was brought back from a backup; this worker goes on as a new one, and tells what"
+                " its spool has"
+            )
+            (self._directory / "slots").unlink(missing_ok=True)  # they are another host's
+            (self._directory / "incarnation").unlink(missing_ok=True)
+        home = uuid.uuid4().hex[:12]
+        self._write(file, f"{home} {place}\n".encode())
+        return home
+
     def _next_incarnation(self) -> int:
-        """Return a number above all earlier ones, also if the directory was lost in between: milliseconds of now."""
+        """Return a number above all earlier ones of this directory."""
         file = self._directory / "incarnation"
         before = file.read_bytes() if file.exists() else b""
         known = int(before) if re.fullmatch(rb"[0-9]{1,15}", before) else 0  # what is none of ours counts for nothing
@@ -132,6 +166,17 @@ class WorkerState:
         new.replace(file)
         if durable and sync_directory:
             _fsync(file.parent)
+
+
+def _machine_id() -> str:
+    for file in MACHINE_IDS:
+        try:
+            found = file.read_text().strip()
+        except OSError:  # it is not there, or for root alone
+            continue
+        if found:
+            return found
+    return "unknown"
 
 
 def _boot_id() -> str:

@@ -34,7 +34,7 @@ class Store:
 
     def __init__(self, objects: Any, url: str, root: Path | None) -> None:
         self._objects = objects
-        self._root = root  # of a store in a folder, which needs fsync
+        self.folder = root  # which needs fsync; None: the store is not on a disk of this host
         self.url = url
         self.id = ""
 
@@ -92,12 +92,12 @@ class Store:
             if self.has(sha256, size):
                 return sha256, size
             key = _key(sha256)
-            arriving = key if self._root is None else f"{_INCOMING}/{uuid.uuid4()}"
+            arriving = key if self.folder is None else f"{_INCOMING}/{uuid.uuid4()}"
             with _guarded(f"write to the store at {self.url}"):
                 try:
                     self._send(path, file, arriving, sha256, size)
-                    if self._root is not None:
-                        _fsync(self._root / arriving)
+                    if self.folder is not None:
+                        _fsync(self.folder / arriving)
                     for _ in self._verified(arriving, sha256, size):
                         pass
                 except BaseException:
@@ -105,10 +105,10 @@ class Store:
                         with suppress(FileNotFoundError):
                             obstore.delete(self._objects, arriving)
                     raise
-                if self._root is not None:
+                if self.folder is not None:
                     obstore.rename(self._objects, arriving, key)
-                    final = self._root / key
-                    for folder in (final.parent, final.parent.parent, self._root):
+                    final = self.folder / key
+                    for folder in (final.parent, final.parent.parent, self.folder):
                         _fsync(folder)
         return sha256, size
 
@@ -191,13 +191,16 @@ class Store:
 
     def _take_id(self) -> None:
         with _guarded(f"make a store at {self.url}"):
+            with suppress(FileNotFoundError):
+                obstore.head(self._objects, _ID_KEY)
+                return  # a disk that is full keeps nobody from what is there
             try:
                 obstore.put(self._objects, _ID_KEY, str(uuid.uuid4()).encode(), mode="create")
             except AlreadyExistsError:
                 return  # another creator was first, and its id counts
-            if self._root is not None:
-                _fsync(self._root / _ID_KEY)
-                _fsync(self._root)
+            if self.folder is not None:
+                _fsync(self.folder / _ID_KEY)
+                _fsync(self.folder)
 
     def _read_id(self) -> str:
         with _guarded(f"read the store at {self.url}"):
@@ -222,10 +225,10 @@ class Store:
             )
 
     def _clear_left_overs(self) -> None:
-        if self._root is None:
+        if self.folder is None:
             return  # an upload that was cut off elsewhere is for that store's own rules
         with _guarded(f"clear {_INCOMING} in the store at {self.url}"), suppress(FileNotFoundError):
-            for left in (self._root / _INCOMING).iterdir():
+            for left in (self.folder / _INCOMING).iterdir():
                 with suppress(FileNotFoundError):  # its upload has ended meanwhile
                     if time.time() - left.stat().st_mtime > LEFT_OVER_AFTER:
                         left.unlink()

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import msgspec
 
-from mqworker import __version__, processes
+from mqworker import __version__, limits, processes, watchdog
 from mqworker.agent import (
     Ack,
     Act,
@@ -44,11 +44,14 @@ from mqworker.agent import (
     check_task_names,
 )
 from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.cgroup import Cgroup, Cgroups
 from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked, Unreadable
+from mqworker.limits import Watch
 from mqworker.messages import (
     MAX_LINE_BYTES,
     Analysis,
     Assign,
+    Limits,
     Outcome,
     Outfit,
     Renew,
@@ -76,6 +79,8 @@ ANALYSIS_SECONDS: Final = 120.0  # a look at the host that takes longer is given
 SETTLE_SECONDS: Final = 10.0  # for the ledger's answers, before the worker leaves its spool to its successor
 STOP_NOW_SECONDS: Final = 3.0  # the same, when the worker is told twice
 SLOT_PAUSE: Final = 1.0  # seconds before the next try, where slots do not start
+DISK_SECONDS: Final = 5.0  # between two looks at free room
+FEW_INODES: Final = 1000  # a file system that counts its files, and has fewer left, is full
 LAST_WORDS: Final = 64 * 1024  # bytes: what a pipe holds
 LAST_LINES: Final = 500  # characters of them, for an operator
 DISCARDED_AT_ONCE: Final = 64 * 1024  # bytes of what a slot says when it is not understood any more
@@ -89,6 +94,9 @@ class _Child:
         self.process = process
         self.identity = processes.identify(process.pid)
         self._output = output  # where its standard error goes; the slot itself reads it while it lives
+        self.group: Cgroup | None = None
+        self.token: str | None = None  # of its run
+        self.ooms = 0  # what the kernel had killed on this host when the run began
 
     def last_words(self) -> str:
         """Return what it printed and did not live to read itself; once, when all that could write there has ended."""
@@ -99,6 +107,18 @@ class _Child:
     def order(self, order: SlotOrder) -> None:
         if self.process.stdin is not None and not self.process.stdin.is_closing():
             self.process.stdin.write(encode_line(order))
+
+
+class _Watchdog:
+    """The process that ends slots at their deadlines where they cannot."""
+
+    def __init__(self, process: asyncio.subprocess.Process, ends: int) -> None:
+        self.process = process
+        self.ends = ends  # a pipe that ends with it
+
+    def tell(self, slot: processes.Process, deadline_ns: int) -> None:
+        if self.process.stdin is not None and not self.process.stdin.is_closing():
+            self.process.stdin.write(watchdog.line(slot, deadline_ns))
 
 
 class Worker:
@@ -117,6 +137,10 @@ class Worker:
         metadata_interval: float,
         drain_grace: float,
         metrics: WorkerMetrics,
+        bounds: Limits | None = None,
+        min_free_disk: int = 0,
+        rooms: Collection[Path] = (),
+        groups: Cgroups | None = None,
         link: Callable[..., Link] = Link,
         clock: Callable[[], int] = processes.boottime_ns,
     ) -> None:
@@ -130,6 +154,13 @@ class Worker:
         self._metadata_interval = metadata_interval
         self._drain_grace = drain_grace
         self._metrics = metrics
+        self._bounds = bounds
+        self._min_free_disk = min_free_disk
+        self._rooms = rooms  # directories that must have room
+        self._groups = groups
+        self._watches: dict[int, Watch] = {}  # runs with limits, by slot
+        self._cores: dict[int, list[int]] = {}  # given to runs, by slot
+        self._watchdog: _Watchdog | None = None
         self._children: dict[int, _Child] = {}
         self._directories: dict[str, Path] = {}  # of runs, by token
         self._analyzing = False
@@ -143,7 +174,14 @@ class Worker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._leaving = False
         self._disk_thread = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        # What must be killed does not wait for a disk, and not for another that does not die.
+        self._kill_threads = ThreadPoolExecutor(slots + 2, thread_name_prefix="kill")
+        self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._spooling: list[Outcome] = []
+        self._is_spooling = False
+        self._watching = asyncio.Event()  # a run with limits has begun
+        self._noted = True  # whose processes the slots are
+        self._lacking: dict[str, str | None] = {}  # room, by what is in the way
         self._reading = link(
             amqp_url,
             name=f"mqworker worker {agent.name} reading",
@@ -161,7 +199,7 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Work until signalled; then drain, hand back what is left, and take leave.
+        """Work until signalled, or drained to end; then drain, hand back what is left, and take leave.
 
         Raises:
             BrokerRefused: the broker does not let this worker in.
@@ -176,6 +214,8 @@ class Worker:
             *(asyncio.create_task(self._keep_slot(number)) for number in range(self._slots)),
             asyncio.create_task(self._tick()),
             asyncio.create_task(self._let_in()),
+            asyncio.create_task(self._look_at_limits()),
+            asyncio.create_task(self._look_at_disks()),
         ]
         for task in steady:
             task.add_done_callback(self._ended)
@@ -196,8 +236,10 @@ class Worker:
             await self._reading.close()
             await self._writing.close()
             await asyncio.gather(*links, return_exceptions=True)
-            self._disk_thread.shutdown()
-            self._state.note_slots([])
+            for threads in (self._disk_thread, self._kill_threads, self._look_thread):
+                threads.shutdown()
+            with contextlib.suppress(OSError):  # they are gone: what a full disk still says of them harms nobody
+                self._state.note_slots([])
 
     def signalled(self) -> None:
         """Drain; the second time, stop now."""
@@ -219,6 +261,8 @@ class Worker:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._agent.heard:
             return Health(well=False, text="no scheduler has answered yet")
+        if self._agent.held is not None:
+            return Health(well=False, text=f"takes no work: {self._agent.held}")
         return Health(well=True, text=f"worker {self._agent.name}")
 
     # ------------------------------------------------------------ leaving
@@ -233,7 +277,16 @@ class Worker:
         self._act()
         settled = self._until(lambda: not self._agent.busy() and not self._agent.unsettled(), stop_now=False)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(settled, SETTLE_SECONDS if self._signals == 1 else STOP_NOW_SECONDS)
+            await asyncio.wait_for(settled, SETTLE_SECONDS if self._signals <= 1 else STOP_NOW_SECONDS)
+        # What could not be written to disk exists here alone: it goes without, and a second signal gives it up.
+        for outcome in self._spooling:
+            logger.warning(
+                "an outcome that cannot be spooled is sent from memory; the worker waits for its answer",
+                extra={"request": outcome.request, "attempt": outcome.attempt},
+            )
+            self._agent.unspoolable(outcome)
+        self._act()
+        await self._until(lambda: not self._spooling)
         self._agent.bye("stopped")
         self._act()
 
@@ -262,6 +315,9 @@ class Worker:
 
     async def _in_disk_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._disk_thread, call)
+
+    async def _in_kill_thread(self, call: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._kill_threads, call)
 
     # ------------------------------------------------------------ the broker
 
@@ -369,6 +425,8 @@ class Worker:
         for act in self._agent.take_acts(self._clock()):
             self._do(act)
         self._idle.set()
+        if self._agent.wants_to_end():
+            self._signalled.set()
 
     def _do(self, act: Act) -> None:
         match act:
@@ -383,6 +441,7 @@ class Worker:
             case StartRun():
                 self._start_run(act)
             case RenewRun(slot, deadline_ns):
+                self._hold_deadline(slot, deadline_ns)
                 self._order(slot, Renew(deadline_ns=deadline_ns))
             case StopRunIn(slot, reason):
                 self._order(slot, StopRun(reason=reason))
@@ -391,11 +450,14 @@ class Worker:
                 self._start(self._kill(slot))
             case Spool(outcome, task):
                 self._metrics.runs.labels(task=task, result=outcome.result).inc()
+                self._run_over(outcome.token)
                 self._spooling.append(outcome)
-                if len(self._spooling) == 1:
+                if not self._is_spooling:
+                    self._is_spooling = True
                     self._start(self._spool())
             case Unspool(ref):
                 self._start(self._in_disk_thread(partial(self._state.unspool, ref)))
+                self._spooling[:] = [one for one in self._spooling if one.token != ref.token]
             case PublishReport(report):
                 self._publish(self._topology.report, self._topology.report, report, lasting=False)
             case PublishOutcomes(outcomes):
@@ -416,19 +478,103 @@ class Worker:
             child.order(order)
 
     def _start_run(self, act: StartRun) -> None:
+        child = self._children.get(act.slot)
+        if child is None:
+            return  # it has just ended, and the agent is about to hear of it
         directory = self._work_directory / act.token
-        directory.mkdir(mode=0o755)
+        try:
+            directory.mkdir(mode=0o755)
+        except OSError as error:
+            self._agent.hold("work directory", f"expected room for a run in {self._work_directory}, got: {error}")
+            self._agent.not_started(act.token, f"the worker has no room for it: {error}")
+            self._act()
+            return
         self._directories[act.token] = directory
-        self._order(
-            act.slot,
+        self._hold_deadline(act.slot, act.deadline_ns)
+        for_slot, cores = self._limit(act, child, directory)
+        child.order(
             RunTask(
                 request=act.request,
                 attempt=act.attempt,
                 inputs=act.inputs,
                 directory=str(directory),
                 deadline_ns=act.deadline_ns,
-            ),
+                limits=for_slot,
+                cpus=cores,
+            )
         )
+
+    def _limit(self, act: StartRun, child: "_Child", directory: Path) -> tuple[Limits | None, list[int]]:
+        """Watch a run that has limits; return what its slot has to see to itself."""
+        bounds = limits.smaller(act.request.limits, self._bounds)
+        child.token = act.token
+        child.ooms = processes.oom_kills()
+        if not limits.any_of(bounds):
+            return None, []
+        watch = Watch(limits=bounds, slot=child.process.pid, directory=directory, cgroup=child.group)
+        self._watches[act.slot] = watch
+        self._watching.set()
+        if watch.for_slot is None:
+            return None, []
+        cores = limits.spread(bounds.cpus, [cores for slot, cores in self._cores.items() if slot != act.slot])
+        self._cores[act.slot] = cores
+        return watch.for_slot, cores
+
+    def _run_over(self, token: str) -> None:
+        for slot, child in self._children.items():
+            if child.token == token:
+                child.token = None
+                self._forget_limits(slot)
+                self._hold_deadline(slot, watchdog.NO_DEADLINE)
+
+    def _forget_limits(self, slot: int) -> None:
+        self._watches.pop(slot, None)
+        self._cores.pop(slot, None)
+
+    async def _look_at_limits(self) -> None:
+        """Look whether runs keep to their limits, while any has some."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._watching.clear()
+            if not self._watches:
+                await self._watching.wait()
+            began = loop.time()
+            watched = dict(self._watches)
+            try:
+                found = await loop.run_in_executor(self._look_thread, limits.look, list(watched.values()))
+            except HostUnfit as error:
+                logger.warning("limits could not be looked at", extra={"reason": str(error)})
+                found = {}
+            for slot, watch in watched.items():
+                child = self._children.get(slot)
+                exceeded = found.get(watch.slot)
+                if exceeded and child and child.token and self._watches.get(slot) is watch:
+                    self._agent.exceeded(slot, child.token, exceeded.what, exceeded.text)
+            self._act()
+            await asyncio.sleep(max(limits.LOOK_SECONDS, limits.LOOK_SHARE * (loop.time() - began)))
+
+    async def _look_at_disks(self) -> None:
+        """Take no work while there is no room for it."""
+        while self._rooms:
+            await self._in_disk_thread(self._find_room)
+            if not self._noted:
+                self._note_children()
+            for what, why in self._lacking.items():
+                self._agent.hold(what, why)
+            self._metrics.held.set(self._agent.held is not None)
+            self._act()
+            await asyncio.sleep(DISK_SECONDS)
+
+    def _find_room(self) -> None:
+        self._lacking["free disk"] = _little_room(self._rooms, self._min_free_disk)
+        try:
+            probe = self._work_directory / "probe"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+        except OSError as error:
+            self._lacking["work directory"] = f"expected room for a run in {self._work_directory}, got: {error}"
+        else:
+            self._lacking["work directory"] = None
 
     async def _spool(self) -> None:
         """Write what has ended to disk, as one set, and send it; a disk that is full is waited for."""
@@ -437,17 +583,26 @@ class Worker:
             try:
                 await self._in_disk_thread(partial(self._state.spool, outcomes))
             except OSError as error:
-                logger.error("outcomes cannot be spooled, trying again", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+                self._agent.hold("spool", f"outcomes cannot be spooled, and are tried again: {error}")
+                self._act()
                 await asyncio.sleep(SLOT_PAUSE)
                 continue
-            del self._spooling[: len(outcomes)]
+            self._agent.hold("spool", None)
+            written = {outcome.token for outcome in outcomes}
+            self._spooling[:] = [outcome for outcome in self._spooling if outcome.token not in written]
             for outcome in outcomes:
-                self._agent.spooled(outcome)
+                if self._agent.is_unsettled(outcome.token):
+                    self._agent.spooled(outcome)
+                else:  # it was sent from memory, and answered meanwhile
+                    await self._in_disk_thread(partial(self._state.unspool, outcome))
             self._act()
             for outcome in outcomes:
                 directory = self._directories.pop(outcome.token, None)
                 if directory is not None:
                     self._start(self._remove(directory))
+        self._is_spooling = False
+        self._agent.hold("spool", None)
+        self._idle.set()
 
     async def _remove(self, directory: Path) -> None:
         try:
@@ -467,10 +622,13 @@ class Worker:
             child = await self._spawn(number)
             was_ready = await self._listen(number, child)
             exit_code = await child.process.wait()
-            await self._end_orphans()
-            del self._children[number]
+            self._hold_deadline(number, watchdog.GONE)
+            await self._end_what_outlived(number, child)
             self._note_children()
             last_words = child.last_words()
+            self._agent.tick(self._clock())  # a deadline that has passed meanwhile was the reason
+            self._say_of_memory(number, child, exit_code)
+            self._forget_limits(number)
             self._agent.slot_gone(number, exit_code, last_words)
             self._act()
             if not was_ready and not self._leaving:
@@ -480,15 +638,96 @@ class Worker:
 
     async def _spawn(self, number: int) -> _Child:
         async with self._spawning:
+            if self._watchdog is None:
+                self._watchdog = await self._start_watchdog()
             output, printed = os.pipe()
+            ends = self._watchdog.ends
             try:
-                process = await self._python("mqworker.slot", stdin=asyncio.subprocess.PIPE, stderr=printed)
+                process = await self._python(
+                    "mqworker.slot", str(ends), stdin=asyncio.subprocess.PIPE, stderr=printed, pass_fds=[ends]
+                )
             finally:
                 os.close(printed)
             child = self._children[number] = _Child(process, output)
+        if self._groups is not None:
+            child.group = self._groups.make(number)
+            child.group.put(process.pid)
+        self._hold_deadline(number, watchdog.NO_DEADLINE)
         self._note_children()
         child.order(Outfit(store=self._store_url))
         return child
+
+    async def _start_watchdog(self) -> "_Watchdog":
+        """Start the process that ends slots at their deadlines where they cannot; slots end with it."""
+        ends, held = os.pipe()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-I", "-S", "-c", watchdog.START, str(Path(watchdog.__file__).parent)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                pass_fds=[held],
+                env=_child_environment(),
+            )
+        finally:
+            os.close(held)
+        started = _Watchdog(process, ends)
+        if process.stdout is None or await process.stdout.readline() != watchdog.READY:
+            raise HostUnfit("expected the watchdog of the slots to start, but it has ended: see what it printed above")
+        self._start(self._follow_watchdog(started))
+        return started
+
+    async def _follow_watchdog(self, one: "_Watchdog") -> None:
+        """End the slots with their watchdog: those that can have done so; the next ones get another."""
+        await one.process.wait()
+        async with self._spawning:
+            self._watchdog = None
+            orphaned = list(self._children.values())
+        os.close(one.ends)
+        if self._leaving:
+            return
+        logger.error(
+            "the watchdog of the slots has ended, and they with it", extra={"exit_code": one.process.returncode}
+        )
+        for child in orphaned:
+            if child.identity is not None:
+                self._start(self._kill_child(child))
+
+    def _hold_deadline(self, slot: int, deadline_ns: int) -> None:
+        child = self._children.get(slot)
+        if self._watchdog is not None and child is not None and child.identity is not None:
+            self._watchdog.tell(child.identity, deadline_ns)
+
+    async def _end_what_outlived(self, number: int, child: _Child) -> None:
+        """End what a slot that has died left behind: its run is over, and its slot free, when all that has gone."""
+        told = ""
+        while True:
+            try:
+                await self._end_orphans(but=number)
+            except HostUnfit as error:
+                if str(error) != told:
+                    told = str(error)
+                    logger.error("a run goes on without its slot", extra={"slot": number, "reason": told})  # noqa: TRY400  # no traceback at an operator
+                    self._agent.outlived(number, told)
+                    self._act()
+                await asyncio.sleep(SLOT_PAUSE)
+            else:
+                break
+        del self._children[number]
+        if child.group is not None:
+            child.group.remove()
+
+    def _say_of_memory(self, number: int, child: _Child, exit_code: int) -> None:
+        """Tell the agent if it was for want of memory that a slot was killed, as far as the kernel tells."""
+        watch = self._watches.get(number)
+        if child.token is None or exit_code != -signal.SIGKILL:
+            return
+        exceeded = None if watch is None else watch.killed()
+        if exceeded is not None:
+            self._agent.exceeded(number, child.token, exceeded.what, exceeded.text)
+        elif processes.oom_kills() > child.ooms:
+            self._agent.out_of_memory(number)
 
     async def _listen(self, number: int, child: _Child) -> bool:
         """Pass on what a slot says, until its process ends."""
@@ -512,20 +751,38 @@ class Worker:
         return was_ready
 
     def _note_children(self) -> None:
-        self._state.note_slots(child.identity for child in self._children.values() if child.identity is not None)
+        try:
+            self._state.note_slots(child.identity for child in self._children.values() if child.identity is not None)
+        except OSError as error:
+            self._agent.hold("state directory", f"expected room in the state directory, got: {error}")
+            self._noted = False
+        else:
+            self._agent.hold("state directory", None)
+            self._noted = True
 
     async def _kill(self, slot: int) -> None:
         child = self._children.get(slot)
-        if child is not None and child.identity is not None:
-            await self._in_disk_thread(partial(processes.kill_tree, child.identity))
+        if child is not None:
+            await self._kill_child(child)
 
-    async def _end_orphans(self) -> None:
+    async def _kill_child(self, child: _Child) -> None:
+        try:
+            if child.group is not None:
+                child.group.kill()
+            if child.identity is not None:
+                await self._in_kill_thread(partial(processes.kill_tree, child.identity))
+        except HostUnfit as error:
+            logger.error("a slot cannot be ended", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
+
+    async def _end_orphans(self, but: int | None = None) -> None:
         """End what a slot that has died left to this process, which is a subreaper."""
         async with self._spawning:
-            spare = [child.process.pid for child in self._children.values()]
+            spare = [child.process.pid for number, child in self._children.items() if number != but]
             if self._analyst is not None:
                 spare.append(self._analyst)
-            await self._in_disk_thread(lambda: processes.kill_descendants(spare=spare))
+            if self._watchdog is not None:
+                spare.append(self._watchdog.process.pid)
+            await self._in_kill_thread(lambda: processes.kill_descendants(spare=spare))
 
     async def _end_children(self) -> None:
         """Close the slots' pipes: each ends its descendants and itself; then make sure."""
@@ -537,15 +794,21 @@ class Worker:
         if waits:
             await asyncio.wait(waits, timeout=SETTLE_SECONDS)
         for child in children:
-            if child.process.returncode is None and child.identity is not None:
-                await self._in_disk_thread(partial(processes.kill_tree, child.identity))
+            if child.process.returncode is None:
+                await self._kill_child(child)
+            if child.group is not None:
+                child.group.remove()
         self._children.clear()
+        if self._watchdog is not None and self._watchdog.process.stdin is not None:
+            self._watchdog.process.stdin.close()
+            await self._watchdog.process.wait()
+            self._watchdog = None
         await self._end_orphans()
         for directory in self._directories.values():
             await self._remove(directory)
 
     async def _python(
-        self, module: str, *arguments: str, stdin: int, stderr: int | None = None
+        self, module: str, *arguments: str, stdin: int, stderr: int | None = None, pass_fds: Collection[int] = ()
     ) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -558,6 +821,7 @@ class Worker:
             stderr=stderr,
             limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+            pass_fds=pass_fds,
             env=_child_environment(),
         )
 
@@ -596,11 +860,26 @@ class Worker:
             ) from error
         finally:
             if identity is not None:
-                await self._in_disk_thread(partial(processes.kill_tree, identity))
+                await self._in_kill_thread(partial(processes.kill_tree, identity))
             self._analyst = None
         for name, failure in analysis.failures.items():
             logger.warning("a task cannot be used on this host", extra={"task": name, "reason": failure})
         return analysis
+
+
+def _little_room(directories: Collection[Path], least: int) -> str | None:
+    """Say which file system has less room than it must have; None: none. `least` is in bytes; 0: any is enough."""
+    for directory in directories if least else ():
+        try:
+            found = os.statvfs(directory)
+        except OSError as error:
+            return f"expected to ask how much room is in {directory}, got: {error}"
+        free = found.f_bavail * found.f_frsize
+        if free < least:
+            return f"expected min_free_disk ({least} bytes) free in {directory}, got {free}; make room there"
+        if found.f_files and found.f_favail < FEW_INODES:
+            return f"expected room for {FEW_INODES} files in {directory}, got {found.f_favail}; make room there"
+    return None
 
 
 def _child_environment() -> dict[str, str]:
@@ -649,13 +928,26 @@ def _take_work_directory(base: Path, name: str) -> tuple[Path, int]:
 
 
 def _sweep(state: WorkerState, work_directory: Path) -> None:
-    """End what a predecessor left running, and remove its runs' directories, chroots and all."""
+    """End what a predecessor left running, and remove its mounts and its runs' directories, chroots and all."""
     left: Sequence[processes.Process] = [*state.noted_slots(), *processes.inside(work_directory)]
     for process in left:
         processes.kill_tree(process)
+    for point in processes.unmount_below(work_directory):
+        logger.warning("a run has left something mounted, which is unmounted", extra={"path": point})
     for entry in work_directory.iterdir():
         if entry.name != "lock":
             processes.remove_tree(entry)
+
+
+def _take_groups() -> Cgroups | None:
+    """Take over the control group of this service, if it is there to be divided; without, limits are watched."""
+    try:
+        groups = Cgroups.take()
+    except HostUnfit as error:
+        logger.info("limits of runs are kept without control groups", extra={"reason": str(error)})
+        return None
+    logger.info("limits of runs are kept by the kernel, in control groups")
+    return groups
 
 
 async def run(
@@ -673,6 +965,8 @@ async def run(
     allow_tasks: Collection[str],
     deny_tasks: Collection[str],
     metrics_listen: str,
+    bounds: Limits | None = None,
+    min_free_disk: int = 0,
 ) -> None:
     """Run a worker until SIGTERM or SIGINT: the first drains it, the second stops it now; SIGHUP looks at the host.
 
@@ -685,6 +979,8 @@ async def run(
     server = None
     lock = None
     try:
+        if state.copied is not None:
+            logger.warning("the state directory is a copy", extra={"reason": state.copied})
         directory, lock = _take_work_directory(work_dir, name)
         processes.become_subreaper()
         await asyncio.to_thread(_sweep, state, directory)
@@ -694,12 +990,13 @@ async def run(
             name=name,
             host=socket.gethostname(),
             incarnation=state.incarnation,
+            home=state.home,
             slots=slots,
             store_id=store.id,
             static_metadata=static_metadata,
             allow_tasks=allow_tasks,
             deny_tasks=deny_tasks,
-            make_token=lambda: uuid.uuid4().hex,
+            make_token=lambda: f"{state.home}-{uuid.uuid4().hex}",
             wall=time.time,
         )
         worker = Worker(
@@ -713,6 +1010,10 @@ async def run(
             metadata_interval=metadata_interval,
             drain_grace=drain_grace,
             metrics=metrics,
+            bounds=bounds,
+            min_free_disk=min_free_disk,
+            rooms=[one for one in (directory, state_dir, store.folder) if one is not None],
+            groups=_take_groups(),
         )
         if metrics_listen:
             server = MetricsServer(metrics_listen, registry=metrics.registry, health=worker.health)

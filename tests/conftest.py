@@ -21,15 +21,20 @@ from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithDefaultRealm, Request, build_opener
 
+import psycopg
 import pytest
 
 from mqworker import debianhost
 from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
+from mqworker.ledger import Ledger
 from mqworker.privatenode import PrivateNode, find_programs
+from mqworker.schema import REVISION, schema
 from mqworker.task import Task
 from mqworker.topology import Topology
+from tests import roots
+from tests.cluster import Cluster
 from tests.driving import Driven, Peer
 
 IMAGE = "rabbitmq:4-management"
@@ -98,12 +103,26 @@ class Broker:
     ours: bool
 
 
+def _root() -> Path | None:
+    """Return where the RabbitMQ is that tests are to run with; None: on this machine itself.
+
+    MQWORKER_TEST_RABBITMQ is a version (4.0, 4.3) or a folder.
+
+    Raises:
+        HostUnfit: it is not there.
+    """
+    what = os.environ.get("MQWORKER_TEST_RABBITMQ")
+    root = roots.find(what) if what else None
+    find_programs(root)
+    return root
+
+
 class Lacking(Exception):
     """Say what no broker can be had without, and why, as `missing` takes it."""
 
 
 class Brokers:
-    """Start each broker when the first test asks for it; a context manager, which ends them.
+    """Start each broker, and a PostgreSQL, when the first test asks for it; a context manager, which ends them.
 
     With pytest-xdist they belong to the process that runs no test itself. So one broker serves all that do, and none of
     them has it among its own descendants, where a test might meet or kill it.
@@ -113,6 +132,7 @@ class Brokers:
         self._new_directory = new_directory
         self._started: dict[str, Broker | Exception] = {}
         self._stack = ExitStack()
+        self._kinds = {"broker": self._any, "own_broker": self._own, "postgresql": self._cluster}
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +148,7 @@ class Brokers:
         """
         if name not in self._started:
             try:
-                self._started[name] = self._any() if name == "broker" else self._own()
+                self._started[name] = self._kinds[name]()
             except Exception as error:  # noqa: BLE001  # for each test that asks, in whatever process
                 self._started[name] = error
         found = self._started[name]
@@ -137,6 +157,8 @@ class Brokers:
         return found
 
     def _any(self) -> Broker:
+        if os.environ.get("MQWORKER_TEST_RABBITMQ"):
+            return self._node("or another value of MQWORKER_TEST_RABBITMQ")
         url = os.environ.get("MQWORKER_TEST_AMQP_URL")
         if url:
             return Broker(url, os.environ.get("MQWORKER_TEST_MANAGEMENT_URL"), ours=False)
@@ -154,13 +176,20 @@ class Brokers:
 
     def _node(self, otherwise: str) -> Broker:
         try:
-            find_programs()
+            root = _root()
         except HostUnfit as error:
             raise Lacking("rabbitmq-server", f"{error} ({otherwise})") from error
         directory = self._new_directory()
         self._stack.callback(shutil.rmtree, directory)
-        node = self._stack.enter_context(PrivateNode(directory))
+        node = self._stack.enter_context(PrivateNode(directory, root=root))
         return Broker(node.url, node.management_url, ours=True)
+
+    def _cluster(self) -> Broker:
+        try:
+            cluster = self._stack.enter_context(Cluster())
+        except FileNotFoundError as error:
+            raise Lacking("PostgreSQL", str(error)) from error
+        return Broker(cluster.url(), None, ours=True)
 
 
 def _answer(listener: Listener, brokers: Brokers) -> None:
@@ -238,6 +267,38 @@ def own_broker(brokers) -> Broker:
     return brokers("own_broker")
 
 
+@pytest.fixture(scope="session")
+def postgresql_databases(brokers) -> Iterator[Callable[[int], str]]:
+    """Give the URL of the first, second, ... database of this process's own, with no facts in it."""
+    server = brokers("postgresql").url
+    own = f"t{uuid.uuid4().hex[:12]}"
+    made: dict[int, psycopg.Connection] = {}
+
+    def empty(number: int = 0) -> str:
+        url = urlunsplit(urlsplit(server)._replace(path=f"/{own}_{number}"))
+        if number not in made:
+            with psycopg.connect(server, autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {own}_{number}")
+            made[number] = psycopg.connect(url, autocommit=True)
+            Ledger.open(url).close()
+        tables = ", ".join(f'"{table.name}"' for table in schema.sorted_tables)
+        made[number].execute(f"TRUNCATE {tables} RESTART IDENTITY")
+        made[number].execute("UPDATE alembic_version SET version_num = %s", [REVISION])
+        made[number].execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
+        made[number].execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
+        return url
+
+    yield empty
+    for connection in made.values():
+        connection.close()
+
+
+@pytest.fixture
+def postgresql_url(postgresql_databases) -> str:
+    """The URL of an empty ledger in PostgreSQL, the test's own."""
+    return postgresql_databases(0)
+
+
 @pytest.fixture
 def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
     """Start nodes that a test may kill and restart; takes what PrivateNode takes, but for the directory."""
@@ -246,10 +307,16 @@ def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
 
 
 @pytest.fixture(scope="module")
-def node_to_hurt(tmp_path_factory) -> Iterator[PrivateNode]:
-    """A node without plugins that each test may freeze or fill, and leaves well."""
+def nodes_of_module(tmp_path_factory) -> Iterator[Callable[..., PrivateNode]]:
+    """Start nodes for all tests of a file; takes what PrivateNode takes, but for the directory."""
     with _private_nodes(tmp_path_factory.mktemp("nodes")) as start:
-        yield start(plugins=())
+        yield start
+
+
+@pytest.fixture(scope="module")
+def node_to_hurt(nodes_of_module) -> PrivateNode:
+    """A node without plugins that each test may freeze or fill, and leaves well."""
+    return nodes_of_module(plugins=())
 
 
 @pytest.fixture
@@ -295,14 +362,14 @@ def as_own_user(own_amqp_url, manage, prefix) -> Iterator[Callable[..., str]]:
 @contextmanager
 def _private_nodes(directory: Path) -> Iterator[Callable[..., PrivateNode]]:
     try:
-        find_programs()
+        root = _root()
     except HostUnfit as error:
         missing("rabbitmq-server", str(error))
     with ExitStack() as stack:
 
         def start(**arguments) -> PrivateNode:
             own = directory / f"node-{uuid.uuid4().hex[:8]}"
-            node = PrivateNode(own, **arguments)
+            node = PrivateNode(own, **{"root": root, **arguments})
             stack.callback(shutil.rmtree, own, ignore_errors=True)  # it may not have come to be
             stack.callback(node.kill)
             node.start()

@@ -161,10 +161,10 @@ class Driven:
         return [event.event for event in self.events if isinstance(event, RequestEvent)]
 
     def waits(self, request):
-        return self.pool.decorate(self.view(request)).waits
+        return self.pool.views.decorate(self.view(request)).waits
 
     def worker(self, name):
-        return next(one for one in self.pool.workers(ListWorkers()) if one.name == name)
+        return next(one for one in self.pool.views.workers(ListWorkers()) if one.name == name)
 
 
 class Peer:
@@ -228,7 +228,7 @@ class Peer:
             version="0",
         )
 
-    def beat(self, *running, claiming=(), unsettled=(), slots=None):
+    def beat(self, *running, claiming=(), unsettled=(), slots=None, **fields):
         return Heartbeat(
             queue=self.queue,
             assigned=self.queue,
@@ -239,6 +239,7 @@ class Peer:
             ],
             claiming=list(claiming),
             unsettled=list(unsettled),
+            **fields,
         )
 
     def claim(self, request, attempt=1, token=None):

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from mqworker import task as task_room
 from mqworker.agent import (
     ABORT_MARGIN_NS,
+    BEHIND_NS,
     DEFAULT_GRACE,
     HEARTBEAT_NS,
     Ack,
@@ -43,6 +44,7 @@ from mqworker.messages import (
     Assign,
     Bye,
     Claim,
+    Drain,
     Granted,
     Heartbeat,
     Hello,
@@ -138,9 +140,9 @@ class Driven:
         self.agent.verdict(Verdict(term=self.term if term is None else term, parts=list(parts)), self.now)
         self.do()
 
-    def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None, requires=None):
-        request = Request(id=an_id(number), task=task, data=data or {}, requires=requires)
-        self.agent.ticket(delivery or f"d{number}", Ticket(term=1, attempt=attempt, request=request))
+    def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None, alone=False, **fields):
+        request = Request(id=an_id(number), task=task, data=data or {}, **fields)
+        self.agent.ticket(delivery or f"d{number}", Ticket(term=1, attempt=attempt, request=request, alone=alone))
 
     def claim(self, number=1, **given):
         """Take a ticket; return what it was claimed with."""
@@ -701,10 +703,236 @@ def test_an_aborted_run_that_ends_by_itself_is_what_it_says(driven):
 
 
 def test_an_abort_of_what_does_not_run_here_does_nothing(driven):
-    ref = driven.claim()
-    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.hear(Abort(request=an_id(1), attempt=1, token="strange", reason="not wanted"))  # noqa: S106  # of a claim
 
     assert driven.take(StopRunIn, KillSlot) == []
+
+
+def test_a_claim_whose_request_is_aborted_is_not_started_when_it_is_granted(driven):
+    ref = driven.claim()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.grant(ref)
+    [outcome] = driven.spool()
+
+    assert driven.take(StartRun) == []
+    assert (outcome.result, outcome.reason.text) == ("aborted", "not wanted")
+
+
+# ---------------------------------------------------------------- timeouts
+
+OVER = "ran longer than its timeout of 30 s"
+
+
+def test_a_run_that_is_over_its_timeout_is_told_to_stop_and_ends_in_error_with_what_it_has_made(driven):
+    ref, _ = driven.run(timeout=30)
+    made = Artifact(handle="a0", category="a:log", name="log")
+    driven.pass_time(29.9)
+    assert driven.take(StopRunIn) == []
+    driven.pass_time(0.2)
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason=OVER)]
+    driven.agent.slot_said(0, SlotProgress(stage="build", fraction=None))
+    driven.agent.slot_said(0, SlotEnded(result="aborted", reason=Reason(text=OVER), artifacts=[made]))
+    [outcome] = driven.spool()
+
+    assert (outcome.token, outcome.result, outcome.artifacts) == (ref.token, "error", [made])
+    assert outcome.reason == Reason(text=OVER, stage="build", status="timeout")
+
+
+def test_a_run_that_ignores_its_timeout_is_killed_behind_the_tasks_grace(driven):
+    driven.run(task="tagged", lease=3600, timeout=30)
+    driven.pass_time(30)
+    driven.take()
+    driven.pass_time(15 + ABORT_MARGIN_NS / SECOND - 0.01)
+    assert driven.take(KillSlot) == []
+    driven.pass_time(0.02)
+    assert len(driven.take(KillSlot)) == 1
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.status) == ("error", "timeout")
+    assert outcome.reason.text.startswith(f"{OVER} (it did not stop in time")
+
+
+def test_a_slot_ends_a_run_over_its_timeout_by_itself_if_nobody_tells_it_to(driven):
+    _, start = driven.run(task="tagged", lease=3600, timeout=30)
+    alone_ns = driven.now + int((30 + 15) * SECOND) + ABORT_MARGIN_NS + BEHIND_NS
+    assert start.deadline_ns == alone_ns
+    report = driven.beat()
+    driven.hear(Alive(seq=report.seq))
+    assert driven.take(RenewRun) == []  # its lease is longer, and its time is not
+    driven.agent.slot_gone(0, SLOT_LAPSED)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.status) == ("error", "timeout")
+
+
+def test_a_lease_that_ends_before_the_timeout_is_what_counts(driven):
+    _, start = driven.run(timeout=3000)
+    assert start.deadline_ns == driven.now + int(LEASE * SECOND)
+    driven.agent.slot_gone(0, SLOT_LAPSED)
+
+    assert [outcome.result for outcome in driven.spool()] == ["lost"]
+
+
+def test_a_run_that_succeeds_just_when_its_time_is_over_has_succeeded(driven):
+    driven.run(timeout=30)
+    driven.pass_time(31)
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+
+    assert [outcome.result for outcome in driven.spool()] == ["success"]
+
+
+def test_an_abort_that_came_before_the_timeout_stays_an_abort(driven):
+    ref, _ = driven.run(timeout=30)
+    driven.pass_time(29.9)
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.pass_time(2)
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason="not wanted")]
+    driven.agent.slot_said(0, SlotEnded(result="aborted", reason=Reason(text="not wanted")))
+
+    assert [outcome.result for outcome in driven.spool()] == ["aborted"]
+
+
+def test_an_abort_of_a_run_that_is_over_its_timeout_gives_it_no_more_time(driven):
+    ref, _ = driven.run(timeout=30)
+    driven.pass_time(30)
+    driven.pass_time(DEFAULT_GRACE)
+    driven.take()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    assert driven.take(StopRunIn) == []
+    driven.pass_time(ABORT_MARGIN_NS / SECOND)
+
+    assert len(driven.take(KillSlot)) == 1
+
+
+# ---------------------------------------------------------------- what runs alone
+
+
+def test_what_runs_alone_is_claimed_at_once_and_starts_when_nothing_else_runs(two):
+    other, _ = two.run(1)
+    ref = two.claim(2, alone=True)
+    assert two.agent.consuming is None
+    two.ticket(3)
+    assert [act.delivery for act in two.take(Requeue)] == ["d3"]
+    two.grant(ref)
+    assert two.take(StartRun) == []
+    beat = beat_of(two.beat())
+    assert ({run.token for run in beat.running}, beat.slots) == ({other.token, ref.token}, 0)
+    two.agent.slot_said(0, SlotEnded(result="success"))
+    [start] = two.take(StartRun)
+
+    assert (start.token, start.slot) == (ref.token, 1)
+    assert two.agent.consuming is None
+    two.agent.slot_said(0, SlotReady())
+    assert two.agent.consuming is None
+    two.agent.slot_said(1, SlotEnded(result="success"))
+    two.agent.slot_said(1, SlotReady())
+    assert beat_of([act.report for act in two.take(PublishReport)][-1]).slots == 2
+    assert two.agent.consuming == "q"
+
+
+def test_of_two_that_run_alone_one_waits_for_the_other(two):
+    two.grant(two.claim(1, alone=True))
+    assert len(two.take(StartRun)) == 1
+    two.ticket(2, alone=True)
+
+    assert [act.delivery for act in two.take(Requeue)] == ["d2"]
+
+
+def test_what_runs_alone_waits_for_claims_under_way_too(two):
+    other = two.claim(1)
+    two.ticket(2, alone=True)
+    alone = two.said(Claim)[-1]
+    two.grant(alone)
+    assert two.take(StartRun) == []
+    two.grant(other)
+    assert [act.token for act in two.take(StartRun)] == [other.token]
+    two.agent.slot_said(0, SlotEnded(result="success"))
+
+    assert [act.token for act in two.take(StartRun)] == [alone.token]
+
+
+def test_the_lease_of_what_waits_to_be_alone_is_renewed_and_its_time_counts_from_its_start(two):
+    two.run(1, lease=3600)
+    ref = two.claim(2, alone=True, timeout=100)
+    two.grant(ref)
+    two.take()
+    for _ in range(20):
+        two.hear(Alive(seq=two.beat().seq))
+    assert two.take(Spool, KillSlot) == []
+    two.agent.slot_said(0, SlotEnded(result="success"))
+    [start] = two.take(StartRun)
+
+    assert start.token == ref.token
+    two.pass_time(30)
+    assert two.take(StopRunIn) == []
+
+
+@pytest.mark.parametrize(
+    ("end", "result"), [("abort", "aborted"), ("lease", "handed_back"), ("drain", "handed_back"), ("void", None)]
+)
+def test_what_waits_to_be_alone_can_end_before_it_began(two, end, result):
+    two.run(1, lease=3600)
+    ref = two.claim(2, alone=True)
+    two.grant(ref)
+    two.spool()
+    match end:
+        case "abort":
+            two.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+        case "lease":
+            two.pass_time(LEASE)
+        case "drain":
+            two.agent.drain()
+        case "void":
+            two.hear(Alive(seq=two.beat().seq, void=[ref]))
+    outcomes = two.spool()
+
+    assert [(one.token, one.result) for one in outcomes] == ([(ref.token, result)] if result else [])
+    assert [run.token for run in beat_of(two.beat()).running] != [ref.token]
+    assert (two.agent.consuming == "q") is (end != "drain")
+
+
+def test_one_that_is_refused_keeps_nobody_away(two):
+    two.ticket(1, task="tagged", data={"tag": "other"}, alone=True)
+    two.do()
+
+    assert two.agent.consuming == "q"
+
+
+# ---------------------------------------------------------------- told to drain
+
+
+def test_a_worker_that_is_told_to_drain_takes_nothing_more_until_a_queue_is_assigned(driven):
+    driven.run()
+    driven.hear(Assign(queue=None), Drain(reason="new kernel"))
+    driven.ticket(2)
+    [beat] = driven.said(Heartbeat)
+    driven.ticket(3)
+    assert len(driven.take(Requeue)) == 1
+    assert (beat.draining, beat.leaving, beat.slots, len(beat.running)) == (True, False, 0, 1)
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    driven.agent.slot_said(0, SlotReady())
+    assert driven.agent.consuming is None
+    assert not driven.agent.wants_to_end()
+    driven.hear(Assign(queue="q"))
+
+    assert driven.agent.consuming == "q"
+    assert not driven.said(Heartbeat)[-1].draining
+
+
+def test_a_worker_that_is_told_to_end_does_so_when_nothing_runs_and_all_is_recorded(driven):
+    ref, _ = driven.run()
+    driven.hear(Assign(queue=None), Drain(reason="new kernel", stop=True))
+    assert [beat.leaving for beat in driven.said(Heartbeat)] == [True]
+    assert not driven.agent.wants_to_end()
+    driven.agent.slot_said(0, SlotEnded(result="success"))
+    driven.spool()
+    assert not driven.agent.wants_to_end()
+    driven.hear(Recorded(request=ref.request, attempt=1, token=ref.token, status="recorded"))
+
+    assert driven.agent.wants_to_end()
+    driven.hear(Assign(queue="q"))
+    assert driven.agent.consuming is None  # it is as good as gone
 
 
 # ---------------------------------------------------------------- slots

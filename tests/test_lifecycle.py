@@ -10,12 +10,20 @@ from mqworker.lifecycle import (
     Ending,
     Event,
     State,
+    Tried,
+    delayed_until,
     end_attempt,
+    exhausted,
+    expiry_text,
+    has_expired,
+    last_alone,
     lease_deadline_ns,
     lease_seconds,
     meets,
     move,
+    window_problem,
 )
+from mqworker.messages import Reason, Request
 
 EVERYWHERE = [*itertools.product([None, *State], Event)]
 
@@ -177,3 +185,80 @@ def test_a_request_may_ask_for_a_lease_of_its_own(asked, lease):
 
 def test_a_lease_counts_from_when_the_worker_sent_what_was_answered():
     assert lease_deadline_ns(7, 1.5) == 1_500_000_007
+
+
+@pytest.mark.parametrize("result", ["failure", "error"])
+def test_a_result_that_the_request_names_is_tried_again_like_one_that_was_lost(result):
+    assert ends(result, retry_on=[result]) == ends("lost")
+    assert ends(result, retry_on=[result], tried=2).exhausted
+    assert ends(result, retry_on=[result], abort_asked=True).event is Event.ABORT
+    assert ends("success", retry_on=[result]).event is Event.SUCCEED
+    other = {"failure": "error", "error": "failure"}[result]
+    assert ends(other, retry_on=[result]) == ends(other)
+
+
+# ---------------------------------------------------------------- what has no attempt left
+
+
+def tried(*results):
+    return tuple(Tried(number, f"w{number}", result, "why") for number, result in enumerate(results, 1))
+
+
+@pytest.mark.parametrize(
+    ("history", "max_attempts", "alone"),
+    [
+        ((), 1, False),
+        ((), 2, False),
+        (("lost",), 2, True),
+        (("lost",), 3, False),
+        (("lost", "lost"), 3, True),
+        (("lost", "failure"), 3, False),
+        (("error", "lost"), 3, False),
+    ],
+)
+def test_the_last_attempt_is_alone_if_all_before_it_were_lost(history, max_attempts, alone):
+    assert last_alone(tried(*history), max_attempts) is alone
+
+
+def test_the_reason_of_a_request_that_has_no_attempt_left_tells_how_each_ended():
+    reason = exhausted(Reason(text="gone", stage="lease"), tried("lost", "failure"), 3)
+
+    assert reason.stage == "lease"
+    assert reason.text == (
+        "gone (attempt 3 of 3, none is left); before it: attempt 1 on w1: lost, why; attempt 2 on w2: failure, why"
+    )
+
+
+def test_the_reason_of_a_request_that_was_tried_often_is_bounded():
+    history = [Tried(number, "w", "lost", "x" * 5000) for number in range(1, 100)]
+    text = exhausted(None, history, 100).text
+
+    assert text.startswith(
+        "no reason was given (attempt 100 of 100, none is left); before it: 89 more; attempt 90 on w"
+    )
+    assert len(text) < 3000
+
+
+# ---------------------------------------------------------------- when it may be granted
+
+
+def timed(**given):
+    return Request(id="00000000-0000-4000-8000-000000000000", task="noop", **given)
+
+
+def test_a_request_waits_for_its_time_and_expires_at_it():
+    assert delayed_until(timed(), 5.0) is None
+    assert delayed_until(timed(not_before=7.0), 5.0) == 7.0
+    assert delayed_until(timed(not_before=7.0), 7.0) is None
+    assert [has_expired(timed(expires_at=7.0), now) for now in (6.9, 7.0, 7.1)] == [False, True, True]
+    assert not has_expired(timed(), 1e12)
+    assert expiry_text(1_700_000_000.5) == "expired: not granted by 2023-11-14T22:13:20+00:00"
+
+
+@pytest.mark.parametrize(("begins", "ends_", "right"), [(1.0, 2.0, True), (2.0, 2.0, False), (3.0, 2.0, False)])
+def test_a_request_that_expires_before_it_may_begin_is_told_so(begins, ends_, right):
+    problem = window_problem(timed(not_before=begins, expires_at=ends_))
+
+    assert (problem is None) is right
+    assert right or "expires_at behind not_before" in problem
+    assert window_problem(timed(not_before=begins)) is window_problem(timed(expires_at=ends_)) is None

@@ -45,11 +45,12 @@ def test_each_request_stands_behind_those_it_needs():
         assert all(place[needed] < place[one.id] for needed in needs(one))
 
 
-def test_a_circle_is_named_on_each_of_its_members_and_on_no_other():
+def test_a_circle_is_named_on_each_of_its_members_and_on_what_needs_one_of_them_and_on_no_other():
     requests = [request("a", "b"), request("b", "c"), request("c", "a"), request("d", "a"), request("e")]
-    order, problems = in_order(requests)
-    assert order == [4, 0, 1, 2, 3]
-    assert problems.keys() == {0, 1, 2}
+    order, problems = in_order([*requests, request("f", "e", "d")])
+    assert order == [4, 0, 1, 2, 3, 5]
+    assert problems.keys() == {0, 1, 2, 3, 5}
+    assert problems[5].endswith(" needs ".join(id_of(name) for name in "fdabca"))
     assert problems[0].endswith(" needs ".join(id_of(name) for name in "abca"))
     assert problems[1].endswith(" needs ".join(id_of(name) for name in "bcab"))
 

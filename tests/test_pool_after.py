@@ -114,7 +114,7 @@ def test_what_has_taken_is_explained_with_it(driven):
     draft = driven.pool.examine(view.request, bound=True)
 
     assert draft.inputs == (1,)
-    assert driven.pool.explanation(draft, view).able == 1
+    assert driven.pool.views.explanation(draft, view).able == 1
 
 
 def test_many_that_take_at_once_each_wait_in_the_lane_of_what_they_got(driven, monkeypatch):
@@ -154,7 +154,7 @@ def test_what_comes_after_others_is_offered_once_all_of_them_have_ended_as_it_ne
     anna.end(anna.run(good))
 
     assert driven.states(one) == ["offered"]
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
     assert driven.request_events().count("accept") == 3
 
 
@@ -167,7 +167,7 @@ def test_what_comes_after_one_that_has_ended_already_is_offered_or_aborted_at_on
     assert driven.states(one, never) == ["offered", "aborted"]
     assert driven.view(never).reason.text == f"needs {bad}, which ended in failure"
     assert [receipt.results[0].status for receipt in driven.receipts[-2:]] == ["accepted", "accepted"]
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
     assert never not in driven.pool._entries
 
 
@@ -190,7 +190,7 @@ def test_the_failure_of_one_ends_those_that_needed_it_and_theirs_but_not_who_nee
     assert driven.states(second, third, fourth) == ["aborted", "aborted", "offered"]
     assert first in driven.view(second).reason.text
     assert second in driven.view(third).reason.text
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
     told = {event.request: (event.state, event.reason.text) for event in driven.events if event.event == "abort"}
     assert told[third] == ("aborted", f"needs {second}, which was aborted")
     assert [*driven.pool._entries] == [fourth]
@@ -205,7 +205,7 @@ def test_an_abort_of_what_waits_for_others_leaves_no_count_behind(driven, anna):
     anna.end(anna.run(first))
 
     assert driven.states(one, other) == ["aborted", "offered"]
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
 
 
 def test_what_needs_an_unknown_request_or_itself_is_rejected(driven, anna):
@@ -221,7 +221,7 @@ def test_what_needs_an_unknown_request_or_itself_is_rejected(driven, anna):
     assert driven.states(unknown, an_id(501), an_id(502), an_id(503)) == ["rejected"] * 4
     assert an_id(999) in driven.view(unknown).reason.text
     assert "a circle" in driven.view(an_id(501)).reason.text
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
     assert not driven.pool._entries
     assert anna.queue is not None
 
@@ -260,7 +260,7 @@ def test_the_end_of_one_and_what_comes_after_it_may_be_in_one_set_either_way_rou
     anna.end(second)
 
     assert driven.states(one.id, two.id) == ["offered", "offered"]
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
 
 
 @pytest.mark.parametrize(("number", "category"), [(0, "test:wood"), (2, "test:wood"), (1, "test:stone")])
@@ -273,7 +273,7 @@ def test_what_cannot_be_taken_aborts_who_would_take_it(driven, number, category)
     assert driven.states(one) == ["aborted"]
     found = number if category == "test:wood" else 0
     assert driven.view(one).reason.text == f"expected one artifact of category test:wood made by {first}, got {found}"
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
 
 
 def test_a_request_that_would_take_what_its_task_does_not_want_is_rejected_at_the_door(driven):
@@ -294,7 +294,7 @@ def test_what_waits_for_others_is_reprioritised_and_known_and_a_conflict_as_all_
     driven.pool.reprioritise(one.id, 5, lambda _: None)
     driven.turn()
     assert [result.status for result in driven.receipts[-1].results] == ["known", "conflict"]
-    assert driven.pool._blocked == 1
+    assert driven.pool._held.blocked == 1
     anna.end(anna.run(first))
 
     assert driven.states(one.id) == ["offered"]
@@ -314,7 +314,7 @@ def test_a_conflict_with_what_waits_for_others_in_the_set_that_frees_or_aborts_i
     driven.turn()
 
     assert driven.states(one, two, second, older) == ["pending", "aborted", "offered", "pending"]
-    assert driven.pool._blocked == 0
+    assert driven.pool._held.blocked == 0
     own = driven.pool._dispatch
     assert [own._waiting[each][1] for each in (one, older)] == [driven.view(each).seq for each in (one, older)]
     assert sum(use.entries for use in driven.pool._uses.values()) == 3
@@ -324,14 +324,14 @@ def test_what_waits_for_others_still_does_so_for_a_new_scheduler(driven, anna):
     first, other = driven.request(), driven.request()
     one, two = driven.request(after=after(first)), driven.request(after=after(first, other))
     again = restart(driven)
-    assert again.pool._blocked == 2
+    assert again.pool._held.blocked == 2
     assert again.waits(one) == f"waits for {first}"
     moved = Peer(again, "bert").join()
     for request in (first, other):
         moved.end(moved.run(request))
 
     assert again.states(one, two) == ["offered", "pending"]
-    assert again.pool._blocked == 0
+    assert again.pool._held.blocked == 0
     assert anna.name == "anna"
 
 

@@ -413,7 +413,7 @@ def test_capability_classes_that_nothing_tells_apart_any_more_become_one(driven)
         peer.follow()
 
     assert anna.queue == bert.queue
-    assert driven.pool.classes() == 1
+    assert driven.pool.views.classes() == 1
     assert driven.queues == {anna.queue}
     assert driven.states(driven.request()) == ["offered"]
 

@@ -346,7 +346,7 @@ class World:
                         member.claiming.pop(part.token, None)
 
     def rows(self):
-        with self.driven.ledger._snapshot() as connection:
+        with self.driven.ledger._database.snapshot() as connection:
             return connection.execute(
                 text("SELECT id, seq, requirement, priority, grp, ckey, unmet, state, not_before FROM requests")
             ).all()
@@ -393,7 +393,7 @@ class World:
                 used[row.ckey] += 1
         assert own._entries.keys() == in_memory
         assert lines._waiting.keys() | lines._out.keys() | lines._running.keys() <= in_memory
-        assert own._blocked == blocked
+        assert own._held.blocked == blocked
         assert own._running.keys() == lines._running.keys()
         assert {one.request.id for one in own._entries.values() if one.due is not None} == own._delayed
         for lane, known in lines._lanes.items():
@@ -473,7 +473,9 @@ class World:
         else:
             left = [row.id for row in self.rows() if State(row.state) not in FINAL]
             views, _ = self.driven.ledger.view(left)
-            pytest.fail(f"not drained: {[(one.request.id, self.driven.pool.decorate(one).waits) for one in views]}")
+            pytest.fail(
+                f"not drained: {[(one.request.id, self.driven.pool.views.decorate(one).waits) for one in views]}"
+            )
         self.settle_memory()
 
     def settle_memory(self):

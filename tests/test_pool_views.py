@@ -26,7 +26,7 @@ def resume(driven, kind, name):
 def explain(driven, request):
     view = driven.view(request)
     draft = driven.pool.examine(view.request, bound=not view.after)
-    found = driven.pool.explanation(draft, view)
+    found = driven.pool.views.explanation(draft, view)
     assert sum(step.stopped for step in found.steps) + found.able == found.workers
     assert found.idle + found.busy + found.paused == found.able
     return found
@@ -110,7 +110,7 @@ def test_an_explanation_tells_impossible_from_busy_paused_declined_and_offline(d
 def test_a_request_that_is_not_submitted_is_explained_and_nothing_is_kept_of_it(driven):
     anna = Peer(driven, colour="red").join()
     draft = driven.pool.examine(Request(id=an_id(900), task="coloured", data={"colour": "red"}))
-    found = driven.pool.explanation(draft, None)
+    found = driven.pool.views.explanation(draft, None)
 
     assert (found.verdict, found.able, found.idle, found.requirement, found.request) == (
         "it can run now", 1, 1, None, None
@@ -120,7 +120,7 @@ def test_a_request_that_is_not_submitted_is_explained_and_nothing_is_kept_of_it(
     assert not driven.pool._matching.requirements()
     red(driven)
     anna.follow()
-    found = driven.pool.explanation(draft, None)
+    found = driven.pool.views.explanation(draft, None)
     assert found.requirement is not None
     assert found.classes == [anna.queue.rpartition(".")[2]]
 
@@ -140,7 +140,7 @@ def test_what_is_held_by_its_key_or_waits_for_others_is_explained_so(limited):
 
 
 def test_capability_classes_show_what_their_workers_share_and_what_waits_for_them(driven):
-    empty = driven.pool.capabilities(GetCapabilities(), driven.moment)
+    empty = driven.pool.views.capabilities(GetCapabilities(), driven.steady)
     assert (empty.classes, empty.requirements, empty.escaped) == ([], 0, 0)
     anna = Peer(driven, colour="red", disk=1).join()
     bert = Peer(driven, "bert", colour="red", disk=2).join()
@@ -150,7 +150,7 @@ def test_capability_classes_show_what_their_workers_share_and_what_waits_for_the
         peer.follow()
     for _ in range(3):
         red(driven)
-    found = driven.pool.capabilities(GetCapabilities(), driven.moment)
+    found = driven.pool.views.capabilities(GetCapabilities(), driven.steady)
     [both] = [one for one in found.classes if one.workers == 2]
 
     assert len(found.classes) == 2
@@ -159,8 +159,8 @@ def test_capability_classes_show_what_their_workers_share_and_what_waits_for_the
     )  # fmt: skip
     assert (both.tasks, both.requirements, both.idle, both.out, both.backlog) == (["coloured", "noop"], 1, 2, 2, 2)
     names = [one.name for one in found.classes]
-    [first] = driven.pool.capabilities(GetCapabilities(limit=1), driven.moment).classes
-    [second] = driven.pool.capabilities(GetCapabilities(after=first.name), driven.moment).classes
+    [first] = driven.pool.views.capabilities(GetCapabilities(limit=1), driven.steady).classes
+    [second] = driven.pool.views.capabilities(GetCapabilities(after=first.name), driven.steady).classes
     assert [first.name, second.name] == names == sorted(names)
 
 
@@ -250,7 +250,7 @@ def test_a_paused_worker_is_shown_as_such_and_gives_no_credit_to_its_class(drive
     assert driven.states(*ids) == ["offered", "pending"]
     assert driven.worker("anna").paused == "now"
     assert driven.worker("bert").paused is None
-    assert driven.pool.pool({}, "0").paused == 1
+    assert driven.pool.views.pool({}, "0").paused == 1
     assert bert.run(ids[0]).request == ids[0]
 
 

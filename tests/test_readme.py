@@ -121,11 +121,16 @@ def options() -> str:
 def dependencies() -> str:
     project = tomllib.loads(PYPROJECT)["project"]
     lines = ["| package | what for |", "| --- | --- |"]
-    extra = project["optional-dependencies"]["debian"]
-    for wanted in [*project["dependencies"], *extra]:
+    extras = {
+        wanted: f" (extra `{extra}`)"
+        for extra, names in project["optional-dependencies"].items()
+        if extra != "dev"
+        for wanted in names
+    }
+    for wanted in [*project["dependencies"], *extras]:
         reason = re.search(rf'"{re.escape(wanted)}"\]?,? *# (.*)$', PYPROJECT, re.MULTILINE)
         assert reason, f"expected a comment behind {wanted} in pyproject.toml that says what it is for"
-        lines.append(f"| `{wanted}`{' (extra `debian`)' if wanted in extra else ''} | {reason[1]} |")
+        lines.append(f"| `{wanted}`{extras.get(wanted, '')} | {reason[1]} |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +154,8 @@ def test_the_floor_plan_is_the_one_that_is_enforced():
             plan[-1] |= named
 
     assert layers == plan
-    assert set.union(*layers) == {path.stem for path in (ROOT / "mqworker").glob("*.py")} - {"__init__"}
+    rooms = [*(ROOT / "mqworker").glob("*.py"), *(path.parent for path in (ROOT / "mqworker").glob("*/__init__.py"))]
+    assert set.union(*layers) == {path.stem for path in rooms} - {"__init__"}
 
 
 # ---------------------------------------------------------------- what is named

@@ -42,6 +42,7 @@ def scheduler():
         retry_delay=1.0,
         offer_timeout=10.0,
         no_worker_after=300.0,
+        pause_after=3,
         group_weights={},
         concurrency_limits={},
         link=Unplugged,

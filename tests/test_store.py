@@ -226,6 +226,19 @@ def test_a_store_keeps_its_id(store, root):
     assert again.url == f"file://{root}"
 
 
+def test_a_store_on_a_full_disk_is_opened_by_who_may_make_one(store):
+    opening = """
+        import resource, sys
+        from mqworker.store import Store
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        print(Store.open(sys.argv[1], create=True).id)
+    """
+    with child(opening, store.url) as opener:
+        output = opener.stdout.read()
+
+    assert output.strip() == store.id
+
+
 def test_creators_that_race_agree_on_one_id(root):
     with ThreadPoolExecutor(8) as creators:
         ids = [*creators.map(lambda _: Store.open(f"file://{root}", create=True).id, range(16))]

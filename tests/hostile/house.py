@@ -168,6 +168,7 @@ class House:
         try:
             self._begin()
             self.loop.run(self.loop.now + 3.0)
+            assert not self.failures, self.failures
             self._look_around()
             while sum(self.sent.values()) < number and not self.failures:
                 for _ in range(AT_ONCE):
@@ -211,9 +212,15 @@ class House:
         if self.loop.burying or task.cancelled():
             return
         error = task.exception()
+        if error is None and process.name in self.hosts:  # it was told to drain and end, as an operator may have it
+            self.loop.call_later(1.0, self._start_again, self.hosts[process.name], context=NOBODY)
+            return
         self._failed(f"{process.name} ended with {error!r}")
         if error is not None:
             self.traceback = error
+
+    def _start_again(self, host):
+        host.process = self._start(host.name, host.main)
 
     async def _scheduler_main(self):
         self.metrics = SchedulerMetrics(version="0")
@@ -226,6 +233,7 @@ class House:
             retry_delay=1.0,
             offer_timeout=10.0,
             no_worker_after=30.0,
+            pause_after=3,
             group_weights={},
             concurrency_limits={},
             link=lambda url, **given: Link(self.broker, url, **given),
@@ -241,7 +249,7 @@ class House:
             worker = pool._workers.get(message.worker)
             taken = worker is not None and before != (worker.incarnation, worker.seq, worker.seen)
             if self._hostile:
-                self.told["report", "taken" if taken else "dropped: older than known"] += 1
+                self.told["report", "taken" if taken else "dropped: older, or of a name that another has"] += 1
 
         def count_outcomes(message, moment):
             self._to_record += len(message.outcomes)

@@ -25,11 +25,13 @@ from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.client import Client
 from mqworker.errors import Unanswered
 from mqworker.messages import (
+    FULL_ID,
     AbortRequests,
     ArtifactList,
     Capability,
     CapabilityList,
     CountRequests,
+    DrainWorkers,
     Explain,
     Explanation,
     FileEntry,
@@ -378,7 +380,10 @@ class FakeScheduler:
                         self._change(view, state="aborted")
                     elif view.state == "running":
                         self._change(view, abort=reason)
-                return self._found(ids)
+                found = self._found(ids)
+                marked = [one for one in found.missing if FULL_ID.fullmatch(one)]
+                missing = [one for one in found.missing if one not in marked]
+                return RequestList(requests=found.requests, missing=missing, marked=marked)
             case Reprioritise(ids=ids, priority=priority):
                 for view in self._found(ids).requests:
                     if view.state in {"pending", "offered", "running"}:
@@ -410,6 +415,15 @@ class FakeScheduler:
             case ListWorkers(limit=limit, after=after):
                 workers = [worker for worker in self.workers if after is None or worker.name > after]
                 return WorkerList(workers=workers[:limit])
+            case DrainWorkers(names=names, classes=classes):
+                if "nope" in classes:
+                    return Problem(kind="not_found", text="expected names of capability classes, got nope")
+                chosen = [one for one in self.workers if one.name in names or query.everybody or classes]
+                for one in chosen:
+                    self.workers[self.workers.index(one)] = msgspec.structs.replace(
+                        one, draining=True, paused="drained"
+                    )
+                return WorkerList(workers=[one for one in self.workers if one.name in {each.name for each in chosen}])
             case RefreshWorkers():
                 return WorkerList(workers=self.workers)
             case ListArtifacts(ids=ids):

@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import pytest
 
 from mqworker import amqp
-from mqworker.amqp import REPLY_TO, Consumer, Link, Plan, check_url, redact
+from mqworker.amqp import REPLY_TO, Consumer, Link, Plan
+from mqworker.brokerurl import check_url, redact
 from mqworker.errors import BrokerRefused, BrokerUnavailable, NotPublished, SettingsError
 from mqworker.topology import Exchange, Queue, Topology
 
@@ -78,6 +79,10 @@ class Names:
 
     def publish(self, link, body=b"{}", key="k", **properties):
         return link.publish(exchange=self.exchange, key=key, body=body, kind="test", **properties)
+
+    async def barrier(self, link):
+        """Wait for an answer that the broker gives after whatever it had to say or was told before."""
+        await soon(self.publish(link, key="nobody", mandatory=False))
 
 
 @pytest.fixture
@@ -279,8 +284,7 @@ def test_a_worker_asks_for_no_more_than_its_prefetch(amqp_url, names):
             watch.link.consume(consumer)
             watch.link.consume(consumer)  # it runs already: changes nothing
             first, second = await soon(got.get()), await soon(got.get())
-            # the declaration's answer comes after whatever was sent before it
-            await soon(watch.link.declare(names.queues[0]))
+            await names.barrier(watch.link)
             assert got.empty()
             watch.link.ack(second)
             third = await soon(got.get())
@@ -306,7 +310,7 @@ def test_a_cancelled_consumer_gets_nothing_more_and_the_rest_stays_in_the_queue(
             await soon(asyncio.gather(*(names.publish(watch.link, bytes([number])) for number in range(20))))
             watch.link.consume(Consumer(queue=names.queue, on_delivery=on_delivery))
             await soon(some.wait())
-            await soon(watch.link.declare(names.queues[0]))
+            await names.barrier(watch.link)
             assert [delivery.body for delivery in got] == [b"\x00"]
             watch.link.requeue(got[0])
 
@@ -444,7 +448,7 @@ def test_a_queue_is_deleted_only_if_unused_and_empty_and_a_refusal_harms_nothing
                 await soon(watch.link.delete(names.queue))
 
             watch.link.cancel(names.queue)
-            await soon(watch.link.declare(names.queues[0]))
+            await names.barrier(watch.link)
             await soon(watch.link.delete(names.queue))
             await soon(watch.link.delete(names.queue))  # it is gone: that is what was asked for
             with pytest.raises(NotPublished, match="NO_ROUTE"):
@@ -468,12 +472,16 @@ def test_a_plan_that_the_broker_refuses_is_said_at_once_and_by_name(amqp_url, na
     asyncio.run(scenario())
 
 
-def test_a_declaration_that_the_broker_refuses_fails_and_the_link_comes_back(amqp_url, names):
+def test_a_declaration_that_the_broker_refuses_fails_and_harms_nothing_else(amqp_url, names):
     async def scenario():
         async with running(amqp_url, names.plan()) as watch:
-            with pytest.raises(BrokerRefused, match="PRECONDITION_FAILED"):
+            epoch = watch.link.epoch
+            with pytest.raises(BrokerRefused, match=f"to declare queue '{names.queue}', but: PRECONDITION_FAILED"):
                 await soon(watch.link.declare(Queue(name=names.queue)))
-            await soon(watch.ups.get())
+            many = [Queue(name=f"{names.queue}.{number}", exclusive=True, durable=False) for number in range(100)]
+            await soon(asyncio.gather(*(watch.link.declare(queue) for queue in many)))
+            await soon(names.publish(watch.link))
+            assert watch.link.epoch == epoch
 
     asyncio.run(scenario())
 
@@ -772,7 +780,20 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):
         "amqp://user@host/",
         "amqp://user:secret@host/a/b",
         "amqp://user:secret@host/v?no_such_option=1",
-        "amqp://user:secret@host/v?ssl_options=secret(",
+        "amqp://user:secret@host/v?heartbeat=secret",
+        "amqp://user:secret@host/v?heartbeat=5&heartbeat=6",
+        "amqp://user:secret@host/v?heartbeat=",
+        "amqp://user:secret@host/v?cacertfile=/ca.pem",
+        "amqp://user:5672#hash@host/",
+        "amqp://user:5672?query@host/",
+        "amqp://user:secret@host,,other/",
+        "amqp://user:secret@host,other:99999/",
+        "amqp://user:secret@host,other/v,w/x",
+        "amqps://user:secret@host/?verify=perhaps",
+        "amqps://user:secret@host/?keyfile=/key.pem",
+        "amqps://user:secret@host/?cacertfile=/no/such/ca.pem",
+        "amqps://user:secret@host/?certfile=/cert.pem&auth_mechanism=external",
+        "amqps://host/?auth_mechanism=external",
         "",
         "localhost:5672",
     ],
@@ -783,6 +804,7 @@ def test_what_is_no_broker_url_is_a_settings_error_without_the_password(url):
     assert "secret@" not in str(caught.value)
     assert "secret/" not in str(caught.value)
     assert "secret#" not in str(caught.value)
+    assert ":5672" not in str(caught.value)
     with pytest.raises(SettingsError):
         Link(url, name="test", plan=lambda _: Plan())
 
@@ -792,6 +814,7 @@ def test_a_good_url_is_shown_without_its_password_and_options():
         "amqp://user:secret@host:5672/%2F?heartbeat=5": "amqp://user:***@host:5672/%2F",
         "amqps://host": "amqps://host",
         "amqp://user:secret@[::1]:1/v": "amqp://user:***@[::1]:1/v",
+        "amqp://user:secret@h1:1,h2,[::1]:3/v?connection_timeout=500": "amqp://user:***@h1:1,h2,[::1]:3/v",
     }
     for url, expected in shown.items():
         assert check_url(url) == expected == redact(url)

@@ -14,18 +14,24 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Self
 
+import msgspec
 import pytest
 
 from mqworker import cli
 from mqworker.messages import (
     AbortRequests,
     Capability,
+    DrainWorkers,
     Explain,
     Explanation,
     GetPool,
+    GetRequests,
+    Limits,
     ListRequests,
+    ListWorkers,
     Request,
     RetryRequest,
+    RunProgress,
     Step,
     WorkerEvent,
     WorkerView,
@@ -34,6 +40,7 @@ from mqworker.messages import (
 pytestmark = pytest.mark.live
 
 DEADLINE = 60.0
+NOT_HERE = "00000000-0000-4000-8000-0000000000ff"
 
 
 class Done(NamedTuple):
@@ -166,6 +173,17 @@ def test_neither_ids_nor_a_filter_or_both_are_refused(run, scheduler, command):
         (["explain", "--task", "noop", "--requires", "@absent"], "expected a readable file at absent"),
         (["pause", "host", "w1"], "'worker'.*'task'.*'group'"),
         (["pause", "task", "two words"], r"\$\.name"),
+        (["drain"], "expected what to drain"),
+        (["drain", "w1", "--all"], "expected what to drain"),
+        (["submit", "noop", "--timeout", "90"], "expected a duration like 90s"),
+        (["submit", "noop", "--not-before", "tomorrow"], r"expected a time like 2030-01-31T22:15.*or \+30m from now"),
+        (["submit", "noop", "--expires", "+x"], "expected a duration"),
+        (["submit", "noop", "--memory", "lots"], "expected a size like 512M or 4G, got 'lots'"),
+        (["submit", "noop", "--retry-on", "failure,eror"], "expected --retry-on failure, error or failure,error"),
+        (["submit", "noop", "--timeout", "0.5s"], r">= 1.*\$\.timeout"),
+        (["submit", "noop", "--not-before", "+2h", "--expires", "+1h"], "expires_at behind not_before"),
+        (["submit", "noop", "--memory", "1M"], r"\$\.limits\.memory"),
+        (["submit", "noop", "--time-out", "5s"], "No such option: --time-out.*--timeout"),
     ],
 )
 def test_what_cannot_be_meant_is_told_in_one_line(run, scheduler, arguments, said):
@@ -237,7 +255,7 @@ def test_requests_are_aborted_by_what_they_have_in_common(run, scheduler):
     scheduler.add(request(), submitted=now - 7200)
     scheduler.add(request(group="theirs"), submitted=now)
 
-    done = run("abort", "--group", "theirs", "--older-than", "1h", "--yes", "--reason", "enough")
+    done = run("abort", "--group", "theirs", "--older-than", "1h", "--yes", "--reason", "enough", "--no-wait")
 
     assert done == (0, "1 request aborted, 1 running one will end a little later\n", "")
     assert states(scheduler) == ["aborted", "running", "success", "pending", "pending"]
@@ -267,6 +285,33 @@ def test_ids_are_aborted_without_a_question_and_shown(run, scheduler):
     ]
     assert [view["state"] for view in json.loads(run("abort", one, "--json").output)] == ["aborted"]
     assert run("abort", "nobody").code == 2
+
+
+def test_an_abort_waits_until_what_runs_has_ended_and_is_told_otherwise_by_ctrl_c(on_terminal, run, scheduler):
+    running = [scheduler.add(state="running", worker="w1") for _ in range(2)]
+
+    def end(query):
+        if isinstance(query, GetRequests):
+            for one in running:
+                scheduler.views[one] = msgspec.structs.replace(scheduler.views[one], state="aborted", ended=2.0)
+
+    with on_terminal("abort", *running) as terminal:
+        terminal.until("stop")
+        terminal.type("\x03")
+        assert terminal.end() == 130
+    assert "2 requests of 2 still to end; their abort goes on" in terminal.drawn
+    scheduler.before_answer = end
+    done = run("abort", *running, "--json")
+
+    assert done.code == 0
+    assert [view["state"] for view in json.loads(done.output)] == ["aborted"] * 2
+
+
+def test_an_abort_of_what_nobody_knows_yet_is_told(run):
+    done = run("abort", NOT_HERE)
+
+    assert done.code == 0
+    assert f"nobody knows {NOT_HERE} yet: it is aborted when it comes" in done.errors
 
 
 def test_requests_get_another_priority(run, scheduler):
@@ -362,6 +407,84 @@ def test_what_waits_is_listed_oldest_first_with_its_reason(run, scheduler):
     assert "these are the oldest 1 of 2; -n shows more" in run("list", "--pending", "-n", "1").errors
     assert [one["request"]["id"] for one in json.loads(run("list", "--group", "theirs", "--json").output)] == [second]
     assert scheduler.queries[-1] == ListRequests(group="theirs")
+
+
+# ---------------------------------------------------------------- limits in time and space
+
+
+def test_what_bounds_a_request_is_submitted_and_shown(run, scheduler):
+    now = time.time()
+    done = run(
+        *("submit", "noop", "--quiet", "--timeout", "1h30m", "--not-before", "+30m", "--expires", "2100-01-31T22:15Z"),
+        *("--retry-on", "failure,error", "--memory", "1.5G", "--cpus", "2", "--cpu-time", "2h", "--disk", "10G"),
+        *("--processes", "1000", "--max-attempts", "5"),
+    )
+    assert done.code == 0, done.errors
+    [submit] = scheduler.submits
+    [one] = submit.requests
+
+    assert (one.timeout, one.retry_on, one.max_attempts) == (5400.0, ["failure", "error"], 5)
+    assert now + 1790 < one.not_before < now + 1900
+    assert one.expires_at == 4105030500.0
+    assert one.limits == Limits(memory=3 * 2**29, cpus=2.0, cpu_seconds=7200.0, disk=10 * 2**30, processes=1000)
+    page = " ".join(run("show", one.id).output.split())
+    assert "at most 5 attempts, again after failure and error, lease its task's, timeout 1h30m" in page
+    assert "memory 1.5 GiB, cpus 2, cpu time 2h00m, disk 10 GiB, processes 1,000" in page
+    assert "Expires 2100-0" in page
+    assert re.search(r"expires", run("list", "--pending").output)
+
+
+def test_a_request_without_bounds_names_none(run, scheduler):
+    assert run("submit", "noop").code == 0
+    [submit] = scheduler.submits
+
+    assert submit.requests[0].limits is None
+    assert "May use" not in run("show", submit.requests[0].id).output
+
+
+# ---------------------------------------------------------------- drains
+
+
+def test_workers_are_drained_by_name_by_class_and_altogether(run, scheduler):
+    scheduler.workers = [WorkerView(name=name, host="h", state="online", slots=2) for name in ("w1", "w2")]
+    done = run("drain", "w1", "wx", "--reason", "new kernel", "--stop")
+    assert done.code == 0
+    assert "no worker is called wx so far" in done.errors
+    assert re.search(r"^w1 +drained ", done.output, re.MULTILINE)
+    run("drain", "--class", "c1", "--json")
+    run("drain", "--all", "--wait")
+    drains = [query for query in scheduler.queries if isinstance(query, DrainWorkers)]
+
+    assert drains == [
+        DrainWorkers(names=["w1", "wx"], reason="new kernel", stop=True),
+        DrainWorkers(classes=["c1"]),
+        DrainWorkers(everybody=True),
+    ]
+    assert run("drain", "--class", "nope").code == 2
+
+
+def test_a_drain_waits_until_nothing_runs_or_until_the_workers_have_gone(run, scheduler):
+    run_ = RunProgress(request=NOT_HERE, attempt=1, token="t", since=1.0)  # noqa: S106  # of a claim
+    scheduler.workers = [WorkerView(name="w1", host="h", state="online", slots=2, running=[run_])]
+    looks = []
+
+    def end(query):
+        if isinstance(query, ListWorkers):
+            looks.append(query)
+            if len(looks) > 2:
+                scheduler.workers = [msgspec.structs.replace(one, running=[]) for one in scheduler.workers]
+                scheduler.tell(scheduler.topology.events, "worker.changed", changed())
+            if len(looks) > 4:
+                scheduler.workers = [msgspec.structs.replace(one, state="offline") for one in scheduler.workers]
+
+    def changed():
+        return WorkerEvent(term=1, time=2.0, worker="w1", event="changed")
+
+    scheduler.before_answer = end
+    done = run("drain", "w1", "--stop", "--wait", "--json")
+
+    assert done.code == 0
+    assert [one["state"] for one in json.loads(done.output)] == ["offline"]
 
 
 # ---------------------------------------------------------------- pauses and workers

@@ -88,7 +88,7 @@ def test_a_node_has_its_data_and_password_when_it_starts_again_even_after_a_kill
     assert node.ctl("eval", "application:get_env(rabbit, channel_tick_interval).").strip() == "{ok,1000}"
     node.kill()
 
-    with PrivateNode(node.directory, plugins=()) as again:
+    with PrivateNode(node.directory, plugins=(), root=node.root) as again:
         assert "kept" in again.ctl("list_vhosts").split()
         assert urlsplit(again.url).password == urlsplit(node.url).password
         assert "Success" in again.ctl("authenticate_user", "mqworker", urlsplit(again.url).password)

@@ -371,6 +371,7 @@ class Link:
         on_up=lambda _epoch: None,
         on_down=lambda _reason: None,
         on_blocked=lambda _blocked: None,
+        heartbeat=None,  # here a connection is known to be dead when it is  # noqa: ARG002
     ):
         self.broker = broker
         self.process = PROCESS.get()

@@ -198,10 +198,10 @@ class HostedWorker(Worker):
     async def _kill(self, slot):
         child = self._children.get(slot)
         if child is not None:
-            await self._in_disk_thread(lambda: child.die(-9))
+            await self._in_kill_thread(lambda: child.die(-9))
 
-    async def _end_orphans(self):
-        await self._in_disk_thread(lambda: None)
+    async def _end_orphans(self, but=None):  # noqa: ARG002  # as the worker calls it
+        await self._in_kill_thread(lambda: None)
 
     async def _end_children(self):
         for child in self._children.values():
@@ -233,7 +233,8 @@ class Child:
         self._host = host
         self._loop = host.world.loop
         self.process = self  # as the worker sees it
-        self.identity = None
+        self.identity = self.group = None
+        self.token = None
         self.stdin = None
         self.pid = 0
         self.stdout = asyncio.StreamReader(loop=self._loop)

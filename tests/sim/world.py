@@ -177,6 +177,7 @@ class World:
             retry_delay=self.scenario.retry_delay,
             offer_timeout=self.scenario.offer_timeout,
             no_worker_after=300.0,
+            pause_after=3,
             group_weights=self.scenario.weights,
             concurrency_limits=self.scenario.limits,
             link=lambda url, **given: Link(self.broker, url, **given),

@@ -1,5 +1,6 @@
 """Tasks that only tests have: one that keeps a journal, and some that misbehave."""
 
+import ctypes
 import json
 import os
 import signal
@@ -88,6 +89,41 @@ class Link(Task):
         path.write_text(f"{words}{self.data['word']} ")
         self.world.upload_artifact(category="test:chain", name="chain", data={}, files={"words": path})
         return True
+
+
+class Hungry(TaskRunCommandMixin, Task):
+    """Use more of its host than it may, or hold on to it in ways that are hard to end."""
+
+    TASK_VERSION = 1
+    TERMINATE_GRACE = 1.0
+    TASK_DATA_SCHEMA: ClassVar[dict[str, Any]] = {"type": "object", "properties": {"how": {"type": "string"}}}
+
+    SCRIPTS: ClassVar[dict[str, str]] = {
+        "memory": 'for i in 1 2 3; do "$0" -c "b = b\'x\' * 80000000; input()" <>/dev/ptmx & done; wait',
+        "cpu": 'while :; do "$0" -S -c "sum(range(1000000))"; done',
+        "disk": "mkdir -m 700 -p deep && head -c 50000000 /dev/zero > deep/file; exec sleep 1000",
+        "processes": "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; wait",
+        "cores": "nproc",
+        "strays": "%s wait",
+        "deaf": "trap '' TERM HUP; %s while :; do sleep 1000; done",
+    }
+    # In a session of its own, orphaned twice, stopped, in another namespace, and one that goes with its parent.
+    STRAYS: ClassVar[str] = (
+        "setsid sleep 1001 & (sh -c 'setsid sleep 1002 &' &) ; sh -c 'kill -STOP $$; sleep 1003' & "
+        "unshare --user --map-root-user --pid --fork --mount-proc sh -c 'setsid sleep 1004 & sleep 1005' & "
+        "setpriv --pdeathsig KILL sh -c 'sleep 1006 & sleep 1007' & "
+    )
+
+    def _execute(self) -> bool:
+        how = self.data["how"]
+        if how == "memory_error":
+            return len(bytearray(400_000_000)) > 0
+        if how == "gil":
+            subprocess.Popen(["setsid", "sleep", "1000"])
+            ctypes.PyDLL(None).sleep(1000)  # in C, and with Python's lock
+        script = self.SCRIPTS[how]
+        script = script % self.STRAYS if "%s" in script else script
+        return self.run_cmd(["sh", "-c", script, sys.executable], self.world.work_directory) == 0
 
 
 class Badly(TaskRunCommandMixin, Task):
