@@ -828,7 +828,7 @@ class StuckEvent(Struct, frozen=True, kw_only=True, tag="stuck_event"):
     requirement: int
     since: float
     number: int  # of requests
-    requests: list[str]  # the oldest of them
+    requests: list[Id]  # the oldest of them
     reason: str
 
 

@@ -1,23 +1,33 @@
 """What strangers may not do: outgrow a bound, lock somebody out, or have a name of theirs become a path."""
 
 import asyncio
+import io
 import re
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from msgspec import inspect
+from rich.console import Console
 
 from mqworker import agent as agent_room
-from mqworker import client, requires, scheduler
+from mqworker import amqp, client, examiner, messages, pool, requires, scheduler, screen, screen_pool, settings
 from mqworker.agent import Consume, CountRefusal, KillSlot, PublishLog, Requeue, Spool, Unspool
 from mqworker.amqp import HEADERS_HEADER, Delivery, _kept_headers
-from mqworker.errors import HostUnfit, Rejected, SubmitterError, TooLarge, Unreadable
+from mqworker.cli import main
+from mqworker.errors import HostUnfit, Rejected, SettingsError, SubmitterError, TooLarge, Unreadable
 from mqworker.facts import Accept, Import
 from mqworker.ledger import Ledger, _fault
 from mqworker.messages import (
     MAX_DEPTH,
     MAX_DESCRIBED_BYTES,
+    MAX_FILES,
     MAX_INPUTS_BYTES,
     MAX_LISTED,
     MAX_MESSAGE_BYTES,
@@ -591,3 +601,143 @@ def test_a_client_refuses_what_no_scheduler_would_take_before_it_sends_it():
     for fields in ({"task": "a\x1b[2J"}, {"task": "x", "take": [{"into": "/a" * 100}]}):
         with pytest.raises(Unreadable):
             decode(msgspec.json.encode({"id": an_id(1), **fields}), Request)
+
+
+# ---------------------------------------------------------------- what is told of all that
+
+
+def test_the_readme_states_each_bound_as_the_code_has_it():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- sizes -->")[2].partition("<!-- /sizes -->")[0]
+    mib = 1024 * 1024
+    most_metadata = pool.MAX_POOL_METADATA_BYTES
+    stated = {
+        "a message, either way": f"{messages.MAX_MESSAGE_BYTES // mib} MiB",
+        "a request, as JSON": f"{messages.MAX_REQUEST_BYTES // mib} MiB",
+        "`requires`": f"{requires.MAX_BYTES // 1024} KiB, and {requires.MAX_WORK:,} looks",
+        "input artifacts": f"{examiner.MAX_INPUTS}, described in {messages.MAX_INPUTS_BYTES // mib} MiB",
+        "metadata of a worker": f"{MAX_METADATA_BYTES // mib} MiB, of all workers {most_metadata // mib} MiB",
+        "artifacts of a run": f"{MAX_LISTED:,}, described in {MAX_DESCRIBED_BYTES // mib} MiB; {MAX_FILES:,} files",
+        "an outcome": f"{MAX_OUTCOME_BYTES // mib} MiB",
+        "each part of a reason": f"{MAX_REASON} characters",
+        "outcomes that": f"{agent_room.MAX_UNSETTLED}, or {agent_room.MAX_UNSETTLED_BYTES // mib} MiB",
+        "a word of a slot": f"{messages.MAX_LINE_BYTES // mib} MiB",
+        "reports that wait": f"{scheduler.MAX_WAITING_BYTES // mib} MiB",
+        "what is put aside": f"{amqp.MAX_HEADERS_BYTES // 1024} KiB",
+    }
+    for what, bound in stated.items():
+        assert re.search(rf"^\| {re.escape(what)}.*\| {re.escape(bound)}", table, re.MULTILINE), (what, bound)
+    assert len(stated) == table.count("\n|") - 2
+    assert f"at most {MAX_DEPTH} levels" in readme
+
+
+# ---------------------------------------------------------------- terminals, settings and the command line
+
+SPITEFUL = "a\x1b[2Jb\x1b]0;title\x07c\r\x9b31md\x00e\u202ef[bold]g"
+UGLY = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def spoiled(kind, depth=0):
+    """Make a message in which every text is spiteful."""
+    match kind:
+        case inspect.StructType():
+            fields = msgspec.inspect.type_info(kind.cls).fields
+            return kind.cls(**{field.name: spoiled(field.type, depth + 1) for field in fields if field.name != "v"})
+        case inspect.UnionType():
+            return spoiled(next(one for one in kind.types if not isinstance(one, inspect.NoneType)), depth)
+        case inspect.StrType():
+            return SPITEFUL if kind.pattern is None or re.search(kind.pattern, SPITEFUL) else an_id(1)
+        case inspect.LiteralType():
+            return kind.values[0]
+        case inspect.IntType():
+            return 3
+        case inspect.FloatType():
+            return 1.0
+        case inspect.BoolType():
+            return True
+        case inspect.ListType():
+            return [spoiled(kind.item_type, depth + 1)] if depth < 8 else []
+        case inspect.DictType():
+            return {SPITEFUL: spoiled(kind.value_type, depth + 1)}
+        case inspect.AnyType():
+            return [SPITEFUL]
+    raise NotImplementedError(kind)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: screen.request_page(spoiled(inspect.type_info(messages.RequestView)), 5.0),
+        lambda: screen.request_table([spoiled(inspect.type_info(messages.RequestView))], 5.0),
+        lambda: screen.artifact_page(spoiled(inspect.type_info(RecordedArtifact))),
+        lambda: screen.artifact_table([spoiled(inspect.type_info(RecordedArtifact))]),
+        lambda: screen_pool.worker_table([spoiled(inspect.type_info(messages.WorkerView))], 5.0),
+        lambda: screen_pool.pause_table([spoiled(inspect.type_info(messages.PauseView))], 5.0),
+        lambda: screen_pool.explanation_page(spoiled(inspect.type_info(messages.Explanation))),
+        lambda: screen_pool.capability_table(spoiled(inspect.type_info(messages.CapabilityList))),
+        lambda: screen_pool.capability_page(spoiled(inspect.type_info(messages.Capability)), []),
+        lambda: screen.pending_table([spoiled(inspect.type_info(messages.RequestView))], 5.0),
+        lambda: screen_pool.event_line(spoiled(inspect.type_info(messages.RequestEvent))),
+        lambda: screen_pool.event_line(spoiled(inspect.type_info(messages.WorkerEvent))),
+        lambda: screen_pool.event_line(spoiled(inspect.type_info(messages.StuckEvent))),
+    ],
+)
+def test_no_text_of_a_stranger_steers_a_terminal(draw):
+    console = Console(file=io.StringIO(), width=200, force_terminal=False, color_system=None)
+    console.print(draw())
+    assert not UGLY.search(console.file.getvalue())
+
+
+@settings_of_hypothesis(deadline=None, max_examples=200)
+@given(
+    st.sampled_from([*settings.KEYS, "worker.nope", "x"]),
+    st.text(max_size=30) | st.sampled_from([SPITEFUL, "9" * 5000, "nan", "inf", "-1", "1e999", "[", "{}", "\x00"]),
+)
+def test_any_setting_is_taken_or_refused_with_a_word(key, value):
+    with suppress(SettingsError):
+        settings.load({}, {settings.variable(key): value})
+    with suppress(SettingsError):
+        settings.load({key: value} if key in settings.KEYS else {}, {})
+
+
+@settings_of_hypothesis(deadline=None, max_examples=200)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_settings_file_is_taken_or_refused_with_a_word(data):
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        file.write(data)
+        file.flush()
+        with suppress(SettingsError):
+            settings.load({}, {}, config=Path(file.name))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["submit", SPITEFUL, "-"],
+        ["submit", "noop", "--data", "[" * 100_000],
+        ["submit", "noop", "--data", '{"a":' * 200 + "1" + "}" * 200],
+        ["submit", "noop", "--data", '{"a":"\ud800"}'],
+        ["submit", "noop", "--data", '{"a":1e999}'],
+        ["submit", "noop", "--requires", '{"$ref":"#"}'],
+        ["submit", "noop", "--priority", "9" * 5000],
+        ["list", "--older-than", "9" * 5000 + "d"],
+        ["pause", "worker", SPITEFUL],
+        ["artifact", "get", "9" * 5000],
+        ["artifact", "import", SPITEFUL],
+        ["run", "noop", "--data", "[" * 100_000],
+        ["--prefix", "../x", "list"],
+        [SPITEFUL],
+    ],
+    ids=lambda arguments: " ".join(arguments)[:30].encode("unicode_escape").decode(),
+)
+def test_whatever_is_typed_ends_in_a_line_that_says_what_is_wrong(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MQWORKER_AMQP_URL", "amqp://127.0.0.1:1/")
+    monkeypatch.setenv("MQWORKER_CONFIG", str(tmp_path / "none.toml"))
+    (tmp_path / "none.toml").touch()
+    monkeypatch.setattr("sys.stdin", io.StringIO("{}"))
+    code = main(arguments)
+    told = capsys.readouterr()
+
+    assert code
+    assert "Traceback" not in told.err
+    assert not UGLY.search(told.err)
