@@ -15,6 +15,7 @@ demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a
 
 test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real broker and a real sbuild
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@deploy/install-postgresql || echo "without PostgreSQL, its tests are skipped"
 	@$(MAKE) --no-print-directory lint
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
 

@@ -360,7 +360,7 @@ def _what(task: type[Task]) -> str:
 def scheduler(
     context: typer.Context,
     *,
-    ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH")] = None,
+    ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH or postgresql://...")] = None,
     metrics_listen: MetricsListen = None,
     retry_delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Before a second attempt.")] = None,
     no_worker_after: Annotated[

@@ -49,6 +49,7 @@ from mqworker.facts import (
 from mqworker.facts import Pause as KeepPause
 from mqworker.holdings import Entry, Holdings, KnownWorker, Lease, Use
 from mqworker.lifecycle import (
+    MAX_BACK_OFF,
     Event,
     State,
     Tried,
@@ -376,7 +377,10 @@ class Pool:
             elif held.state is State.OFFERED:
                 self._return(entry)
             else:
-                self._delay(entry, due=moment.steady + (held.not_before or 0.0) - moment.wall)
+                wait = (held.not_before or 0.0) - moment.wall
+                if held.not_before != held.request.not_before:  # a back-off; the clock may have been set back since
+                    wait = min(wait, MAX_BACK_OFF)
+                self._delay(entry, due=moment.steady + wait)
 
     # ------------------------------------------------------------ requirement classes
 

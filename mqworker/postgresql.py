@@ -245,7 +245,7 @@ class PostgresqlDatabase(Database):
         try:
             _set_up(connection, self.name)
             if self.term:
-                connection.execute(_END_SESSION)
+                connection.execute(f"{_END_SESSION} AND leader.term = %s", [self.term])  # else it is another's
                 [session] = connection.execute(_MY_SESSION)
                 resumed = connection.execute(  # waits for what the session before it may still commit
                     "UPDATE leader SET session = %s, session_began = %s WHERE term = %s", [*session, self.term]

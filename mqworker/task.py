@@ -715,6 +715,7 @@ class TaskRunCommandMixin(Task, mixin=True):
                     terminated, timed_out = True, alarm not in ready
                     selector.unregister(alarm)
                     signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # who is stopped would not hear it
                     ends = time.monotonic() + self.TERMINATE_GRACE
 
 

@@ -177,6 +177,7 @@ class Worker:
         # What must be killed does not wait for a disk, and not for another that does not die.
         self._kill_threads = ThreadPoolExecutor(slots + 2, thread_name_prefix="kill")
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
+        self._room_thread = ThreadPoolExecutor(1, thread_name_prefix="room")  # an outcome waits for no chroot to go
         self._spooling: list[Outcome] = []
         self._is_spooling = False
         self._watching = asyncio.Event()  # a run with limits has begun
@@ -236,7 +237,7 @@ class Worker:
             await self._reading.close()
             await self._writing.close()
             await asyncio.gather(*links, return_exceptions=True)
-            for threads in (self._disk_thread, self._kill_threads, self._look_thread):
+            for threads in (self._disk_thread, self._kill_threads, self._look_thread, self._room_thread):
                 threads.shutdown()
             with contextlib.suppress(OSError):  # they are gone: what a full disk still says of them harms nobody
                 self._state.note_slots([])
@@ -315,6 +316,9 @@ class Worker:
 
     async def _in_disk_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._disk_thread, call)
+
+    async def _in_room_thread(self, call: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._room_thread, call)
 
     async def _in_kill_thread(self, call: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._kill_threads, call)
@@ -490,8 +494,15 @@ class Worker:
             self._act()
             return
         self._directories[act.token] = directory
+        try:
+            for_slot, cores = self._limit(act, child, directory)
+        except HostUnfit as error:  # without its limits it must not run
+            self._agent.hold("limits", str(error))
+            self._lacking["limits"] = None  # until the next look at what is in the way
+            self._agent.not_started(act.token, str(error))
+            self._act()
+            return
         self._hold_deadline(act.slot, act.deadline_ns)
-        for_slot, cores = self._limit(act, child, directory)
         child.order(
             RunTask(
                 request=act.request,
@@ -510,6 +521,8 @@ class Worker:
         child.token = act.token
         child.ooms = processes.oom_kills()
         if not limits.any_of(bounds):
+            if child.group is not None:
+                child.group.bound(memory=None, cpus=None, processes=None)  # the run before this one may have had some
             return None, []
         watch = Watch(limits=bounds, slot=child.process.pid, directory=directory, cgroup=child.group)
         self._watches[act.slot] = watch
@@ -556,7 +569,7 @@ class Worker:
     async def _look_at_disks(self) -> None:
         """Take no work while there is no room for it."""
         while self._rooms:
-            await self._in_disk_thread(self._find_room)
+            await self._in_room_thread(self._find_room)
             if not self._noted:
                 self._note_children()
             for what, why in self._lacking.items():
@@ -606,7 +619,7 @@ class Worker:
 
     async def _remove(self, directory: Path) -> None:
         try:
-            await self._in_disk_thread(partial(processes.remove_tree, directory))
+            await self._in_room_thread(partial(processes.remove_tree, directory))
         except HostUnfit as error:
             logger.error("a run's directory could not be removed", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
 
@@ -650,8 +663,12 @@ class Worker:
                 os.close(printed)
             child = self._children[number] = _Child(process, output)
         if self._groups is not None:
-            child.group = self._groups.make(number)
-            child.group.put(process.pid)
+            try:
+                group = self._groups.make(number)
+                group.put(process.pid)
+                child.group = group
+            except HostUnfit as error:
+                logger.warning("a slot has no control group", extra={"slot": number, "reason": str(error)})
         self._hold_deadline(number, watchdog.NO_DEADLINE)
         self._note_children()
         child.order(Outfit(store=self._store_url))

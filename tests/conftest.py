@@ -268,29 +268,39 @@ def own_broker(brokers) -> Broker:
 
 
 @pytest.fixture(scope="session")
-def postgresql_databases(brokers) -> Iterator[Callable[[int], str]]:
+def postgresql_databases(brokers) -> Callable[[int], str]:
     """Give the URL of the first, second, ... database of this process's own, with no facts in it."""
     server = brokers("postgresql").url
     own = f"t{uuid.uuid4().hex[:12]}"
-    made: dict[int, psycopg.Connection] = {}
+    made: set[int] = set()
 
     def empty(number: int = 0) -> str:
         url = urlunsplit(urlsplit(server)._replace(path=f"/{own}_{number}"))
         if number not in made:
             with psycopg.connect(server, autocommit=True) as connection:
                 connection.execute(f"CREATE DATABASE {own}_{number}")
-            made[number] = psycopg.connect(url, autocommit=True)
+            made.add(number)
             Ledger.open(url).close()
         tables = ", ".join(f'"{table.name}"' for table in schema.sorted_tables)
-        made[number].execute(f"TRUNCATE {tables} RESTART IDENTITY")
-        made[number].execute("UPDATE alembic_version SET version_num = %s", [REVISION])
-        made[number].execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
-        made[number].execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {tables} RESTART IDENTITY")
+            connection.execute("UPDATE alembic_version SET version_num = %s", [REVISION])
+            connection.execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
+            connection.execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
         return url
 
-    yield empty
-    for connection in made.values():
-        connection.close()
+    return empty
+
+
+@pytest.fixture
+def postgresql_void(brokers) -> Iterator[str]:
+    """The URL of a database in PostgreSQL without any table."""
+    server = brokers("postgresql").url
+    name = f"v{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture

@@ -170,12 +170,13 @@ class Driven:
 class Peer:
     """Speak as a worker does."""
 
-    def __init__(self, driven, name="anna", *, slots=1, incarnation=1, store="store", tasks=None, **metadata):
+    def __init__(self, driven, name="anna", *, slots=1, incarnation=1, home="", store="store", tasks=None, **metadata):
         self.driven = driven
         self.name = name
-        self.epoch = f"{name}{incarnation}"
+        self.epoch = f"{name}{home}{incarnation}"
         self.slots = slots
         self.incarnation = incarnation
+        self.home = home
         self.store = store
         self.tasks = tasks or {"noop": 1, "coloured": None}
         self.metadata = {"noop:version": 1, **metadata}
@@ -205,6 +206,7 @@ class Peer:
                 epoch=self.epoch,
                 seq=self.seq if seq is None else seq,
                 incarnation=self.incarnation,
+                home=self.home,
                 parts=list(parts),
             )
         )

@@ -1425,3 +1425,96 @@ def test_what_a_slot_leaves_in_its_pipe_is_told_once(driven, told, left, news):
     driven.agent.slot_gone(0, 23, left)
 
     assert [act.message.text for act in driven.take(PublishLog) if isinstance(act.message, LogText)] == news
+
+
+# ---------------------------------------------------------------- a host that is unwell
+
+
+def test_while_something_is_in_the_way_it_takes_no_work_says_so_and_goes_on_by_itself(driven, caplog):
+    driven.agent.hold("free disk", "there is too little")
+    driven.agent.hold("free disk", "there is too little")
+    acts = driven.take(Cancel, PublishReport)
+    assert isinstance(acts[0], Cancel)
+    beat = beat_of(acts[1].report)
+    assert (beat.held, beat.slots) == ("there is too little", 0)
+    driven.ticket()
+    assert driven.take(Requeue) == [Requeue("d1")]
+    assert [record.message for record in caplog.records].count("the worker takes no work") == 1
+
+    driven.agent.hold("free disk", None)
+    assert driven.take(Consume) == [Consume("q")]
+    assert (driven.agent.held, beat_of(driven.beat()).slots) == (None, 1)
+
+
+def test_a_grant_that_finds_something_in_the_way_is_handed_back_and_a_run_in_hand_goes_on(two):
+    two.run(1)
+    ref = two.claim(2)
+    two.agent.hold("spool", "it is full")
+    two.grant(ref)
+    acts = two.take(StartRun, Spool)
+
+    assert [(type(act), act.outcome.result, act.outcome.reason.text) for act in acts] == [
+        (Spool, "handed_back", "it is full")
+    ]
+    beat = beat_of(two.beat())
+    assert (beat.slots, len(beat.running)) == (1, 1)
+
+
+def test_a_run_whose_directory_cannot_be_made_is_handed_back(driven):
+    ref, _ = driven.run()
+    driven.agent.not_started(ref.token, "no room")
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.text) == ("handed_back", "no room")
+    assert driven.agent.busy() is False
+
+
+def test_a_run_that_exceeds_a_limit_is_killed_and_an_error_whatever_its_slot_still_says(driven):
+    ref, _ = driven.run()
+    driven.agent.exceeded(0, "of another run", "cpu", "too much")
+    assert driven.take(KillSlot) == []
+    driven.agent.exceeded(0, ref.token, "cpu", "too much")
+    driven.agent.exceeded(0, ref.token, "cpu", "too much")
+    assert len(driven.take(KillSlot)) == 1
+    end(driven)
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.text, outcome.reason.status) == ("error", "too much", "cpu")
+
+
+def test_a_run_is_not_over_while_something_of_it_lives_and_then_is_what_its_slot_said(driven):
+    ref, _ = driven.run()
+    driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
+    driven.agent.slot_said(
+        0, SlotEnded(result="aborted", reason=Reason(text="not wanted"), left="process 7 is still there in state D")
+    )
+    driven.agent.outlived(0, "process 7 is still there in state D")
+    assert driven.take(Spool) == []
+    [run] = beat_of(driven.beat()).running
+    assert run.stage == "ending: process 7 is still there in state D"
+    driven.agent.slot_gone(0, 1)
+    [outcome] = driven.spool()
+
+    assert outcome.result == "aborted"
+    assert outcome.reason.text == "not wanted (at its end, this was in the way: process 7 is still there in state D)"
+
+
+def test_a_slot_that_is_killed_when_the_host_is_out_of_memory_has_lost_its_run_for_that_reason(driven):
+    driven.run()
+    driven.agent.out_of_memory(0)
+    driven.agent.slot_gone(0, -9)
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.status) == ("lost", "memory")
+
+
+def test_an_outcome_that_cannot_be_spooled_is_sent_without_where_the_worker_leaves(driven):
+    driven.run()
+    end(driven)
+    [spool] = driven.take(Spool)
+    driven.agent.unspoolable(spool.outcome)
+
+    [sent] = driven.take(PublishOutcomes)
+    assert sent.outcomes.outcomes == [spool.outcome]
+    assert driven.agent.is_unsettled(spool.outcome.token)

@@ -1471,7 +1471,7 @@ def test_a_ledger_whose_making_was_cut_off_is_made_anew(path, monkeypatch):
 # ---------------------------------------------------------------- one writer
 
 
-def child(code, *arguments):
+def child(code, *arguments, before=()):
     """Start a process of its own that runs some code, with `Ledger` and this file's helpers at hand."""
     preamble = f"""
         import sys
@@ -1482,7 +1482,7 @@ def child(code, *arguments):
         from mqworker.ledger import Ledger
     """
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code), *arguments],
+        [*before, sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code), *arguments],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,
@@ -1620,6 +1620,52 @@ def test_a_full_disk_is_told_writes_nothing_and_is_survived(path):
         output = filler.stdout.read()
 
     assert output == "survived\n"
+
+
+def test_a_file_system_without_room_is_told_loses_nothing_and_is_written_when_there_is_room(tmp_path, missing):
+    filling = """
+        from pathlib import Path
+        from mqworker.errors import LedgerUnavailable
+        directory = Path(sys.argv[1])
+        ledger = Ledger.open(f"sqlite:///{directory}/ledger.db")
+        ledger.commit([helpers.accept(1)])
+        print("begins", flush=True)
+        for round_ in range(3):
+            other = directory / "other"
+            number = 1000 * (round_ + 1)
+            with other.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+            failed = None
+            while failed is None:
+                before = helpers.facts(ledger)
+                writes = [helpers.accept(number, data={"filling": "x" * 20_000})]
+                try:
+                    ledger.commit(writes)
+                    number += 1
+                except LedgerUnavailable as error:
+                    failed = error
+            assert "Free space on its disk" in str(failed), failed
+            assert helpers.facts(ledger) == before
+            other.unlink()
+            assert ledger.commit(writes)[0].status == "accepted"
+        ledger.close()
+        print(len(before["requests"]), flush=True)
+        with_all = Ledger.open(f"sqlite:///{directory}/ledger.db")
+        assert len(helpers.facts(with_all)["requests"]) == len(before["requests"]) + 1
+        print("survived", flush=True)
+    """
+    mounting = 'mount -t tmpfs -o size=3m none "$0" && exec "$@"'
+    inside = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounting, str(tmp_path))
+    with child(filling, str(tmp_path), before=inside) as filler:
+        lines = filler.stdout.read().splitlines()
+    if not lines:
+        missing("a file system of its own", "unshare and mount do not make one here")
+
+    assert lines[-1] == "survived"
 
 
 def test_a_disk_without_room_for_a_ledger_is_told_at_opening(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from mqworker.facts import Accept, Grant, Need, Offer
-from mqworker.lifecycle import State
+from mqworker.lifecycle import MAX_BACK_OFF, State
 from mqworker.messages import (
     Abort,
     Alive,
@@ -23,7 +23,7 @@ from mqworker.messages import (
     Void,
     WorkerEvent,
 )
-from mqworker.pool import LEASE_MARGIN, SILENCE
+from mqworker.pool import LEASE_MARGIN, NAME_IS_FREE_AFTER, SILENCE
 from mqworker.scheduler import kept_by
 from mqworker.task import Task
 from tests.driving import A_SECOND, LEASE, OFFER_TIMEOUT, RETRY_DELAY, TOPOLOGY, Driven, Peer, an_id, restart
@@ -717,6 +717,60 @@ def test_reports_that_are_older_than_the_newest_are_dropped(driven, anna):
     anna.say(anna.beat(ref))
     driven.turn()
     assert len(anna.hear(Alive)) == 1
+
+
+def test_a_back_off_is_no_longer_than_it_may_be_though_the_clock_was_set_back_before_a_restart(driven, anna):
+    one = driven.request()
+    anna.end(anna.run(one), "lost")
+    again = Driven(driven.ledger, term=2)
+    again.steady = -36000.0
+    again.pool.restore(kept_by(again.ledger), again.moment)
+    anna = Peer(again, incarnation=2).join()
+    again.pass_time(MAX_BACK_OFF + 1)
+    anna.say(anna.beat())
+    again.turn()
+
+    assert again.states(one) == ["offered"]
+
+
+def test_of_two_workers_with_one_name_the_second_is_refused_until_the_first_is_silent(driven, anna):
+    one = driven.request()
+    ref = anna.run(one)
+    second = Peer(driven, incarnation=5, home="other")
+    second.say(second.hello(), second.beat())
+    driven.turn()
+    [word] = second.hear()
+    assert (word.queue, "another one, on the host anna, has it" in word.reason) == (None, True)
+    second.say(Bye(reason="stopped"))
+    driven.turn()
+    assert (driven.worker("anna").state, driven.states(one)) == ("online", ["running"])
+
+    driven.pass_time(NAME_IS_FREE_AFTER)
+    second.say(second.hello(), second.beat())
+    driven.turn()
+    assert second.hear(Assign)[-1].queue is not None
+    # The run of the first may go on, for all that the second knows: its lease has to lapse.
+    assert driven.states(one) == ["running"]
+    anna.say(anna.beat(ref))
+    driven.turn()
+    assert [word.queue for word in anna.hear(Assign)] == [None]
+
+
+def test_a_successor_in_the_same_state_directory_takes_over_at_once_and_one_with_a_lower_number_where_it_was_lost(
+    driven,
+):
+    first = Peer(driven, incarnation=7, home="one").join()
+    one = driven.request()
+    ref = first.claim(one, token="one-1")  # noqa: S106  # a token of a claim
+    driven.turn()
+    assert [part.token for part in first.hear(Granted)] == [ref.token]
+    again = Peer(driven, incarnation=8, home="one").join()
+    assert driven.view(one).attempts[0].result == "lost"
+
+    again.say(Bye(reason="stopped"))
+    driven.turn()
+    Peer(driven, incarnation=2, home="two").join()
+    assert driven.worker("anna").state == "online"
 
 
 def test_fresh_metadata_are_asked_of_those_named_or_of_all_that_are_there(driven, anna, bert):

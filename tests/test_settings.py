@@ -8,6 +8,7 @@ import pytest
 
 from mqworker import settings as rooms
 from mqworker.errors import SettingsError
+from mqworker.messages import Limits
 from mqworker.settings import KEYS, load, variable
 
 
@@ -200,6 +201,21 @@ def test_weights_and_limits_come_from_tables_and_from_json(tmp_path):
     given = load({}, environ, config=config).settings.scheduler
     assert given.group_weights == {"night": 0.5}
     assert given.concurrency_limits == {"disk": 7}
+
+
+def test_limits_of_a_worker_come_from_their_table_and_from_variables_and_are_checked(tmp_path):
+    text = "[worker]\nmin_free_disk = 0\n[worker.limits]\nmemory = 1073741824\ncpus = 1.5\n"
+    config = write(tmp_path / "a.toml", text)
+    given = load({}, {"MQWORKER_WORKER_LIMITS_CPUS": "2", "MQWORKER_WORKER_LIMITS_PROCESSES": "9"}, config=config)
+
+    assert given.settings.worker.limits == Limits(memory=2**30, cpus=2.0, processes=9)
+    assert given.settings.worker.min_free_disk == 0
+    assert load({}, {}).settings.worker.limits == Limits()
+    assert load({}, {}).settings.worker.min_free_disk == 2**30
+    with pytest.raises(SettingsError, match=r"worker\.limits\.memory \(from .*a\.toml\): .*got 5"):
+        load({}, {}, config=write(tmp_path / "a.toml", "[worker.limits]\nmemory = 5\n"))
+    with pytest.raises(SettingsError, match=r"unknown setting 'worker\.limits\.memry'.*did you mean"):
+        load({}, {}, config=write(tmp_path / "a.toml", "[worker.limits]\nmemry = 5\n"))
 
 
 def test_without_settings_groups_are_equal_keys_have_no_limit_of_their_own_and_every_task_is_allowed():

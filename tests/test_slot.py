@@ -20,6 +20,7 @@ from mqworker.messages import (
     SLOT_LAPSED,
     Analysis,
     FileEntry,
+    Limits,
     Outfit,
     RecordedArtifact,
     Renew,
@@ -51,6 +52,8 @@ import sys
 import threading
 from pathlib import Path
 
+from mqworker import processes
+from mqworker.errors import HostUnfit
 from mqworker.task import Task
 
 
@@ -137,6 +140,23 @@ class Odd(Task):
         self.world.upload_artifact(category="Not A Category", name="x", data={}, files={})
         return True
 
+    def need_memory(self):
+        return len(bytearray(1_000_000_000)) > 0
+
+    def lose_logs(self):
+        def fail():
+            raise OSError("no room for logs")
+
+        self.upload_debug_logs = fail
+        return True
+
+    def leave_what_cannot_be_ended(self):
+        def fail():
+            raise HostUnfit("process 7 is still there in state D")
+
+        processes.kill_descendants = fail
+        return True
+
     def ignore_everything(self):
         subprocess.Popen(["setsid", "sh", "-c", "trap '' TERM HUP INT; (trap '' TERM; sleep 1000) & sleep 1000"])
         print("deaf", flush=True)
@@ -187,16 +207,18 @@ class Child:
             before.append(word)
         return before[-1], before[:-1]
 
-    def start(self, task="noop", data=None, *, seconds=3600.0, inputs=()):
+    def start(self, task="noop", data=None, *, seconds=3600.0, inputs=(), limits=None, cpus=()):
         directory = self.directory / uuid.uuid4().hex
         directory.mkdir()
         self.order(
             RunTask(
-                request=Request(id=str(uuid.uuid4()), task=task, data=data or {}),
+                request=Request(id=str(uuid.uuid4()), task=task, data=data or {}, limits=limits),
                 attempt=1,
                 inputs=list(inputs),
                 directory=str(directory),
                 deadline_ns=boottime_ns() + int(seconds * SECOND),
+                limits=limits,
+                cpus=list(cpus),
             )
         )
 
@@ -437,6 +459,32 @@ def test_a_forked_child_that_speaks_for_its_parent_ends(shared):
 
     assert ended.result == "success"
     assert "I am not who I seem" not in [word.stage for word in words if isinstance(word, SlotProgress)]
+
+
+def test_debug_logs_that_could_not_be_uploaded_are_told_of_with_the_result(shared):
+    ended, _ = shared.run("odd", {"how": "lose_logs"})
+
+    assert (ended.result, ended.artifacts) == ("success", [])
+    assert ended.reason.text == "its debug logs could not be uploaded: OSError: no room for logs"
+
+
+def test_a_run_keeps_to_the_limits_of_a_process_and_the_next_one_is_free_of_them(child):
+    child.hear(SlotReady)
+    child.start("odd", {"how": "need_memory"}, limits=Limits(memory=100_000_000), cpus=[0])
+    ended, _ = child.hear(SlotEnded)
+    assert (ended.result, ended.reason.status) == ("error", "memory")
+    assert "with a limit of 100000000 bytes: the task raised MemoryError" in ended.reason.text
+    assert os.sched_getaffinity(child.process.pid) == os.sched_getaffinity(0)
+    ended, _ = child.run("odd", {"how": "need_memory"})
+
+    assert ended.result == "success"
+
+
+def test_a_slot_that_cannot_end_what_a_run_left_says_so_beside_the_result_and_ends_itself(child):
+    ended, _ = child.run("odd", {"how": "leave_what_cannot_be_ended"})
+
+    assert (ended.result, ended.left) == ("success", "process 7 is still there in state D")
+    assert child.await_end() == 1
 
 
 # ---------------------------------------------------------------- orders

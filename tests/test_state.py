@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,57 @@ def test_the_incarnation_rises_though_the_directory_was_lost(tmp_path, monkeypat
     monkeypatch.setattr(mqworker.state.time, "time", lambda: now + 1)
 
     assert incarnation(tmp_path / "two") > first
+
+
+# ---------------------------------------------------------------- the directory itself
+
+
+def home(directory):
+    with closing(WorkerState(directory)) as state:
+        return state.home, state.copied
+
+
+def test_a_directory_keeps_its_id_and_no_two_have_one(tmp_path):
+    first, copied = home(tmp_path / "one")
+
+    assert (home(tmp_path / "one"), copied) == ((first, None), None)
+    assert home(tmp_path / "two")[0] != first
+
+
+def test_a_copy_of_a_directory_is_told_gets_an_id_of_its_own_and_keeps_what_is_in_the_spool(tmp_path):
+    with closing(WorkerState(tmp_path / "one")) as state:
+        state.spool([outcome(1)])
+        state.note_slots([identify(os.getpid())])
+        first = state.home
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    with closing(WorkerState(tmp_path / "two")) as state:
+        assert state.home != first
+        assert "a copy, or one that was brought back from a backup" in state.copied
+        assert list(state.spooled()) == [outcome(1)]
+        assert state.noted_slots() == []
+    assert home(tmp_path / "two")[1] is None
+    assert home(tmp_path / "one") == (first, None)
+
+
+def test_a_directory_on_another_machine_is_a_copy(tmp_path, monkeypatch):
+    first, _ = home(tmp_path / "one")
+    machine = tmp_path / "machine-id"
+    machine.write_text("of another machine\n")
+    monkeypatch.setattr(mqworker.state, "MACHINE_IDS", (tmp_path / "missing", machine))
+
+    assert home(tmp_path / "one")[0] != first
+
+
+def test_a_disk_without_room_for_what_a_worker_is_says_so(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(WorkerState, "_write", staticmethod(fail))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(StateLocked, match="No space left on device; make room there"):
+        WorkerState(tmp_path)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 # ---------------------------------------------------------------- pids of slots
