@@ -16,6 +16,19 @@ from tests.hostile.generate import Maker, an_id
 pytestmark = pytest.mark.live
 
 EXCHANGES = ("submit", "report", "outcome", "api")
+# What leaves the pool at work: one that is told to pause or to drain does so.
+ASKING = (
+    messages.GetRequests
+    | messages.ListRequests
+    | messages.CountRequests
+    | messages.AbortRequests
+    | messages.ListWorkers
+    | messages.ListArtifacts
+    | messages.ImportArtifact
+    | messages.Explain
+    | messages.GetCapabilities
+    | messages.GetPool
+)
 
 
 class Raw(BasicProperties):
@@ -86,7 +99,7 @@ def test_headers_that_nobody_can_read_end_no_connection(pool, final, headers):
 
 def test_some_hundred_messages_of_every_kind_leave_a_pool_as_it_was(pool, final, eventually):
     maker = Maker(random.Random(20), {"worker": ["carl"], "task": ["noop"]})
-    kinds = {"submit": Submit, "report": Report, "outcome": messages.Outcomes, "api": messages.Query}
+    kinds = {"submit": Submit, "report": Report, "outcome": messages.Outcomes, "api": ASKING}
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         queue = client.workers()[0].queue
