@@ -39,8 +39,9 @@ hostile: $(VENV)/ready-dev ## MESSAGES=1000000 generated and mutated messages to
 	@$(BIN)/python -m tests.hostile --messages $(MESSAGES) --seed $(SEED)
 
 MINUTES ?= 60
-chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60, and judge what is left; writes chaos.md
-	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --report chaos.md $(CHAOS)
+LEDGER ?= postgresql
+chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60 and judge what is left (LEDGER=sqlite: no standby); writes chaos.md
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --ledger $(LEDGER) --report chaos.md $(CHAOS)
 
 chaos-mutants: $(VENV)/ready-dev ## break the pool in some ways, burn each for three minutes, and show what is noticed
 	@$(BIN)/python -m tests.chaos.mutants

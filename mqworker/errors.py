@@ -7,6 +7,7 @@ MqworkerError
 │   ├── Conflict             the id is taken by a request with other content
 │   ├── NotFound             no such request or artifact
 │   ├── TooLarge             an answer would hold more than one message may
+│   ├── Forbidden            the broker's user may not do this
 │   ├── TakeInvalid          task data have no place for what is to be taken from another request
 │   └── ArtifactInvalid      files or data that do not make an artifact
 ├── OperatorError            this machine or these settings are not right: change them
@@ -26,11 +27,13 @@ MqworkerError
 │   └── StoreUnavailable     the store cannot be read or written now
 ├── PeerError                somebody's message is not what was agreed
 │   ├── Unreadable           not JSON, not a known type, or not its fields
+│   ├── Impostor             it speaks in a name that is another's
 │   └── NewerVersion         written by a newer mqworker than this one
 ├── Corrupt                  bytes that are not what their sha256 says
 └── IllegalMove              ours: a state was asked to do what it cannot
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -68,6 +71,14 @@ class NotFound(SubmitterError):
 
 class TooLarge(SubmitterError):
     """Raise when an answer would hold more than one message may."""
+
+
+class Forbidden(SubmitterError):
+    """Raise when the broker's user may not do what it asks for; `refused` says why, by request, of those it may not."""
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refused = refused or {}
 
 
 class TakeInvalid(SubmitterError):
@@ -148,6 +159,10 @@ class PeerError(MqworkerError):
 
 class Unreadable(PeerError):
     """Raise when a message is not JSON, not of a known type, or lacks its fields."""
+
+
+class Impostor(PeerError):
+    """Raise when a message speaks in a name, or came by a way, that is not its sender's."""
 
 
 class NewerVersion(PeerError):

@@ -72,6 +72,7 @@ SPREAD = {
         "live/test_farm",
         "live/test_pool",
         "live/test_privatenode",
+        "live/test_standby",
         "tasks/test_sbuild",
     )
 }

@@ -355,7 +355,7 @@ def test_a_probe_that_was_never_sent_ends_no_lease(driven, anna):
     ref = anna.run(driven.request())
     driven.pass_time(70)
     driven.probes.clear()  # under way
-    driven.inbox.append(Probe(term=1, number=2**62))
+    driven.inbox.append(Probe(term=1, number=2**62, secret=driven.pool._secret))
     driven.turn()
     assert driven.states(ref.request) == ["running"]
 

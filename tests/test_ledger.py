@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import signal
 import sqlite3
@@ -55,6 +56,7 @@ from mqworker.messages import (
     Relation,
     Request,
     Take,
+    decode,
 )
 
 BAD_DATA = Reason(text="no such key", stage="configure")
@@ -295,6 +297,20 @@ def test_the_same_submission_again_is_known_and_changes_nothing(ledger):
     assert facts(ledger) == before
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_default_that_is_written_out_is_the_same_content_as_one_that_is_left_out(ledger, first):
+    """A client in another language may write all, and its next version nothing."""
+    short = {"id": an_id(), "task": "noop", "after": [{"request": an_id(9)}]}
+    full = {**short, "data": {}, "priority": 0, "group": "default", "max_attempts": 3, "lease": None, "take": []}
+    full["after"] = [{"request": an_id(9), "need": "success"}]
+    ledger.commit([accept(9, seq=1)])
+
+    submissions = [decode(json.dumps(one).encode(), Request) for one in ((full, short) if first else (short, full))]
+    results = [ledger.commit([Accept(seq=2, request=one, at=1.0, requirement=1)])[0] for one in submissions]
+
+    assert [result.status for result in results] == ["accepted", "known"]
+
+
 @pytest.mark.parametrize("other", [{"data": {"a": 2}}, {"task": "other"}, {"priority": 1}, {"lease": 60.0}])
 def test_the_same_id_with_other_content_is_a_conflict_and_changes_nothing(ledger, other):
     ledger.commit([accept(data={"a": 1})])
@@ -352,6 +368,16 @@ def test_a_request_without_a_requirement_class_can_only_be_rejected(ledger):
 
 
 # ---------------------------------------------------------------- moves
+
+
+def test_a_look_at_a_ledger_does_not_raise_its_term(url):
+    Ledger.open(url).close()
+
+    for _ in range(2):
+        assert Ledger.check(url).startswith("the ledger ")
+
+    with closing(Ledger.open(url)) as ledger:
+        assert (ledger.term, ledger.upgraded_from) == (2, None)
 
 
 @pytest.mark.parametrize("state", State)

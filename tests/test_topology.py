@@ -45,6 +45,7 @@ def test_the_names_are_those_of_the_wire():
         "mqworker.outcome": "direct",
         "mqworker.verdict": "direct",
         "mqworker.api": "direct",
+        "mqworker.command": "direct",
         "mqworker.events": "topic",
         "mqworker.logs": "topic",
         "mqworker.rejected": "direct",

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from mqworker import client
+from mqworker.access import Access
 from mqworker.amqp import Consumer, Delivery, Plan
 from mqworker.ledger import Ledger
 from mqworker.messages import (
@@ -234,6 +235,7 @@ class House:
             offer_timeout=10.0,
             no_worker_after=30.0,
             pause_after=3,
+            access=Access(operators={None}),  # this broker names nobody: all is one user's
             group_weights={},
             concurrency_limits={},
             link=lambda url, **given: Link(self.broker, url, **given),
@@ -242,23 +244,23 @@ class House:
         pool = self.scheduler._pool
         report, outcomes, probe = pool.report, pool.outcomes, pool.probe
 
-        def count_report(message, moment):
+        def count_report(message, *more):
             worker = pool._workers.get(message.worker)
             before = None if worker is None else (worker.incarnation, worker.seq, worker.seen)
-            report(message, moment)
+            report(message, *more)
             worker = pool._workers.get(message.worker)
             taken = worker is not None and before != (worker.incarnation, worker.seq, worker.seen)
             if self._hostile:
                 self.told["report", "taken" if taken else "dropped: older, or of a name that another has"] += 1
 
-        def count_outcomes(message, moment):
+        def count_outcomes(message, *more):
             self._to_record += len(message.outcomes)
-            outcomes(message, moment)
+            outcomes(message, *more)
 
-        def count_probe(message, moment):
+        def count_probe(message, *more):
             if self._hostile:
                 self.told["report", "taken for a probe"] += 1
-            probe(message, moment)
+            probe(message, *more)
 
         read = self.scheduler._read
 
@@ -327,6 +329,8 @@ class House:
                 self.told["client", "passed over" if item is None else "taken"] += 1
             case _:
                 name = getattr(TOPOLOGY, consumer)
+                if consumer == "api" and self.random.random() < 0.5:  # where commands count
+                    name = TOPOLOGY.command
                 self._publish(name, name, body)
 
     def _publish(self, exchange, key, body):

@@ -11,7 +11,7 @@ from tests.sim.loop import NOBODY, PROCESS
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 3.0
-REPLY = "reply."
+REPLY = "amq.rabbitmq.reply-to."
 
 
 @dataclass(slots=True)

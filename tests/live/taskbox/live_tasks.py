@@ -59,6 +59,24 @@ class Journal(Task):
         return True
 
 
+class Poison(Journal):
+    """Kill the agent that runs it, each time."""
+
+    def _execute(self) -> bool:
+        self._note("start")
+        os.kill(os.getppid(), signal.SIGKILL)
+        return bool(signal.pause())
+
+
+class Picky(Task):
+    """Fail on hosts that are not right, which the metadata do not say."""
+
+    TASK_VERSION = 1
+
+    def _execute(self) -> bool:
+        return "PICKY_FAILS" not in os.environ
+
+
 class Link(Task):
     """Make an artifact that has one word more than the one that it was given."""
 
