@@ -288,8 +288,12 @@ def test_a_worker_consumes_no_queue_that_is_no_class_of_its_pool(queue):
     worker._metrics = type("Metrics", (), {"unreadable": type("Counter", (), {"labels": lambda **_: counted})})
     counted_inc = type("List", (list,), {"inc": lambda self: self.append(1)})()
     worker._metrics.unreadable.labels = lambda **_: counted_inc
+
+    async def take(name):
+        worker._take_verdict(_delivery(encode(Verdict(term=1, parts=[Assign(queue=name)]))))
+
     for name, heard in ((queue, 0), ("t.work.1-1", 1)):
-        worker._take_verdict(_delivery(encode(Verdict(term=1, parts=[Assign(queue=name)]))))  # a token of a claim
+        asyncio.run(take(name))
         assert len(worker._agent.heard) == heard
     assert counted_inc == [1]
 
