@@ -68,6 +68,7 @@ BEHIND_NS: Final = 1_000_000_000  # so much later than this process a slot itsel
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
 MAX_SET_BYTES: Final = MAX_MESSAGE_BYTES // 2  # of outcomes; a slot sees to it that one alone is no larger
+MAX_STAGE: Final = 200  # characters of a stage that this worker makes itself
 MAX_REASON: Final = 4000  # characters of each part of a reason
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
 
@@ -655,7 +656,7 @@ class Agent:
         """Take what still lives of a slot that has ended: its run is not over before that is gone, too."""
         run = self._runs.get(self._slots[number].run or "")
         if run is not None:
-            self._progress(run, stage=f"ending: {what}", fraction=None)
+            self._progress(run, stage=f"ending: {what}"[:MAX_STAGE], fraction=None)
 
     def out_of_memory(self, number: int) -> None:
         """Take what the kernel says: it has ended something on this host for want of memory, when a slot was killed."""
