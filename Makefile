@@ -5,16 +5,17 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-rabbitmq4 sim sim-mutants chaos chaos-mutants bench lint format clean
+.PHONY: help demo test test-rabbitmq4 test-cluster sim sim-mutants chaos chaos-mutants bench lint format clean
 
 help: ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a real Debian build
 	@$(BIN)/mqworker demo --directory .demo
 
 test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real broker and a real sbuild
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@deploy/install-postgresql || echo "without PostgreSQL, its tests are skipped"
 	@$(MAKE) --no-print-directory lint
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=4 # they start hundreds of programs
 
@@ -25,6 +26,10 @@ test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each Rabbi
 	@for version in $(RABBITMQ); do echo "tests with RabbitMQ $$version"; MQWORKER_TEST_RABBITMQ=$$version PYTHONDONTWRITEBYTECODE= \
 	  $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --deselect tests/live/test_demo.py tests/live || exit; done
 
+test-cluster: $(VENV)/ready-dev ## a pool on three RabbitMQ nodes that are killed, frozen and parted
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m cluster tests/live/test_cluster.py
+
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked
 	@$(BIN)/python -m tests.sim --seeds 1-$(SEEDS)
@@ -33,8 +38,9 @@ sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the
 	@$(BIN)/python -m tests.sim.mutants
 
 MINUTES ?= 60
-chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60, and judge what is left; writes chaos.md
-	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --report chaos.md $(CHAOS)
+LEDGER ?= postgresql
+chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60 and judge what is left (LEDGER=sqlite: no standby); writes chaos.md
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) --ledger $(LEDGER) --report chaos.md $(CHAOS)
 
 chaos-mutants: $(VENV)/ready-dev ## break the pool in some ways, burn each for three minutes, and show what is noticed
 	@$(BIN)/python -m tests.chaos.mutants

@@ -6,7 +6,7 @@ checks it.
     5 front door   __main__ (python -m mqworker)
                    cli (commands)
                    cli_artifact (commands on artifacts), cli_requests (on requests chosen by what they have in common),
-                     cli_pool (on the pool)
+                     cli_pool (on the pool), cli_topology (on what is on the broker)
       its hall     shell (settings, client, logging and errors, as every command needs them)
                    settings (flags, environment, TOML), doctor (what is wrong here), rehearsal (one task here and now),
                      demo (a private broker, a scheduler, two workers on one machine)
@@ -26,10 +26,12 @@ checks it.
                    database (what both are to the ledger), migrations (its schema over time)
       the ground   processes (Linux processes and clocks), cgroup (control groups), schema (the ledger's tables),
                      facts (what goes into them), brokerurl (what a broker's URL says)
-    1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere)
+    1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere),
+                     rights (what each role may do on the broker)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
-                     dispatch (who gets what now), topology (exchanges, queues, names): pure; told the time, given facts
+                     dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what):
+                     pure; told the time, given facts
       its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)

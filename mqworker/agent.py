@@ -361,6 +361,7 @@ class Agent:
         )
         self._stage_news = False
         self._beaten_ns = 0
+        self._blocked = False  # the broker takes nothing
         self.refused: str | None = None  # why the scheduler does not want this worker
         self.heard = False  # whether the scheduler has answered in this life of the connection
 
@@ -386,6 +387,12 @@ class Agent:
         """Hold on to runs and claims without a connection."""
         self._epoch = self._consuming = None
         self.heard = False
+
+    def blocked(self, *, blocked: bool) -> None:
+        """Say nothing while the broker takes nothing: it would only pile up here; say all of it when it ends."""
+        if self._blocked and not blocked:
+            self._resend()
+        self._blocked = blocked
 
     def _resend(self) -> None:
         self._hello_wanted = self._beat_wanted = True
@@ -923,7 +930,7 @@ class Agent:
         """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
         wanted = None
         able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
-        if self._epoch is not None and able and self._free() > 0:
+        if self._epoch is not None and not self._blocked and able and self._free() > 0:
             wanted = self._assigned
         if wanted == self._consuming:
             return
@@ -935,7 +942,7 @@ class Agent:
 
     def _report(self, now_ns: int) -> None:
         """Say what has not been said yet; with each heartbeat, all that is unanswered again."""
-        if self._epoch is None or self._analysis is None:
+        if self._epoch is None or self._analysis is None or self._blocked:
             return
         parts: list[ReportPart] = []
         beat = self._beat_wanted

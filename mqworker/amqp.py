@@ -52,17 +52,23 @@ SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
 ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
 ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
+REFRESH_SECONDS: Final = 1.0  # between two declarations of the plan because messages are returned
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # RabbitMQ 4.x closes the channel that publishes more
 PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what is in the way
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
+BLOCKED: Final = "the broker takes nothing: a memory or disk alarm, see `rabbitmq-diagnostics alarms`"
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
+USER_HEADER: Final = "x-mqworker-user"
+SENDING_HEADERS: Final = ("CC", "BCC")  # RabbitMQ's sender-selected distribution
 REASON_CHARACTERS: Final = 2000
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
+ACCESS_REFUSED: Final = 403
+NOT_FOUND: Final = 404
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +224,7 @@ class Link:
         self._on_up = on_up
         self._on_down = on_down
         self._on_blocked = on_blocked
+        self.looks_only = False  # whether this user may not declare what lasts
         self._life: _Life | None = None
         self._running = False
         self._closing = asyncio.Event()
@@ -252,6 +259,9 @@ class Link:
                     return
                 if not isinstance(end, MqworkerError):
                     raise end
+                if not self.looks_only and self._life is not None and self._life.denied:
+                    self.looks_only = True  # whoever may has declared it, as a rule: look at once
+                    continue
                 self.last_error = end
                 lasted = was_up and time.monotonic() - began > LONGEST_PAUSE
                 self._failures = 0 if lasted else self._failures + 1
@@ -277,7 +287,9 @@ class Link:
             return error, False
         timeout = self._url.connection_timeout or CONNECT_SECONDS
         where = replace(self._where, at=host)
-        life = self._life = _Life(parameters, where, self._plan, self._on_blocked, connect_seconds=timeout)
+        life = self._life = _Life(
+            parameters, where, self._plan, self._on_blocked, looks_only=self.looks_only, connect_seconds=timeout
+        )
         try:
             if await life.opened:
                 self._rise(life)
@@ -417,8 +429,8 @@ class Link:
 
         The future fails with NotPublished if no queue takes the message (unless not mandatory), a queue refuses it, the
         connection is lost before the confirm, it is down now, or it can never be taken: the key has more than AMQP's
-        255 bytes, or the body more than MAX_BODY_BYTES. It need not be awaited. After NotPublished the message may have
-        arrived all the same: use its message_id again.
+        255 bytes, or the body more than MAX_BODY_BYTES; with BrokerRefused if this user may not write to the exchange.
+        It need not be awaited. After NotPublished the message may have arrived all the same: use its message_id again.
         """
         if self._life is None or not self._life.up:
             return _failed(
@@ -444,17 +456,22 @@ class Link:
             timestamp=int(time.time()),
             type=kind,
             app_id="mqworker",
+            user_id=self._url.user,  # which the broker lets stand for nobody else
         )
         return self._life.publish(exchange, key, body, properties, mandatory=mandatory)
 
     def put_aside(self, delivery: Delivery, *, exchange: str, reason: str) -> asyncio.Future[None]:
-        """Publish a delivery as it came, for a person to look at, with the reason and its first exchange in headers.
+        """Publish a delivery as it came, for a person to look at, with reason, first exchange and user in headers.
 
-        Of one that is longer than any broker is sure to take, it is the beginning.
+        Of one that is longer than any broker is sure to take, it is the beginning. Its user_id is ours: another's would
+        be a lie. And headers by which the broker would send it elsewhere too stay behind.
         """
         if len(delivery.body) > MAX_BODY_BYTES:
             reason = f"the first {MAX_BODY_BYTES} of {len(delivery.body)} bytes: {reason}"
-        headers = {**delivery.headers, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        kept = {name: value for name, value in delivery.headers.items() if name not in SENDING_HEADERS}
+        headers = {**kept, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        if delivery.user_id is not None:
+            headers[USER_HEADER] = delivery.user_id
         return self.publish(
             exchange=exchange,
             key=exchange,
@@ -505,7 +522,7 @@ def _parameters(
         host=host.name,
         port=host.port,
         virtual_host=url.vhost,
-        credentials=ExternalCredentials() if url.user is None else PlainCredentials(url.user, url.password),
+        credentials=ExternalCredentials() if url.password is None else PlainCredentials(url.user or "", url.password),
         heartbeat=heartbeat if url.heartbeat is None else url.heartbeat,
         blocked_connection_timeout=blocked_seconds,
         client_properties={"connection_name": name, "product": "mqworker"},
@@ -533,6 +550,7 @@ class _Life:
         plan: Callable[[str], Plan],
         on_blocked: Callable[[bool], None],
         *,
+        looks_only: bool,
         connect_seconds: float,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -548,6 +566,8 @@ class _Life:
         self._where = where
         self._plan = plan
         self._on_blocked = on_blocked
+        self._looks_only = looks_only
+        self.denied = False  # something of the plan
         self._closed: asyncio.Future[None] = loop.create_future()
         self._tags: dict[str, str] = {}  # queue -> consumer tag
         self._early: list[Callable[[], None]] = []  # deliveries that came before all of the plan was carried out
@@ -558,6 +578,7 @@ class _Life:
         self._asides: deque[tuple[asyncio.Future[None], str, _Begin]] = deque()  # questions for throw-away channels
         self._aside = 0  # of them, under way
         self._made = Plan()
+        self._refreshed = 0.0
         self._connect_seconds = connect_seconds
         self._deadline = loop.call_later(connect_seconds, self._too_slow)
         self._connection = AsyncioConnection(
@@ -586,7 +607,7 @@ class _Life:
         with self._owners_code():
             plan = self._made = self._plan(self.epoch)
             for exchange in plan.exchanges:  # without waiting for answers: a refusal closes the channel in any case
-                channel.exchange_declare(exchange.name, exchange.kind, durable=True)
+                channel.exchange_declare(exchange.name, exchange.kind, durable=True, passive=self._looks_only)
             for queue in plan.queues:
                 self._declare(channel, queue)
             if plan.replies is not None:
@@ -619,6 +640,9 @@ class _Life:
         if not self.opened.done():
             self.opened.set_result(False)
         for future, _, exchange, key in self._unconfirmed.values():
+            if isinstance(error, BrokerRefused) and f"access to exchange '{exchange}'" in str(error):
+                _fail(future, BrokerRefused(str(error)))  # in vain however often
+                continue
             _fail(
                 future,
                 NotPublished(
@@ -660,6 +684,16 @@ class _Life:
         self.end(self._where.explain(error))
 
     def _on_channel_closed(self, _channel: Channel, error: Exception) -> None:
+        if isinstance(error, ChannelClosedByBroker) and not self.opened.done():  # in the middle of the plan
+            self.denied = error.reply_code == ACCESS_REFUSED
+            if self._looks_only and error.reply_code == NOT_FOUND:
+                self.end(
+                    BrokerUnavailable(
+                        f"no scheduler has set up what this user needs of the broker at {self._where} and may not "
+                        f"declare: {error.reply_text}; start one or run `mqworker topology declare`"
+                    )
+                )
+                return
         self.end(self._where.explain(error))
 
     def _on_cancelled(self, frame: Any) -> None:
@@ -742,10 +776,13 @@ class _Life:
 
     def refresh(self) -> asyncio.Future[None]:
         """Carry out once more what the plan has of exchanges and queues."""
+        self._refreshed = self._loop.time()
 
         def begin(channel: Channel, answer: Callable[[Any], None]) -> None:
             for exchange in self._made.exchanges:
-                channel.exchange_declare(exchange.name, exchange.kind, durable=True, callback=_ignore)
+                channel.exchange_declare(
+                    exchange.name, exchange.kind, durable=True, passive=self._looks_only, callback=_ignore
+                )
             for queue in self._made.queues:
                 self._declare(channel, queue, _ignore)
             channel.basic_qos(callback=answer)  # its answer comes after all others
@@ -753,6 +790,9 @@ class _Life:
         return self._ask_aside("to declare again what the plan has", begin)
 
     def _declare(self, channel: Channel, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
+        if queue.lasting and self._looks_only:
+            channel.queue_declare(queue.name, passive=True, callback=on_done)
+            return
         channel.queue_declare(
             queue.name,
             durable=queue.durable,
@@ -868,6 +908,8 @@ class _Life:
         # The broker acks a returned message all the same, after this: here it is only remembered for then.
         message = (properties.message_id, method.exchange, method.routing_key)
         self._returned.setdefault(message, []).append(f"{method.reply_code} {method.reply_text}")
+        if self._loop.time() - self._refreshed > REFRESH_SECONDS:
+            self.refresh()  # an exchange that was deleted, and made again by somebody else, has none of our bindings
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method
@@ -938,3 +980,31 @@ async def remove(url: str, topology: Topology, *, extra_queues: Iterable[str] = 
     finally:
         await link.close()
         await running
+
+
+async def declare(url: str, topology: Topology) -> None:
+    """Make everything that lasts of a topology.
+
+    Raises:
+        BrokerUnavailable: nobody answers within a few seconds.
+        BrokerRefused: the broker does not let us, or has something else of one of the names.
+    """
+    link = Link(
+        url,
+        name=f"mqworker declares {topology.prefix}",
+        plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
+    )
+    running = asyncio.create_task(link.run())
+    try:
+        await link.wait_up(timeout=SOCKET_SECONDS)
+    except BrokerUnavailable as error:
+        if not link.looks_only:
+            raise
+        raise BrokerRefused(f"expected a user of the broker who may declare, got one who may not: {error}") from error
+    finally:
+        await link.close()
+        await running
+    if link.looks_only:
+        raise BrokerRefused(
+            "expected a user of the broker who may declare, got one who may not; but everything is there"
+        )

@@ -77,12 +77,12 @@ class Tls:
 
 @dataclass(frozen=True, kw_only=True)
 class BrokerUrl:
-    """Hold what a URL says; `user` is None where the certificate says who we are."""
+    """Hold what a URL says; `user` is None where the certificate alone says who we are."""
 
     hosts: tuple[Host, ...]
     vhost: str
     user: str | None
-    password: str
+    password: str | None  # None: the certificate logs us in
     tls: Tls | None
     heartbeat: int | None  # seconds; None: as it is usual here; 0: none
     connection_timeout: float | None  # seconds, for all that it takes to get in
@@ -130,12 +130,12 @@ def read_url(url: str) -> BrokerUrl:
         raise SettingsError(f"expected one vhost after the host, got {parts.path!r}; write / within it as %2F")
     options = _options(parts.query, redact(url))
     external = _choice(options, "auth_mechanism", ("plain", "external"), "plain") == "external"
-    if external and (user is not None or parts.scheme != "amqps" or "certfile" not in options):
+    if external and (password is not None or parts.scheme != "amqps" or "certfile" not in options):
         raise SettingsError(
-            f"expected amqps, certfile and no user beside auth_mechanism=external, got {redact(url)}: "
-            "there the certificate says who we are"
+            f"expected amqps, certfile and no password beside auth_mechanism=external, got {redact(url)}: "
+            "there the certificate says who we are; name that user, if users are to be told apart"
         )
-    if (user is None) != (password is None):
+    if not external and (user is None) != (password is None):
         raise SettingsError(f"expected user and password, or neither, got {redact(url)}; write {FORM}")
     timeout = _number(options, "connection_timeout", 1, 600_000)
     tls = None
@@ -146,8 +146,8 @@ def read_url(url: str) -> BrokerUrl:
     return BrokerUrl(
         hosts=hosts,
         vhost=unquote(parts.path[1:]) if len(parts.path) > 1 else "/",
-        user=None if external else "guest" if user is None else unquote(user),
-        password="guest" if password is None else unquote(password),  # RabbitMQ's own, for loopback
+        user=unquote(user) if user is not None else None if external else "guest",
+        password=unquote(password) if password is not None else None if external else "guest",  # for loopback
         tls=tls,
         heartbeat=_number(options, "heartbeat", 0, 3600),
         connection_timeout=None if timeout is None else timeout / 1000,

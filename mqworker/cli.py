@@ -10,12 +10,13 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests
+from mqworker import Task, __version__, cli_artifact, cli_pool, cli_requests, cli_topology
 from mqworker.client import Client, Followed
 from mqworker.errors import SubmitterError
 from mqworker.lifecycle import FINAL
@@ -33,6 +34,7 @@ from mqworker.screen import (
 from mqworker.shell import (
     DID_NOT_SUCCEED,
     INTERRUPTED,
+    POOL,
     REQUESTS,
     AsJson,
     Shell,
@@ -49,6 +51,7 @@ from mqworker.shell import (
     show,
     silence_logging,
     tell,
+    without_secrets,
 )
 from mqworker.task import load_tasks
 
@@ -75,6 +78,7 @@ application = typer.Typer(
 application.add_typer(cli_requests.application)  # without a name: its commands are ours
 application.add_typer(cli_pool.application)
 application.add_typer(cli_artifact.application, name="artifact", rich_help_panel=REQUESTS)
+application.add_typer(cli_topology.application, name="topology", rich_help_panel=POOL)
 
 RequestId = Annotated[str, typer.Argument(metavar="ID", help="A request's id, or a unique beginning of it.")]
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name; `mqworker tasks` lists them.")]
@@ -360,7 +364,7 @@ def _what(task: type[Task]) -> str:
 def scheduler(
     context: typer.Context,
     *,
-    ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH")] = None,
+    ledger: Annotated[str | None, typer.Option(metavar="URL", help="sqlite:////PATH or postgresql://...")] = None,
     metrics_listen: MetricsListen = None,
     retry_delay: Annotated[float | None, typer.Option(metavar="SECONDS", help="Before a second attempt.")] = None,
     no_worker_after: Annotated[
@@ -390,6 +394,9 @@ def scheduler(
             pause_after=settings.scheduler.pause_after,
             group_weights=settings.scheduler.group_weights,
             concurrency_limits=settings.scheduler.concurrency_limits,
+            rule=settings.access.rule,
+            operators=settings.access.operators,
+            groups=settings.access.groups,
             metrics_listen=settings.scheduler.metrics_listen,
         )
     )
@@ -549,7 +556,8 @@ def doctor(context: typer.Context, *, as_json: AsJson = False) -> None:
         work_directory=settings.worker.work_dir,
     )
     found = []
-    for check in checks:
+    for one in checks:
+        check = replace(one, finding=without_secrets(one.finding))  # what others say can have them
         found.append(check)
         if not as_json:
             show(check_table([(check.state, check.what, check.finding, check.advice)]))

@@ -78,6 +78,27 @@ def workers(
     typer.echo(f"\n{pool_line(pool)}")
 
 
+@application.command(rich_help_panel=POOL)
+def forget(
+    context: typer.Context,
+    *,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A worker's name.")],
+    give_to: Annotated[
+        str | None, typer.Option("--give-to", metavar="USER", help="Whose it is now; default: whoever uses it next.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Release a worker's name, which is that of the broker's user who used it first; what runs there goes on."""
+    shell: Shell = context.obj
+    with shell.client() as client:
+        client.forget_worker(name, user=give_to)
+    if as_json:
+        print_json({"name": name, "user": give_to})
+    else:
+        whose = f"{printable(give_to)}'s now" if give_to else "that of whoever uses it next"
+        typer.echo(f"worker name {printable(name)} is {whose}")
+
+
 # ---------------------------------------------------------------- pauses
 
 

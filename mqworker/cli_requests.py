@@ -4,7 +4,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from mqworker.client import Client
-from mqworker.errors import MqworkerError, SubmitterError
+from mqworker.errors import Forbidden, MqworkerError, SubmitterError
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import RequestView
 from mqworker.screen import Counting, many, pending_table, request_table
@@ -22,6 +22,7 @@ from mqworker.shell import DID_NOT_SUCCEED, REQUESTS, AsJson, Shell, print_json,
 application = typer.Typer()
 
 AT_ONCE: Final = 1000
+REFUSED_SHOWN: Final = 20
 WAITING: Final = (State.PENDING, State.OFFERED)
 OPEN: Final = (State.PENDING, State.OFFERED, State.RUNNING)
 WENT_WRONG: Final = (State.FAILURE, State.ERROR)
@@ -229,7 +230,7 @@ def abort(
             running: list[str] = []
 
             def act(part: tuple[str, ...]) -> None:
-                views = client.abort(part, reason, wait=False, on_mark=_tell_mark)
+                views = client.abort(part, reason, wait=False, on_mark=_tell_mark, refused=ended.refused)
                 still = [view.request.id for view in views if wait and view.state not in FINAL]
                 running.extend(still)
                 ended.add(view for view in views if view.request.id not in still)
@@ -246,18 +247,18 @@ def _tell_mark(request: str) -> None:
 def _see_end(client: Client, running: Sequence[str]) -> list[RequestView]:
     """Wait until requests that are being stopped have ended; whoever stops that is told how many have not."""
     ends = 0
-    with Counting("stop", len(running)) as counting:
+    try:
+        with Counting("stop", len(running)) as counting:
 
-        def count(_: RequestView) -> None:
-            nonlocal ends
-            ends += 1
-            counting.show(ends)
+            def count(_: RequestView) -> None:
+                nonlocal ends
+                ends += 1
+                counting.show(ends)
 
-        try:
             return client.wait(running, on_end=count)
-        except KeyboardInterrupt:
-            tell(f"{many(len(running) - ends, 'request')} of {len(running):,} still to end; their abort goes on")
-            raise
+    except KeyboardInterrupt:
+        tell(f"{many(len(running) - ends, 'request')} of {len(running):,} still to end; their abort goes on")
+        raise
 
 
 @application.command(rich_help_panel=REQUESTS)
@@ -287,7 +288,7 @@ def reprioritise(
             ended = _Ended(chosen)
 
             def act(part: tuple[str, ...]) -> None:
-                ended.add(client.reprioritise(part, priority))
+                ended.add(client.reprioritise(part, priority, refused=ended.refused))
 
             _carry_out(chosen, "reprioritise", f"have priority {priority}", act)
             ended.show(lambda states: _reprioritised(states, priority), as_json=as_json)
@@ -315,6 +316,7 @@ def retry(
     _check("retry", ids or (), given, FINAL)
     shell: Shell = context.obj
     made: list[dict[str, str]] = []
+    refused: dict[str, str] = {}
     with shell.client() as client:
         chosen = _choose(client, "retry", ids or (), given, given.states or WENT_WRONG, yes=yes)
         if chosen is None:
@@ -325,7 +327,11 @@ def retry(
 
         def act(part: tuple[str, ...]) -> None:
             [old] = part
-            new = client.retry(old, new_id=_next_id(old) if filtered else None)
+            try:
+                new = client.retry(old, new_id=_next_id(old) if filtered else None)
+            except Forbidden as error:
+                refused[old] = str(error)
+                return
             made.append({"id": new, "retries": old})
             if not as_json:
                 typer.echo(new)
@@ -336,6 +342,7 @@ def retry(
         finally:
             if as_json and made:
                 print_json(made)
+            _tell_refused(refused)
 
 
 def _next_id(old: str) -> str:
@@ -351,6 +358,7 @@ class _Ended:
         self._views: list[RequestView] = []
         self._ids: list[str] = []
         self._states: Counter[State] = Counter()
+        self.refused: dict[str, str] = {}
 
     def add(self, views: Iterable[RequestView]) -> None:
         for view in views:
@@ -366,6 +374,18 @@ class _Ended:
             print_json({"number": len(self._ids), "ids": self._ids})
         else:
             typer.echo(sentence(self._states))
+        _tell_refused(self.refused)
+
+
+def _tell_refused(refused: Mapping[str, str]) -> None:
+    """Say of each request that it was not ours to command, and end with the code of that."""
+    if not refused:
+        return
+    for request, why in islice(refused.items(), REFUSED_SHOWN):
+        tell(f"request {request} is left alone: {why}")
+    if len(refused) > REFUSED_SHOWN:
+        tell(f"... and {len(refused) - REFUSED_SHOWN:,} more")
+    raise Forbidden(f"{many(len(refused), 'request')} of others left alone", refused)
 
 
 def _aborted(states: Counter[State]) -> str:

@@ -20,11 +20,13 @@ from typing import Any, Final, Literal, Self, TypeVar, cast
 import msgspec
 
 from mqworker import requires as schemas
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
+    BrokerRefused,
     BrokerUnavailable,
     Conflict,
+    Forbidden,
     MqworkerError,
     NotFound,
     NotPublished,
@@ -46,11 +48,13 @@ from mqworker.messages import (
     ArtifactList,
     Capability,
     CapabilityList,
+    Command,
     CountRequests,
     DrainWorkers,
     Explain,
     Explanation,
     FileEntry,
+    ForgetWorker,
     GetCapabilities,
     GetPool,
     GetRequests,
@@ -132,13 +136,16 @@ _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
     "rejected": Rejected,
     "artifact_invalid": ArtifactInvalid,
     "store_mismatch": StoreMismatch,
+    "forbidden": Forbidden,
 }
 
 
 class Client:
     """Talk to a pool; a context manager.
 
-    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads.
+    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads. `on_blocked` hears,
+    in a thread of the client's, when a memory or disk alarm stops the broker from taking what calls send, and when it
+    takes it again; it must be quick.
 
         with Client("amqp://guest:guest@localhost/") as client:
             request = client.submit("noop", {"duration": 2})
@@ -146,13 +153,20 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "mqworker", store_url: str | None = None, timeout: float = 30.0
+        self,
+        url: str,
+        *,
+        prefix: str = "mqworker",
+        store_url: str | None = None,
+        timeout: float = 30.0,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self._url = url
         self._topology = Topology(prefix)
         self._store_url = store_url
         self._store: Store | None = None
         self._timeout = timeout
+        self._on_blocked = on_blocked
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
@@ -404,6 +418,7 @@ class Client:
         wait: bool = True,
         on_mark: Callable[[str], None] = lambda _: None,
         on_end: Callable[[RequestView], None] = lambda _: None,
+        refused: dict[str, str] | None = None,
     ) -> Views:
         """Stop requests, wherever they are, and return them; with `wait`, once each has ended and nothing of it lives.
 
@@ -411,22 +426,29 @@ class Client:
         that nobody knows is remembered for a day, and the request aborted when it comes: `on_mark` is told of it, and
         it is not returned. `on_end` is as for `wait`.
 
+        Into `refused` goes why, by id, of those that this user may not command.
+
         Raises:
             NotFound: some are not there; the others are being stopped.
+            Forbidden: this user may not command some, and no `refused` is given; the others are being stopped.
         """
-        views = self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), "are being stopped", on_mark)
+        done = "are being stopped"
+        views = self._command(ids, lambda part: AbortRequests(ids=part, reason=reason), done, refused, on_mark)
         running = [view.request.id for view in views if view.state not in FINAL] if wait else []
         ended = {view.request.id: view for view in self.wait(running, on_end=on_end)}
         return [ended.get(view.request.id, view) for view in views]
 
-    def reprioritise(self, ids: Iterable[str], priority: int) -> Views:
+    def reprioritise(self, ids: Iterable[str], priority: int, *, refused: dict[str, str] | None = None) -> Views:
         """Give requests another priority, and return them; to those that have ended it means nothing.
+
+        Into `refused` goes why, by id, of those that this user may not command.
 
         Raises:
             NotFound: some are not there; the others have it.
+            Forbidden: this user may not command some, and no `refused` is given; the others have it.
             Rejected: there is no such priority.
         """
-        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it")
+        return self._command(ids, lambda part: Reprioritise(ids=part, priority=priority), "have it", refused)
 
     def retry(self, id: str, *, new_id: str | None = None) -> str:  # noqa: A002  # the word for it everywhere else
         """Ask for an ended request to be done anew and return the id of the new request.
@@ -436,6 +458,7 @@ class Client:
         Raises:
             NotFound: there is no such request.
             Conflict: it has not ended.
+            Forbidden: this user may not command it.
             Rejected: the scheduler would not accept it any more.
         """
         new_id = new_id or str(uuid.uuid4())
@@ -495,9 +518,23 @@ class Client:
             fit.learn(limit, page)
 
     def refresh_workers(self, names: Iterable[str] = ()) -> Workers:
-        """Ask workers to look at their hosts again (no names: all), and return what is known now."""
+        """Ask workers to look at their hosts again (no names: all), and return what is known now.
+
+        Raises:
+            Forbidden: this user is no operator.
+        """
         self._ask(RefreshWorkers(names=[*names]), WorkerList)
         return self.workers()
+
+    def forget_worker(self, name: str, *, user: str | None = None) -> None:
+        """Make a worker's name that of whichever of the broker's users uses it next, or of `user`.
+
+        Raises:
+            NotFound: it is nobody's.
+            Forbidden: this user is no operator.
+            Rejected: it cannot be a name.
+        """
+        self._ask(ForgetWorker(name=name, user=user), WorkerList)
 
     def pool(self) -> Pool:
         """Return how the scheduler is."""
@@ -522,6 +559,7 @@ class Client:
         A name that nobody knows is paused too: it may come.
 
         Raises:
+            Forbidden: this user is no operator.
             Rejected: it cannot be a name.
         """
         return self._ask(Pause(kind=kind, name=name, reason=reason), PauseList).pauses
@@ -530,6 +568,7 @@ class Client:
         """End a pause, if there is one, and return what is still paused.
 
         Raises:
+            Forbidden: this user is no operator.
             Rejected: it cannot be a name.
         """
         return self._ask(Resume(kind=kind, name=name), PauseList).pauses
@@ -711,11 +750,13 @@ class Client:
         ids: Iterable[str],
         query: Callable[[Ids], Query],
         done: str,
+        refused: dict[str, str] | None,
         on_mark: Callable[[str], None] = lambda _: None,
     ) -> Views:
         """Ask for something to be done to any number of requests, and return them."""
         views: Views = []
         missing: Ids = []
+        forbidden: dict[str, str] = {}
         left = [*ids]
         fit = self._requests_at_once
         while left:
@@ -725,11 +766,17 @@ class Client:
             fit.learn(len(answer.requests), answer)
             views += answer.requests
             missing += answer.missing
+            forbidden |= answer.forbidden
+            if refused is not None:
+                refused |= answer.forbidden
             for one in answer.marked:
                 on_mark(one)
+        others = f"; the other {len(views)} {done}" if views else ""
         if missing:
-            others = f"; the other {len(views)} {done}" if views else ""
             raise NotFound(f"{_no_request(missing)}{others}")
+        if forbidden and refused is None:
+            first = next(iter(forbidden.values()))
+            raise Forbidden(f"not on {', '.join(forbidden)}: {first}{others}")
         return views
 
     def _pages(self, query: ListRequests, limit: int | None) -> Iterator[RequestView]:
@@ -780,7 +827,7 @@ class Client:
 
     async def _live(self, ready: threading.Event) -> None:
         self._stop = asyncio.Event()
-        self._line = _Line(self._url, name="mqworker client", plan=self._plan)
+        self._line = _Line(self._url, name="mqworker client", plan=self._plan, on_blocked=self._on_blocked)
         self._loop = asyncio.get_running_loop()
         ready.set()
         async with self._line as line:
@@ -815,7 +862,8 @@ class Client:
 
     async def _answer(self, query: Query, kind: type[_T], left: Callable[[], float]) -> _T:
         name = tag_of(query)
-        body = await self._exchange(self._topology.api, name, encode(query), f"the query {name}", left)
+        exchange = self._topology.command if isinstance(query, Command) else self._topology.api
+        body = await self._exchange(exchange, name, encode(query), f"the query {name}", left)
         answer = decode(body, cast("Any", Answer))
         if isinstance(answer, Problem):
             raise _PROBLEMS[answer.kind](answer.text)
@@ -851,6 +899,8 @@ class Client:
                 )
                 news: set[asyncio.Future[Any]] = {sent, answer, over}
                 await asyncio.wait(news, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
+                if line.link.blocked:
+                    trouble = BLOCKED
                 if sent.done() and not answer.done():
                     try:
                         sent.result()
@@ -858,6 +908,8 @@ class Client:
                         news = {answer, over}
                         await asyncio.wait(news, timeout=min(left(), pause), return_when=asyncio.FIRST_COMPLETED)
                         pause *= 2
+                    except BrokerRefused as error:
+                        raise Forbidden(f"expected a user of the broker who may send {what}: {error}") from error
                     except NotPublished as error:
                         trouble = str(error)
                         await asyncio.wait({answer}, timeout=min(left(), PAUSE_SECONDS))
@@ -978,10 +1030,11 @@ class _Line:
         name: str,
         plan: Callable[[str], Plan],
         on_up: Callable[[], None] | None = None,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self.life_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_up = on_up
-        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down)
+        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down, on_blocked=on_blocked)
         self.running: asyncio.Task[None]
 
     def _up(self, _epoch: str) -> None:

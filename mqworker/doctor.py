@@ -16,9 +16,18 @@ from mqworker.amqp import Consumer, Delivery, Link, Plan
 from mqworker.brokerurl import redact
 from mqworker.client import Client
 from mqworker.debianhost import missing_packages, why_no_unshare
-from mqworker.errors import LedgerLocked, MqworkerError, NotPublished, OutsideError, StoreUnavailable, Unanswered
+from mqworker.errors import (
+    BrokerRefused,
+    LedgerLocked,
+    MqworkerError,
+    NotPublished,
+    OutsideError,
+    StoreUnavailable,
+    Unanswered,
+)
 from mqworker.ledger import Ledger
 from mqworker.messages import Pool
+from mqworker.rights import ROLES, Role
 from mqworker.store import Store
 from mqworker.task import Analysis, Task
 from mqworker.topology import Topology
@@ -111,12 +120,16 @@ def _rights(url: str, topology: Topology) -> Check:
                 return False
             return True
 
-    names = f"{topology.prefix}\\..*"
-    advice = f"let the user configure, write and read ^{names} (rabbitmqctl set_permissions)"
+    advice = "give the user the rights of its role, as `mqworker topology permissions` prints them"
     try:
         answers = asyncio.run(round_trip())
     except NotPublished as error:
         return _failed("rights", error, f"see whether the broker is out of memory or disk; {advice}")
+    except BrokerRefused as error:
+        if roles := [role for role in ROLES if role != "scheduler" and asyncio.run(_may(url, topology, role))]:
+            finding = f"may do what a {' or '.join(roles)} does, and not all that a scheduler does"
+            return Check(state="ok", what="rights", finding=finding)
+        return _failed("rights", error, advice)
     except MqworkerError as error:
         return _failed("rights", error, advice)
     except TimeoutError:
@@ -124,9 +137,33 @@ def _rights(url: str, topology: Topology) -> Check:
         return Check(state="problem", what="rights", finding=finding, advice="see whether the broker raises an alarm")
     if not answers:
         finding = f"may declare, write and read {topology.prefix}.*, but not answer clients through amq.default"
-        advice = f"the scheduler's user needs to write ^({names}|amq\\.default)$; clients and workers do not"
+        advice = "the scheduler's user needs to write to amq.default; clients and workers do not"
         return Check(state="note", what="rights", finding=finding, advice=advice)
     return Check(state="ok", what="rights", finding=f"may declare, write and read {topology.prefix}.*, and answer")
+
+
+async def _may(url: str, topology: Topology, role: Role) -> bool:
+    """Try what a role does, with words that reach nobody."""
+    writes = {
+        "worker": (topology.report, topology.outcome, topology.rejected),
+        "client": (topology.submit, topology.command, topology.api),
+        "observer": (topology.api,),
+    }[role]
+
+    def plan(epoch: str) -> Plan:
+        listens = ((topology.events, "#"), (topology.logs, "#"))
+        worker = role == "worker"
+        queue = topology.worker_queue("doctor", epoch) if worker else topology.follower_queue(epoch, listens)
+        return Plan(exchanges=topology.exchanges(), queues=(queue,))
+
+    try:
+        async with _up(url, plan) as link:
+            for exchange in writes:
+                key = f"doctor-{uuid.uuid4().hex}"
+                await link.publish(exchange=exchange, key=key, body=b"{}", kind="doctor", mandatory=False)
+    except BrokerRefused:
+        return False
+    return True
 
 
 def _scheduler(url: str, prefix: str) -> tuple[Pool | None, Check]:
@@ -169,9 +206,9 @@ def _store(url: str, pool: Pool | None) -> Check:
     except MqworkerError as error:
         return _failed("store", error)
     if pool is not None and pool.store != store.id:
-        finding = f"{url} is the store {store.id}, and the scheduler has {pool.store}"
+        finding = f"{store.url} is the store {store.id}, and the scheduler has {pool.store}"
         return Check(state="problem", what="store", finding=finding, advice="give this machine the scheduler's --store")
-    return Check(state="ok", what="store", finding=f"{url} ({store.id})")
+    return Check(state="ok", what="store", finding=f"{store.url} ({store.id})")
 
 
 def _ledger(url: str) -> Check:

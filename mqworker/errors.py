@@ -6,6 +6,7 @@ MqworkerError
 │   ├── Rejected             the scheduler did not accept a request
 │   ├── Conflict             the id is taken by a request with other content
 │   ├── NotFound             no such request or artifact
+│   ├── Forbidden            the broker's user may not do this
 │   ├── TakeInvalid          task data have no place for what is to be taken from another request
 │   └── ArtifactInvalid      files or data that do not make an artifact
 ├── OperatorError            this machine or these settings are not right: change them
@@ -25,11 +26,13 @@ MqworkerError
 │   └── StoreUnavailable     the store cannot be read or written now
 ├── PeerError                somebody's message is not what was agreed
 │   ├── Unreadable           not JSON, not a known type, or not its fields
+│   ├── Impostor             it speaks in a name that is another's
 │   └── NewerVersion         written by a newer mqworker than this one
 ├── Corrupt                  bytes that are not what their sha256 says
 └── IllegalMove              ours: a state was asked to do what it cannot
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -63,6 +66,14 @@ class Conflict(SubmitterError):
 
 class NotFound(SubmitterError):
     """Raise when no request or artifact has this id."""
+
+
+class Forbidden(SubmitterError):
+    """Raise when the broker's user may not do what it asks for; `refused` says why, by request, of those it may not."""
+
+    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.refused = refused or {}
 
 
 class TakeInvalid(SubmitterError):
@@ -143,6 +154,10 @@ class PeerError(MqworkerError):
 
 class Unreadable(PeerError):
     """Raise when a message is not JSON, not of a known type, or lacks its fields."""
+
+
+class Impostor(PeerError):
+    """Raise when a message speaks in a name, or came by a way, that is not its sender's."""
 
 
 class NewerVersion(PeerError):

@@ -40,6 +40,8 @@ class Accept:
     rejected: Reason | None = None
     requirement: int | None = None  # its requirement class; None only for what is rejected
     inputs: tuple[int, ...] = ()  # artifact ids that its data name
+    submitter: str | None = None  # the broker's user; None: the broker did not say
+    heeds: frozenset[str | None] | None = None  # users whose abort that came before it counts; None: everybody's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +129,7 @@ class AbortAsked:
     stage: str | None = None  # of the reason
     running: bool = True  # False: leave one that runs
     mark: bool = False  # keep it for a request that nobody knows yet
+    known: bool = True  # False: leave one that has come meanwhile, since nobody has judged who may abort it
     user: str | None = None  # the broker's user that asked; None: the broker did not say
 
 
@@ -168,6 +171,15 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Own:
+    """Make a worker's name that of a broker's user; None: nobody's. The result says whether it was somebody's."""
+
+    name: str
+    user: str | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rekey:
     """Put requests that have not ended into other requirement classes; the result is their number."""
 
@@ -175,7 +187,21 @@ class Rekey:
 
 
 Write: TypeAlias = (
-    Need | Accept | Wake | Move | Offer | Return | Grant | End | AbortAsked | Unmark | Import | Pause | Resume | Rekey
+    Need
+    | Accept
+    | Wake
+    | Move
+    | Offer
+    | Return
+    | Grant
+    | End
+    | AbortAsked
+    | Unmark
+    | Import
+    | Pause
+    | Resume
+    | Own
+    | Rekey
 )
 
 # ---------------------------------------------------------------- what is read

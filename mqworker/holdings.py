@@ -5,6 +5,7 @@ Knows what a thing is, and not what becomes of it.
 
 from dataclasses import dataclass, field
 
+from mqworker.access import WorkerNames
 from mqworker.dispatch import Dispatch, Lane
 from mqworker.examiner import Examiner
 from mqworker.lifecycle import State, Tried
@@ -102,6 +103,12 @@ class Holdings:
     refused: dict[str, frozenset[tuple[str, int]]] = field(default_factory=dict)  # request to who declined it
     workers: dict[str, KnownWorker] = field(default_factory=dict)
     pauses: dict[tuple[str, str], PauseView] = field(default_factory=dict)
+    names: WorkerNames = field(default_factory=WorkerNames)
+    renamed: dict[str, str] = field(default_factory=dict)  # classes whose queue was lost, to the name of another
     drains: dict[str, Drain] = field(default_factory=dict)  # worker to what it is told until it does it
     blocked: int = 0  # requests that wait for others
     newest: int = 0  # the highest age ever given
+
+    def queue_name(self, capability_class: str) -> str:
+        """Return what a class's queue is called: like the class, unless that one was lost."""
+        return self.renamed.get(capability_class, capability_class)

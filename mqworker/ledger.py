@@ -59,6 +59,7 @@ from mqworker.facts import (
     Moved,
     Need,
     Offer,
+    Own,
     Pause,
     Rekey,
     RequirementRow,
@@ -107,6 +108,7 @@ _requests, _dependencies, _requirements, _pauses, _attempts, _artifacts = (
 )
 _abort_marks = schema.abort_marks
 _artifact_files, _artifact_relations, _imports = schema.artifact_files, schema.artifact_relations, schema.imports
+_worker_names = schema.worker_names
 
 _THE_ID: Final = "the_id"
 _THE_ATTEMPT: Final = "the_attempt"
@@ -247,7 +249,7 @@ _move = _of_seq.values(priority=bindparam("to_priority"))
 _rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
 
 _mark = insert(_abort_marks)
-_marked = select(_abort_marks.c.id, _abort_marks.c.reason).where(_abort_marks.c.id.in_(_ids))
+_marked = select(_abort_marks.c.id, _abort_marks.c.reason, _abort_marks.c.user).where(_abort_marks.c.id.in_(_ids))
 _take_marks = delete(_abort_marks).where(_abort_marks.c.id.in_(_ids))
 _unmark = delete(_abort_marks).where(_abort_marks.c.at < bindparam("before"))
 
@@ -276,6 +278,10 @@ _pause_again = (
     .values(reason=bindparam("reason"))
 )
 _resume = delete(_pauses).where(_pauses.c.kind == bindparam("the_kind"), _pauses.c.name == bindparam("the_name"))
+
+_disown = delete(_worker_names).where(_worker_names.c.name == bindparam("the_name"))
+_own = insert(_worker_names)
+_all_worker_names = select(_worker_names.c.name, _worker_names.c.user)
 
 _new_artifact = insert(_artifacts).returning(_artifacts.c.id, sort_by_parameter_order=True)
 _new_file = insert(_artifact_files)
@@ -472,6 +478,11 @@ class Ledger:
         return self._database.term
 
     @property
+    def upgraded_from(self) -> str | None:
+        """Name the older schema that it had until it was opened; None: it had none, or this one."""
+        return None if self._database.found == schema.REVISION else self._database.found
+
+    @property
     def sure(self) -> bool:
         """Tell whether nobody else can have been elected yet; if not, `commit` finds out."""
         return self._database.sure
@@ -557,6 +568,11 @@ class Ledger:
                 PauseView(kind=row.kind, name=row.name, reason=row.reason, since=row.since)
                 for row in connection.execute(_all_pauses)
             ]
+
+    def worker_names(self) -> dict[str, str]:
+        """Return whose each worker's name is, of those that are somebody's."""
+        with self._database.snapshot() as connection:
+            return {row.name: row.user for row in connection.execute(_all_worker_names)}
 
     def used(self, requirements: Collection[int]) -> frozenset[int]:
         """Return those of the requirement classes that have a pending request."""
@@ -772,6 +788,8 @@ def _about(write: Write) -> str:
             return f"requirement {write.id}"
         case Pause() | Resume():
             return f"pause {write.kind} {write.name}"
+        case Own():
+            return f"worker {write.name}"
         case Unmark():
             return "marks"
         case Rekey():
@@ -840,15 +858,17 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
     new = [write for write in writes if write.request.id not in known]
     standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
     made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
-    marks = {row.id: row.reason for row in _rows(connection, _marked, [write.request.id for write in new])}
+    marks = {row.id: row for row in _rows(connection, _marked, [write.request.id for write in new])}
     results: dict[str, Accepted] = {}
     rows = []
     dependencies = []
     for write in new:
         request = write.request
         beginning = _begin(write, needs[request.id], standing, made)
-        if request.id in marks and beginning.state not in FINAL:
-            reason = Reason(text=marks[request.id], stage="abort")
+        mark = marks.get(request.id)
+        heeded = mark is not None and (write.heeds is None or mark.user in write.heeds)
+        if mark is not None and heeded and beginning.state not in FINAL:
+            reason = Reason(text=mark.reason, stage="abort")
             beginning = _Beginning(state=move(beginning.state, Event.ABORT), reason=reason)
         standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
         row = _new_request(write, contents[request.id], beginning)
@@ -950,9 +970,31 @@ def _accepted(write: Accept, row: dict[str, Any], beginning: _Beginning) -> Acce
 
 
 def _content(request: Request) -> str:
-    fields = msgspec.to_builtins(request)
+    fields = _told(request)
     del fields["id"]
     return hashlib.sha256(_canonical.encode(fields)).hexdigest()
+
+
+def _told(struct: msgspec.Struct) -> dict[str, Any]:
+    """Return what a struct says beyond its defaults: whether one is written out or left out says nothing.
+
+    msgspec itself leaves a default out only if it is that very object, which a text from a message never is.
+    """
+    told: dict[str, Any] = {}
+    for field_ in msgspec.structs.fields(struct):
+        value = getattr(struct, field_.name)
+        default = field_.default_factory() if field_.default_factory is not msgspec.NODEFAULT else field_.default
+        if value != default:
+            told[field_.encode_name] = _told_value(value)
+    return told
+
+
+def _told_value(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return _told(value)
+    if isinstance(value, list):
+        return [_told_value(one) for one in value]
+    return value
 
 
 def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str, Any]:
@@ -976,6 +1018,7 @@ def _new_request(write: Accept, content: str, beginning: _Beginning) -> dict[str
         "not_before": delayed_until(request, write.at) if beginning.state not in FINAL else None,
         "expires_at": request.expires_at,
         "submitted": write.at,
+        "submitter": write.submitter,
         "ended": write.at if beginning.state in FINAL else None,
         "reason": _reason_json(beginning.reason),
     }
@@ -1169,6 +1212,9 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
             continue
         before = after = State(row.state)
         lane = None
+        if not write.known:
+            results.append(AbortResult(before=before, after=after))
+            continue
         if before is State.RUNNING:
             if write.running:
                 later.append({_THE_SEQ: row.seq, "abort": write.reason})
@@ -1262,6 +1308,16 @@ def _do_resumes(connection: Connection, writes: Sequence[Resume]) -> list[Result
     ]
 
 
+def _do_owns(connection: Connection, writes: Sequence[Own]) -> list[Result]:
+    def own(write: Own) -> bool:
+        owned = connection.execute(_disown, {"the_name": write.name}).rowcount == 1
+        if write.user is not None:
+            connection.execute(_own, {"name": write.name, "user": write.user, "since": write.at})
+        return owned
+
+    return [own(write) for write in writes]
+
+
 def _do_rekeys(connection: Connection, writes: Sequence[Rekey]) -> list[Result]:
     def rekey(write: Rekey) -> int:
         rows = [{_THE_SEQ: seq, "to_requirement": requirement} for seq, requirement in write.to.items()]
@@ -1285,6 +1341,7 @@ _ORDER: Final[tuple[tuple[type, _Doing], ...]] = (
     (Import, _do_imports),
     (Pause, _do_pauses),
     (Resume, _do_resumes),
+    (Own, _do_owns),
     (Rekey, _do_rekeys),  # the last: see _plan
 )
 _KINDS: Final = {kind: number for number, (kind, _) in enumerate(_ORDER)}
@@ -1690,6 +1747,7 @@ def _request_view(
         state=row.state,
         attempt=row.attempt,
         submitted=row.submitted,
+        submitter=row.submitter,
         worker=row.worker,
         abort=row.abort,
         not_before=row.not_before,

@@ -268,6 +268,7 @@ class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
     v: int = VERSION
     term: int
     number: int
+    secret: str  # of the scheduler that sent it
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)
@@ -358,7 +359,7 @@ class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
     parts: list[VerdictPart]
 
 
-# ---------------------------------------------------------------- client -> scheduler (mqworker.api), and the answers
+# ---------------------------------------------------------------- client -> scheduler (mqworker.api, mqworker.command)
 
 
 class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
@@ -430,6 +431,14 @@ class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
 
     v: int = VERSION
     names: list[str] = []
+
+
+class ForgetWorker(Struct, frozen=True, kw_only=True, tag="forget_worker"):
+    """Ask that a worker's name be nobody's any more, or another user's."""
+
+    v: int = VERSION
+    name: Name
+    user: Annotated[str, Meta(min_length=1, max_length=255)] | None = None  # whose it is from now on; None: the next's
 
 
 class ListArtifacts(Struct, frozen=True, kw_only=True, tag="list_artifacts"):
@@ -509,25 +518,22 @@ class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
     v: int = VERSION
 
 
-Query = (
+# What asks goes to mqworker.api, what changes something to mqworker.command: so the broker's rights can keep some users
+# from the latter.
+Question = (
     GetRequests
     | ListRequests
     | CountRequests
-    | Reprioritise
-    | AbortRequests
-    | RetryRequest
     | ListWorkers
-    | RefreshWorkers
     | ListArtifacts
-    | ImportArtifact
-    | Pause
-    | Resume
-    | DrainWorkers
     | ListPauses
     | Explain
     | GetCapabilities
     | GetPool
 )
+PoolCommand = RefreshWorkers | ForgetWorker | DrainWorkers | Pause | Resume  # operators' alone
+Command = Reprioritise | AbortRequests | RetryRequest | ImportArtifact | PoolCommand
+Query = Question | Command
 
 
 class AttemptView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -567,11 +573,12 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RequestList(Struct, frozen=True, kw_only=True, tag="request_list"):
-    """Answer GetRequests, ListRequests, AbortRequests and RetryRequest."""
+    """Answer GetRequests, ListRequests, and commands on requests."""
 
     v: int = VERSION
     requests: list[RequestView] = []
     missing: list[str] = []
+    forbidden: dict[str, str] = {}  # ids of those that a command was not allowed on, and why
     marked: list[str] = []  # of AbortRequests: nobody knows them yet; they are aborted when they come
 
 
@@ -593,10 +600,11 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     denied: list[str] = []
     draining: bool = False  # by its own word, it takes nothing more
     capability_class: str | None = None
+    user: str | None = None  # the broker's user whose name it is; None: nobody's
 
 
 class WorkerList(Struct, frozen=True, kw_only=True, tag="worker_list"):
-    """Answer ListWorkers and DrainWorkers, and RefreshWorkers with nobody: what they find comes later."""
+    """Answer ListWorkers and DrainWorkers; RefreshWorkers and ForgetWorker with nobody: what they find comes later."""
 
     v: int = VERSION
     workers: list[WorkerView]
@@ -721,7 +729,16 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
     """Answer a query that cannot be answered as asked."""
 
     v: int = VERSION
-    kind: Literal["unreadable", "not_found", "conflict", "rejected", "too_large", "artifact_invalid", "store_mismatch"]
+    kind: Literal[
+        "unreadable",
+        "not_found",
+        "conflict",
+        "rejected",
+        "too_large",
+        "artifact_invalid",
+        "store_mismatch",
+        "forbidden",
+    ]
     text: str
 
 
@@ -769,7 +786,7 @@ class WorkerEvent(Struct, frozen=True, kw_only=True, tag="worker_event"):
     term: int
     time: float
     worker: str
-    event: Literal["online", "changed", "offline", "refused", "paused"]
+    event: Literal["online", "changed", "offline", "refused", "paused", "impostor"]
     reason: str | None = None
 
 

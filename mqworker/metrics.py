@@ -70,6 +70,9 @@ class SchedulerMetrics(_Process):
         self.active = self._gauge("mqworker_scheduler_active", "1 while this scheduler is active, not standby.")
         self.term = self._gauge("mqworker_scheduler_term", "The term of this scheduler.")
         self.requests = self._gauge("mqworker_requests", "Requests that are not final, by state.", ["state"])
+        self.impostors = self._counter(
+            "mqworker_impostor_messages_total", "Reports and outcomes in a worker's name that is another user's."
+        )
         self.received = self._counter(
             "mqworker_requests_received_total", "Requests received, by what became of them.", ["status"]
         )

@@ -7,9 +7,11 @@ of what waits, the first few of each lane; the rest is read when their turn come
 """
 
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 from types import MappingProxyType
@@ -20,6 +22,7 @@ import msgspec
 from mqworker import explain
 from mqworker.blame import Blame
 from mqworker.dispatch import Dispatch, Lane, Want
+from mqworker.errors import Impostor
 from mqworker.examiner import Draft, wrong_input
 from mqworker.facts import (
     AbortAsked,
@@ -37,6 +40,7 @@ from mqworker.facts import (
     Moved,
     Need,
     Offer,
+    Own,
     Rekey,
     RequirementRow,
     Resume,
@@ -118,6 +122,7 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again
 FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
 HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
 DECLARED_AT_ONCE: Final = 20  # of these queues, before other work goes on
@@ -185,6 +190,7 @@ class Kept:
     histories: Mapping[str, tuple[Tried, ...]]  # of those held: how their attempts ended
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
+    worker_names: Mapping[str, str]  # to the broker's user whose each is
 
 
 class _Named(NamedTuple):
@@ -219,6 +225,7 @@ class Pool:
         self._metrics = metrics
         self._classes_made = 0
         self._probes = 0
+        self._secret = secrets.token_hex()  # a probe that somebody else made would let leases lapse too early
         self._no_worker_after = no_worker_after
         held = self._held = Holdings(
             matching=Matching(name_class=self._name_class),
@@ -235,6 +242,8 @@ class Pool:
         self._running: dict[str, Entry] = {}
         self._workers = held.workers
         self._pauses = held.pauses
+        self._names = held.names
+        self._impostors: dict[tuple[str, str | None], None] = {}  # (name, user) of whom an event has told
         self._swept = 0.0
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
@@ -247,6 +256,7 @@ class Pool:
         self._to_declare: list[str] = []  # classes, for what is done hourly
         self._blame = Blame(pause_after)
         self._expires = -inf  # wall: nothing expires before then
+        self._expiring: list[tuple[float, str]] = []  # wall; of requests in memory, as a heap; perhaps long gone
         self._expired_by: float | None = None  # wall: what has expired by then is to be asked for
         self._histories_wanted: set[str] = set()
         self._histories: Mapping[str, tuple[Tried, ...]] = {}
@@ -331,7 +341,27 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.names())
+        return tuple(self._queue(name) for name in self._matching.names())
+
+    def queue_lost(self, queue: str) -> None:
+        """Give a class whose queue cannot be had another one, and offer anew what was in it.
+
+        It is a queue on one node: while that is down nobody can declare, consume or reach it.
+        """
+        own = queue.removeprefix(f"{self._topology.work}.")
+        name = next((name for name in self._matching.names() if self._held.queue_name(name) == own), None)
+        if name is None:
+            return  # its class has gone, or has another already
+        self._held.renamed[name] = self._name_class()
+        self.declare.append(self._queue(name))
+        for member in sorted(self._matching.members(name)):
+            worker = self._workers[member]
+            self._say(worker, self._assignment(worker))
+        for request in self._dispatch.offered(name):
+            self._return(self._entries[request])
+
+    def _queue(self, capability_class: str) -> Queue:
+        return self._topology.class_queue(self._held.queue_name(capability_class))
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
@@ -339,6 +369,8 @@ class Pool:
         self._held.newest = kept.newest
         self._requirements.count_from(kept.newest_requirement)
         self._held.blocked = kept.blocked
+        for name, user in kept.worker_names.items():
+            self._names.give(name, user)
         for pause in kept.pauses:
             self._pauses[pause.kind, pause.name] = pause
             if pause.kind == "group":
@@ -525,8 +557,11 @@ class Pool:
         artifacts: Mapping[int, RecordedArtifact],
         moment: Moment,
         answer: Callable[[Receipt], None],
+        *,
+        submitter: str | None = None,
+        heeds: Callable[[str], frozenset[str | None] | None] = lambda _group: None,
     ) -> None:
-        """Accept or reject requests; the answer is given once the ledger has them."""
+        """Accept or reject requests of a broker's user; the answer is given once the ledger has them."""
         results: list[Receipted | None] = [None] * len(drafts)
 
         def settle(index: int, one: Receipted) -> None:
@@ -545,7 +580,12 @@ class Pool:
             seq = self._held.newest
             if problem is not None:
                 write = Accept(
-                    seq=seq, request=request, at=moment.wall, rejected=Reason(text=problem, stage="submission")
+                    seq=seq,
+                    request=request,
+                    at=moment.wall,
+                    rejected=Reason(text=problem, stage="submission"),
+                    submitter=submitter,
+                    heeds=heeds(request.group),
                 )
                 self._write(
                     write, partial(self._accepted, request=request, moment=moment, settle=partial(settle, index))
@@ -564,7 +604,15 @@ class Pool:
                 else:
                     behind = entry
             self._write(
-                Accept(seq=seq, request=request, at=moment.wall, requirement=one.id, inputs=draft.inputs),
+                Accept(
+                    seq=seq,
+                    request=request,
+                    at=moment.wall,
+                    requirement=one.id,
+                    inputs=draft.inputs,
+                    submitter=submitter,
+                    heeds=heeds(request.group),
+                ),
                 partial(
                     self._accepted,
                     request=request,
@@ -634,8 +682,17 @@ class Pool:
 
     # ------------------------------------------------------------ reports
 
-    def report(self, report: Report, moment: Moment) -> None:
-        """Take a worker's word; one that is older than the newest known is dropped."""
+    def report(self, report: Report, moment: Moment, user: str | None = None) -> None:
+        """Take a worker's word; one that is older than the newest known is dropped.
+
+        Raises:
+            Impostor: the worker's name is that of another of the broker's users.
+        """
+        try:
+            self._check_name(report.worker, user, moment)
+        except Impostor as error:
+            self._tell_impostor(report, error)
+            raise
         worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
         if (intrudes := self._intrudes(worker, report, moment)) is not None:
             self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
@@ -662,6 +719,25 @@ class Pool:
                     self._claim(worker, part, moment)
                 case Refusal():
                     self._refusal(worker, part)
+
+    def _check_name(self, name: str, user: str | None, moment: Moment) -> None:
+        """Make a worker's name that of the user who is the first to use it, and let nobody else use it."""
+        refused = self._names.speak(name, user)
+        if refused is None:
+            if self._names.user(name) != user:
+                self._names.give(name, user)
+                self._write(Own(name=name, user=user, at=moment.wall), lambda _: None)
+            return
+        if (name, user) not in self._impostors and len(self._impostors) < IMPOSTORS_TOLD:
+            self._impostors[name, user] = None
+            self._tell_worker(name, "impostor", moment, refused)
+        raise Impostor(refused)
+
+    def _tell_impostor(self, report: Report, error: Impostor) -> None:
+        """Answer who speaks in another's name, but never where the rightful one hears."""
+        rightful = self._workers.get(report.worker)
+        if rightful is None or rightful.epoch != report.epoch:
+            self._say_to(report.worker, report.epoch, Assign(queue=None, reason=str(error)))
 
     @staticmethod
     def _intrudes(worker: KnownWorker, report: Report, moment: Moment) -> str | None:
@@ -715,7 +791,7 @@ class Pool:
         )
         own = self._matching.class_of(worker.name)
         if own is not None:
-            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
+            self.declare.append(self._queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
@@ -788,7 +864,9 @@ class Pool:
 
     def _is_class(self, queue: str) -> bool:
         """Say whether a queue is that of a class that lives."""
-        return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
+        own = queue.removeprefix(f"{self._topology.work}.")
+        renamed = self._held.renamed
+        return own in renamed.values() or (own in self._matching.names() and own not in renamed)
 
     def _lease_held(self, request: str) -> Lease | None:
         return self._entries[request].lease
@@ -901,10 +979,27 @@ class Pool:
 
     # ------------------------------------------------------------ outcomes
 
-    def outcomes(self, message: Outcomes, moment: Moment) -> None:
-        """Take a worker's outcomes; each is answered, whatever becomes of it."""
+    def outcomes(self, message: Outcomes, moment: Moment, user: str | None = None) -> None:
+        """Take a worker's outcomes; each is answered, whatever becomes of it.
+
+        Raises:
+            Impostor: the worker's name is that of another of the broker's users. They are not answered, so that they
+                stay in the spool of a worker whose user was changed until its name is released. Or a run that one of
+                them is of is another user's.
+        """
+        self._check_name(message.worker, user, moment)
+        for outcome in message.outcomes:
+            self._check_holder(outcome, user)
         for outcome in message.outcomes:
             self._outcome(message.worker, message.epoch, outcome, moment)
+
+    def _check_holder(self, outcome: Outcome, user: str | None) -> None:
+        """Let nobody end a run of another user's worker; a worker may have another name than when it was granted."""
+        entry = self._entries.get(outcome.request)
+        lease = None if entry is None else entry.lease
+        holder = None if lease is None or lease.token != outcome.token else self._names.user(lease.worker)
+        if holder is not None and holder != user:
+            raise Impostor(f"expected the outcome of a run of the broker's user {holder} from that user, got {user}'s")
 
     def _outcome(self, worker: str, epoch: str, outcome: Outcome, moment: Moment) -> None:
         def answer(ended: Ended) -> None:
@@ -1036,9 +1131,19 @@ class Pool:
 
     # ------------------------------------------------------------ commands
 
-    def abort(self, request: str, reason: str, moment: Moment, then: Callable[[AbortResult], None]) -> None:
-        """Stop a request wherever it is; one that nobody knows yet, when it comes."""
-        self._abort(AbortAsked(request=request, reason=reason, at=moment.wall, mark=True), moment, then)
+    def abort(
+        self,
+        request: str,
+        reason: str,
+        moment: Moment,
+        then: Callable[[AbortResult], None],
+        *,
+        user: str | None = None,
+        known: bool = True,
+    ) -> None:
+        """Stop a request wherever it is; one that nobody knows yet, when it comes, if its submitter heeds the user."""
+        write = AbortAsked(request=request, reason=reason, at=moment.wall, mark=True, user=user, known=known)
+        self._abort(write, moment, then)
 
     def _note_expiry(self, request: Request) -> None:
         if request.expires_at is not None:
@@ -1075,7 +1180,13 @@ class Pool:
                     self._dispatch.absent(Lane(stood.requirement, stood.priority, stood.group, stood.key), stood.seq)
                 else:
                     self._held.blocked -= 1
-            elif entry is not None and result.after is State.RUNNING and entry.lease is not None and write.running:
+            elif (
+                entry is not None
+                and result.after is State.RUNNING
+                and entry.lease is not None
+                and write.running
+                and write.known
+            ):
                 entry.abort = entry.abort or write.reason  # as in the ledger, the first is it
                 worker, token = self._workers[entry.lease.worker], entry.lease.token
                 self._say(worker, Abort(request=request, attempt=entry.attempt, token=token, reason=entry.abort))
@@ -1194,6 +1305,13 @@ class Pool:
         """Record an artifact that no request made."""
         self._write(Import(key=key, artifact=artifact, at=moment.wall), then)
 
+    def forget_worker(self, name: str, user: str | None, moment: Moment, then: Callable[[bool], None]) -> None:
+        """Make a worker's name nobody's, or another user's; what runs there goes on."""
+        self._names.give(name, user)
+        for key in [key for key in self._impostors if key[0] == name]:
+            del self._impostors[key]
+        self._write(Own(name=name, user=user, at=moment.wall), then)
+
     def refresh(self, names: Sequence[str]) -> None:
         """Ask workers for fresh metadata; no names: all that are online."""
         for worker in self._workers.values():
@@ -1242,7 +1360,7 @@ class Pool:
                 Send(
                     exchange=self._topology.report,
                     key=self._topology.report,
-                    message=Probe(term=self._term, number=self._probes),
+                    message=Probe(term=self._term, number=self._probes, secret=self._secret),
                     persistent=False,
                     returned=self._forget_probes,
                 )
@@ -1255,7 +1373,7 @@ class Pool:
             self._to_declare = [*self._matching.names()]
             self._write(Unmark(before=moment.wall - FORGET), lambda _: None)
         now, self._to_declare = self._to_declare[:DECLARED_AT_ONCE], self._to_declare[DECLARED_AT_ONCE:]
-        self.declare += [self._topology.class_queue(name) for name in now if name in self._matching.names()]
+        self.declare += [self._queue(name) for name in now if name in self._matching.names()]
 
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
@@ -1294,7 +1412,7 @@ class Pool:
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
-        if probe.term != self._term:
+        if (probe.term, probe.secret) != (self._term, self._secret):
             return
         for entry in self._running.values():
             lease = entry.lease
@@ -1315,14 +1433,27 @@ class Pool:
         """Forget probes that were under way: the report queue died with its connection."""
         self._forget_probes()
 
+    def unblocked(self, moment: Moment) -> None:
+        """Begin to count anew when the broker takes messages again: until now nobody could renew or report anything."""
+        self._forget_probes()
+        for lease in self._leases():
+            lease.deadline = max(lease.deadline, moment.steady + lease.seconds + LEASE_MARGIN)
+        for worker in self._workers.values():
+            worker.seen = moment.steady
+
     def _leases(self) -> list[Lease]:
         return [entry.lease for entry in self._running.values() if entry.lease is not None]
 
     def offer(self, moment: Moment) -> None:
         """Offer requests to the classes that have credit."""
+        while self._expiring and self._expiring[0][0] <= moment.wall:  # first, since they would count for their groups
+            expires_at, request = heappop(self._expiring)
+            if self._dispatch.waits(request):
+                self._dispatch.forget(request)
+                self._expire(request, expires_at, moment)
         for offer in self._dispatch.offers(moment.steady):
             entry = self._entries[offer.request]
-            if has_expired(entry.request, moment.wall):
+            if has_expired(entry.request, moment.wall):  # it has come back since
                 self._expire(offer.request, entry.request.expires_at or 0.0, moment)
                 continue
             entry.state = State.OFFERED
@@ -1337,13 +1468,14 @@ class Pool:
         def then(moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
-            queue = self._topology.class_queue(capability_class)
+            queue = self._queue(capability_class)
             entry.history = self._histories.get(entry.request.id, ())
             alone = last_alone(entry.history, entry.request.max_attempts)
 
             def returned() -> None:
                 if entry.state is State.OFFERED and entry.attempt == attempt:
-                    self.declare.append(queue)  # it has expired, or its node is down
+                    if self._is_class(queue.name):
+                        self.declare.append(queue)  # it has expired, or its node is down
                     self._return(entry)
 
             self._sends.append(
@@ -1389,6 +1521,8 @@ class Pool:
     def _new_entry(self, entry: Entry) -> Entry:
         self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
+        if entry.request.expires_at is not None:
+            heappush(self._expiring, (entry.request.expires_at, entry.request.id))
         self._uses[entry.one.id].entries += 1
         return entry
 
@@ -1450,13 +1584,14 @@ class Pool:
     def _change(self, change: Change) -> None:
         for name in change.made:
             self._dispatch.add_class(name)
-            self.declare.append(self._topology.class_queue(name))
+            self.declare.append(self._queue(name))
         for gain in change.gained:
             self._dispatch.gain(gain.capability_class, gain.requirement)
         for worker in change.assigned:
             self._say(self._workers[worker], self._assignment(self._workers[worker]))
         for name in change.gone:
-            self.delete.append(self._topology.class_queue(name).name)
+            self.delete.append(self._queue(name).name)
+            self._held.renamed.pop(name, None)
             for request in self._dispatch.remove_class(name):
                 self._return(self._entries[request])
 
@@ -1464,7 +1599,7 @@ class Pool:
         own = self._matching.class_of(worker.name)
         if own is None or ("worker", worker.name) in self._pauses:
             return Assign(queue=None)
-        return Assign(queue=self._topology.class_queue(own).name)
+        return Assign(queue=self._queue(own).name)
 
     def _offline(self, worker: KnownWorker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:

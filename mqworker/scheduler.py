@@ -9,20 +9,25 @@ import gc
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
-from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.access import Access, Rule, User
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
 from mqworker.errors import (
     BrokerRefused,
     BrokerUnavailable,
+    Impostor,
     LedgerLocked,
     LedgerLost,
     LedgerUnavailable,
@@ -39,9 +44,11 @@ from mqworker.messages import (
     AbortRequests,
     Answer,
     ArtifactList,
+    Command,
     CountRequests,
     DrainWorkers,
     Explain,
+    ForgetWorker,
     GetCapabilities,
     GetPool,
     GetRequests,
@@ -53,6 +60,7 @@ from mqworker.messages import (
     Outcomes,
     Pause,
     PauseList,
+    PoolCommand,
     Probe,
     Problem,
     Query,
@@ -81,9 +89,13 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
+REFRESH: Final = 60.0  # seconds between declarations of what somebody may have deleted ...
+REFRESH_DEAF: Final = 5.0  # ... and where it looks as if somebody has
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
+IMPOSTOR_SECONDS: Final = 60.0  # between messages put aside of one who speaks in another's name
+MOST_IMPOSTORS: Final = 1000  # of whom this is remembered
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
 STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
 # What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
@@ -112,6 +124,7 @@ def kept_by(ledger: Ledger) -> Kept:
         blocked=ledger.blocked(),
         histories=ledger.histories([row.request.id for row in held if row.tried]),
         pauses=ledger.pauses(),
+        worker_names=ledger.worker_names(),
     )
 
 
@@ -149,6 +162,7 @@ class Scheduler:
         pause_after: int,
         group_weights: Mapping[str, float],
         concurrency_limits: Mapping[str, int],
+        access: Access,
         link: Callable[..., Link] = Link,
         clock: Callable[[], Moment] = now,
     ) -> None:
@@ -157,6 +171,8 @@ class Scheduler:
         self._ledger = ledger
         self._store_id = store.id
         self._metrics = metrics
+        self._access = access
+        self._put_aside: dict[tuple[str, str], float] = {}  # of impostors' messages, when the last was put aside
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -177,13 +193,15 @@ class Scheduler:
         self._stopping = asyncio.Event()
         self._working = False
         self._ticked = self._shown = 0.0
+        self._refreshed = clock().steady
+        self._deaf = False
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
         self._reading = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} reading",
             plan=self._reading_plan,
-            on_up=self._link_changed,
+            on_up=self._reading_up,
             on_down=self._reading_down,
             heartbeat=READING_HEARTBEAT,
         )
@@ -241,6 +259,8 @@ class Scheduler:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
             return Health(well=False, text="the ledger does not answer")
+        if self._writing.blocked:
+            return Health(well=False, text=BLOCKED)
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -257,7 +277,7 @@ class Scheduler:
 
         return Plan(
             exchanges=topology.exchanges(),
-            queues=(*topology.queues(), report, *self._pool.class_queues()),
+            queues=(*topology.queues(), report),
             consumers=(
                 consumer(report.name, no_ack=True),
                 consumer(topology.outcome),
@@ -293,12 +313,20 @@ class Scheduler:
         self._metrics.reconnects.inc()
         self._metrics.broker_up.set(0)
 
+    def _reading_up(self, epoch: str) -> None:
+        self._pool.declare += self._pool.class_queues()  # not by the plan: one that cannot be had must not stop all
+        self._link_changed(epoch)
+
     def _reading_down(self, reason: str) -> None:
         self._link_down(reason)
         self._pool.disconnected()
 
     def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
         self._metrics.broker_blocked.set(blocked)
+        if blocked:
+            logger.warning("the broker takes nothing: a memory or disk alarm; what runs goes on until its lease ends")
+        else:
+            self._calls.append(lambda: self._pool.unblocked(self._now()))
         self._awake.set()
 
     # ------------------------------------------------------------ the loop
@@ -355,6 +383,8 @@ class Scheduler:
         if moment.steady - self._ticked >= TICK:
             self._ticked = moment.steady
             self._pool.tick(moment)
+        if moment.steady - self._refreshed >= (REFRESH_DEAF if self._deaf else REFRESH):
+            self._refresh(moment.steady)
         if self._writing.epoch is not None and not self._writing.blocked:
             self._pool.offer(moment)
         await self._record()
@@ -394,16 +424,28 @@ class Scheduler:
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
-        queues, self._pool.declare = self._pool.declare, []
+        for last in (False, True):  # a queue that cannot be had gets another name, once
+            queues = {queue.name: queue for queue in self._pool.declare}
+            self._pool.declare = []
+            epoch = self._reading.epoch
+            made = [(name, self._reading.declare(queue)) for name, queue in queues.items()]
+            for name, future in made:
+                try:
+                    await future
+                except (BrokerUnavailable, BrokerRefused) as error:
+                    logger.warning("a class queue was not declared", extra={"reason": str(error)})
+                    if not last and epoch is not None and self._reading.epoch == epoch:
+                        self._pool.queue_lost(name)
         names, self._pool.delete = self._pool.delete, []
-        made = [self._reading.declare(queue) for queue in queues]
-        for future in made:
-            try:
-                await future
-            except (BrokerUnavailable, BrokerRefused) as error:
-                logger.warning("a class queue was not declared", extra={"reason": str(error)})
         for name in names:
             self._reading.delete(name)  # if unused and empty; else it expires
+
+    def _refresh(self, steady: float) -> None:
+        """Have exchanges, queues and bindings declared again: an exchange that was deleted took its bindings along."""
+        self._refreshed = steady
+        self._deaf = False
+        if self._reading.epoch is not None:
+            self._reading.refresh().add_done_callback(_tell_refusal)
 
     def _publish(self, send: Send) -> None:
         future = self._writing.publish(
@@ -420,6 +462,8 @@ class Scheduler:
         if future.cancelled() or future.exception() is None:
             return
         self._metrics.not_published.inc()
+        if send.exchange == self._topology.report:
+            self._deaf = True  # our own queue does not hear us, nor anybody else
         if send.returned is not None:
             self._calls.append(send.returned)
             self._awake.set()
@@ -434,19 +478,29 @@ class Scheduler:
             if isinstance(report, Probe):
                 self._pool.probe(report, moment)
             else:
-                self._pool.report(report, moment)
+                self._pool.report(report, moment, delivery.user_id)
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
-            self._pool.outcomes(decode(delivery.body, Outcomes), moment)
-        else:
+            self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
+        elif delivery.exchange == self._topology.submit:
             await self._submit(delivery, moment)
+        else:  # whoever may write to a queue's namesake may bind the queue, too: to events and logs, say
+            self._metrics.unreadable.labels(source="elsewhere").inc()
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
         submit = decode(delivery.body, Submit)
-        drafts = [self._pool.examine(request) for request in submit.requests]
+        drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
-        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery))
+        user = delivery.user_id
+        heeds = partial(self._access.commanders, user)
+        self._pool.submit(drafts, artifacts, moment, partial(self._answer, delivery), submitter=user, heeds=heeds)
+
+    def _draft(self, request: Request, user: User) -> Draft:
+        """Ask whether this user may submit it, and whether its task accepts the data."""
+        draft = self._pool.examine(request)
+        refused = self._access.submit(user, request.group)
+        return draft if refused is None else replace(draft, problem=refused)
 
     async def _artifacts(self, drafts: Sequence[Draft]) -> Mapping[int, RecordedArtifact]:
         wanted = {number for draft in drafts for number in draft.inputs}
@@ -455,9 +509,16 @@ class Scheduler:
         return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
-        """Keep what cannot be read for the operator, as it came, and tell who sent it if it can be told."""
-        self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
-        logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
+        if isinstance(error, Impostor):
+            self._metrics.impostors.inc()
+            if self._said_lately(delivery.exchange, str(error)):
+                self._reading.ack(delivery)  # whoever means it says it again and again, and has it
+                return
+            logger.warning("an impostor's message went to %s", self._topology.rejected, extra={"reason": str(error)})
+        else:
+            self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
+            logger.warning("an unreadable message went to %s", self._topology.rejected, extra={"reason": str(error)})
         if delivery.exchange == self._topology.submit:
             self._answer(delivery, Receipt(term=self._ledger.term, problem=str(error)))
         try:
@@ -467,8 +528,19 @@ class Scheduler:
         else:
             self._reading.ack(delivery)
 
+    def _said_lately(self, exchange: str, text: str) -> bool:
+        """Tell whether the like of an impostor's message was just put aside: one every few seconds fills disks."""
+        now = self._now().steady
+        if now - self._put_aside.get((exchange, text), -inf) < IMPOSTOR_SECONDS:
+            return True
+        if len(self._put_aside) >= MOST_IMPOSTORS:
+            self._put_aside.clear()
+        self._put_aside[exchange, text] = now
+        return False
+
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
-        if delivery.reply_to is None:
+        # Any other name would have us write, with our rights, where whoever asks may not: into a class's queue, say.
+        if delivery.reply_to is None or not delivery.reply_to.startswith(f"{REPLY_TO}."):
             return
         self._writing.publish(
             exchange="",
@@ -485,7 +557,9 @@ class Scheduler:
     async def _serve(self, delivery: Delivery) -> None:
         """Answer one query; reads and writes take their turn among the ledger's sets."""
         try:
-            answer = await self._respond(decode(delivery.body, Query))  # type: ignore[arg-type]  # a union of structs
+            query: Query = decode(delivery.body, cast("Any", Query))  # a union of structs
+            refused = self._refused(query, delivery)
+            answer = await self._respond(query, delivery.user_id) if refused is None else refused
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
@@ -495,7 +569,16 @@ class Scheduler:
         self._answer(delivery, answer)
         self._reading.ack(delivery)
 
-    async def _respond(self, query: Query) -> Answer:
+    def _refused(self, query: Query, delivery: Delivery) -> Problem | None:
+        """Refuse a command that came by another way than that for commands, or from who may not give it."""
+        why = None
+        if isinstance(query, Command) and delivery.exchange != self._topology.command:
+            why = f"expected a command by the exchange {self._topology.command}, got it by {delivery.exchange}"
+        elif isinstance(query, PoolCommand):
+            why = self._access.operate(delivery.user_id)
+        return None if why is None else Problem(kind="forbidden", text=why)
+
+    async def _respond(self, query: Query, user: User) -> Answer:
         match query:
             case GetRequests(ids=ids):
                 return await self._requests(ids)
@@ -505,9 +588,9 @@ class Scheduler:
             case CountRequests():
                 return RequestCount(number=await self._in_ledger_thread(lambda: self._ledger.count(query)))
             case AbortRequests(ids=ids, reason=reason):
-                return await self._abort(ids, reason)
+                return await self._abort(ids, reason, user)
             case Reprioritise(ids=ids, priority=priority):
-                return await self._each(ids, lambda one: partial(self._pool.reprioritise, one, priority))
+                return await self._each(ids, user, lambda one: partial(self._pool.reprioritise, one, priority))
             case Pause():
                 await self._settled(partial(self._pool.pause, query, self._now()))
                 return PauseList(pauses=self._pool.pauses())
@@ -523,12 +606,16 @@ class Scheduler:
             case GetCapabilities():
                 return self._pool.views.capabilities(query, self._now().steady)
             case RetryRequest():
-                return await self._retry(query)
+                return await self._retry(query, user)
             case ListWorkers():
                 return WorkerList(workers=self._pool.views.workers(query))
             case RefreshWorkers(names=names):
                 self._pool.refresh(names)
                 self._awake.set()
+                return WorkerList(workers=[])
+            case ForgetWorker(name=name, user=owner):
+                if not await self._settled(partial(self._pool.forget_worker, name, owner, self._now())) and not owner:
+                    return Problem(kind="not_found", text=f"expected a worker's name that is a user's, got {name}")
                 return WorkerList(workers=[])
             case ListArtifacts():
                 artifacts = await self._in_ledger_thread(lambda: self._ledger.artifacts(query))
@@ -543,24 +630,37 @@ class Scheduler:
         views, missing = await self._in_ledger_thread(lambda: self._ledger.view(ids))
         return RequestList(requests=[self._pool.views.decorate(view) for view in views], missing=missing)
 
-    async def _each(self, ids: Sequence[str], ask: Callable[[str], Callable[..., None]]) -> RequestList:
-        """Let the pool judge a command on each request, and show what became of them."""
+    async def _each(self, ids: Sequence[str], user: User, ask: Callable[[str], Callable[..., None]]) -> RequestList:
+        """Let the pool judge a command on each request that the user may command, and show what became of them."""
         known = await self._requests(ids)
-        found = [view.request.id for view in known.requests]
+        found: list[str] = []
+        forbidden: dict[str, str] = {}
+        for view in known.requests:
+            why = self._access.command(user, submitter=view.submitter, group=view.request.group)
+            if why is None:
+                found.append(view.request.id)
+            else:
+                forbidden[view.request.id] = why
         await asyncio.gather(*(self._settled(ask(one)) for one in found))
         answer = await self._requests(found)
-        return msgspec.structs.replace(answer, missing=known.missing)
+        return msgspec.structs.replace(answer, missing=known.missing, forbidden=forbidden)
 
-    async def _abort(self, ids: Sequence[str], reason: str) -> RequestList:
+    async def _abort(self, ids: Sequence[str], reason: str, user: User) -> RequestList:
         """Abort what is known; what has a full id and is not known yet is aborted when it comes."""
-        answer = await self._each(ids, lambda one: partial(self._pool.abort, one, reason, self._now()))
+
+        def abort(one: str) -> Callable[..., None]:
+            return partial(self._pool.abort, one, reason, self._now())
+
+        answer = await self._each(ids, user, abort)
         to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
-        asks = (partial(self._pool.abort, one, reason, self._now()) for one in to_come)
+        asks = (partial(abort(one), user=user, known=False) for one in to_come)
         results = await asyncio.gather(*(self._settled(ask) for ask in asks))
-        came = await self._requests([one for one, result in zip(to_come, results, strict=True) if not result.marked])
+        came = [one for one, result in zip(to_come, results, strict=True) if not result.marked]
+        late = await self._each(came, user, abort)
         return RequestList(
-            requests=[*answer.requests, *came.requests],
+            requests=[*answer.requests, *late.requests],
             missing=[one for one in answer.missing if one not in to_come],
+            forbidden={**answer.forbidden, **late.forbidden},
             marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
         )
 
@@ -591,19 +691,24 @@ class Scheduler:
             return Problem(kind="rejected", text=draft.problem)
         return self._pool.views.explanation(draft, view)
 
-    async def _retry(self, query: RetryRequest) -> Answer:
+    async def _retry(self, query: RetryRequest, user: User) -> Answer:
         known = await self._requests([query.id])
         if not known.requests:
             return Problem(kind="not_found", text=f"expected the id of a request, got {query.id}, which nobody knows")
         old = known.requests[0]
+        refused = self._access.command(user, submitter=old.submitter, group=old.request.group)
+        if refused is not None:
+            return Problem(kind="forbidden", text=refused)
         if old.state not in FINAL:
             text = f"expected a request that has ended, got {old.request.id}, which is {old.state}"
             return Problem(kind="conflict", text=text)
         # When it had to be done is over, or nobody knows.
         anew = msgspec.structs.replace(old.request, id=query.new_id, not_before=None, expires_at=None)
-        draft = self._pool.examine(anew)
+        draft = self._draft(anew, user)
         artifacts = await self._artifacts([draft])
-        receipt = await self._settled(partial(self._pool.submit, [draft], artifacts, self._now()))
+        heeds = partial(self._access.commanders, user)
+        ask = partial(self._pool.submit, [draft], artifacts, self._now(), submitter=user, heeds=heeds)
+        receipt = await self._settled(ask)
         result = receipt.results[0]
         if result.status in ("rejected", "conflict"):
             return Problem(kind=result.status, text=result.reason or "")
@@ -634,6 +739,11 @@ class Scheduler:
         return await future
 
 
+def _tell_refusal(future: asyncio.Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("what the broker should have was not declared again", extra={"reason": str(error)})
+
+
 async def run(
     *,
     amqp_url: str,
@@ -645,6 +755,9 @@ async def run(
     pause_after: int,
     group_weights: Mapping[str, float],
     concurrency_limits: Mapping[str, int],
+    rule: Rule,
+    operators: Collection[str],
+    groups: Mapping[str, Collection[str]],
     metrics_listen: str,
     offer_timeout: float = 10.0,
 ) -> None:
@@ -658,6 +771,8 @@ async def run(
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     store = await asyncio.to_thread(Store.open, store_url, create=True)
+    own = read_url(amqp_url).user
+    access = Access(rule=rule, operators={*operators, *([] if own is None else [own])}, groups=groups)
     while not stopping.is_set():
         metrics = SchedulerMetrics(version=__version__)  # of this turn: a standby has no pool to show
         duty = _Duty()
@@ -669,6 +784,8 @@ async def run(
             if ledger is None:
                 return
             doors.callback(ledger.close)
+            if ledger.upgraded_from is not None:
+                logger.info("the ledger's schema was brought up to date", extra={"before": ledger.upgraded_from})
             scheduler = Scheduler(
                 amqp_url=amqp_url,
                 topology=Topology(prefix),
@@ -681,6 +798,7 @@ async def run(
                 concurrency_limits=concurrency_limits,
                 no_worker_after=no_worker_after,
                 pause_after=pause_after,
+                access=access,
             )
             duty.scheduler = scheduler
             stop = asyncio.create_task(_then(stopping, scheduler.stop))
@@ -689,6 +807,11 @@ async def run(
                 await scheduler.run()
             except LedgerLost as error:
                 logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            except LedgerUnavailable as error:
+                if not stopping.is_set():
+                    raise
+                logger.warning("scheduler has stopped before it could begin", extra={"reason": str(error)})
+                return
             else:
                 logger.info("scheduler has stopped")
                 return

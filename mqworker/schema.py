@@ -4,7 +4,6 @@ Knows no connection and no rule: what a state means stands in lifecycle, and who
 change here is a change of the schema: it takes a migration too, and REVISION names the newest one.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -19,9 +18,11 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     TextClause,
+    TypeDecorator,
     text,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -35,14 +36,15 @@ REVISION: Final = "0002"
 schema: Final = MetaData()
 
 
-class _PostgresText(String):
+class _PostgresText(TypeDecorator[str]):
     """Keep text that may hold a NUL, which PostgreSQL cannot keep: the sign for what cannot be shown stands for it."""
 
+    impl = String
     cache_ok = True
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any]:  # noqa: ARG002  # the overridden method has it
-        """Return what is done to each value on its way in."""
-        return lambda value: value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002  # the overridden method has it
+        """Return what is kept for a value."""
+        return value.replace("\0", "\ufffd") if isinstance(value, str) and "\0" in value else value
 
 
 # Sorted and compared by code point on both, as Python does it: whatever language the database was made for.
@@ -51,7 +53,10 @@ _WHOLE: Final = BigInteger().with_variant(Integer(), "sqlite")  # SQLite's Integ
 
 # Which schema a database has, as Alembic keeps it.
 revisions: Final = Table(
-    "alembic_version", MetaData(), Column("version_num", String(32), primary_key=True, nullable=False)
+    "alembic_version",
+    MetaData(),
+    Column("version_num", String(32), nullable=False),
+    PrimaryKeyConstraint("version_num", name="alembic_version_pkc"),
 )
 
 

@@ -281,6 +281,7 @@ def request_page(view: RequestView, now: float) -> Group:
             ("Not before", None if request.not_before is None else clock(request.not_before, day=True)),
             ("Expires", None if request.expires_at is None else clock(request.expires_at, day=True)),
             ("Group", None if request.group == DEFAULT_GROUP else request.group),
+            ("Submitter", view.submitter),
             ("Key", request.concurrency_key),
             ("Requires", None if request.requires is None else json.dumps(request.requires, ensure_ascii=False)),
             ("After", "\n".join(_after(view))),

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
+from urllib.parse import parse_qsl, unquote
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -22,7 +23,8 @@ from mqworker.messages import Limits, Name
 
 PREFIX: Final = "MQWORKER_"
 CONFIG_VARIABLE: Final = "MQWORKER_CONFIG"
-TABLES: Final = ("worker", "worker.limits", "scheduler")
+SECRET_OPTIONS: Final = ("password", "sslpassword", "secret_access_key", "aws_secret_access_key", "token")
+TABLES: Final = ("worker", "worker.limits", "scheduler", "access")
 
 # These are read elsewhere: by the command line, by tasks and by the tests.
 FOREIGN_VARIABLES: Final = (CONFIG_VARIABLE, "MQWORKER_DEBUG", "MQWORKER_TASK_MODULES")
@@ -90,6 +92,14 @@ class WorkerSettings(Struct, frozen=True, kw_only=True):
         return {**self.metadata, "system:tags": self.tags} if self.tags else dict(self.metadata)
 
 
+class AccessSettings(Struct, frozen=True, kw_only=True):
+    """Keep who may do what; only `mqworker scheduler` reads it. Users are the broker's."""
+
+    rule: Literal["group", "own", "anyone"] = "group"  # whose requests one may abort, retry and reprioritise
+    operators: list[str] = []  # who may do everything; the scheduler's own user is one in any case
+    groups: dict[Name, list[str]] = {}  # members, who alone submit into it; a group that is not named is open
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """Keep every setting; times are in seconds."""
 
@@ -102,6 +112,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     log_format: Literal["text", "json"] = "text"
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    access: AccessSettings = field(default_factory=AccessSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +135,15 @@ def _leaves(struct: type[Struct], table: str = "") -> Iterator[tuple[str, Any]]:
 
 KEYS: Final[Mapping[str, Any]] = dict(_leaves(Settings))
 # The keys of these are the administrator's own; as variables they are JSON.
-FREE_TABLES: Final = frozenset({"worker.metadata", "scheduler.group_weights", "scheduler.concurrency_limits"})
-LISTS: Final = frozenset({"worker.tags", "worker.allow_tasks", "worker.deny_tasks"})  # as variables, with commas
+FREE_TABLES: Final = frozenset(
+    {"worker.metadata", "scheduler.group_weights", "scheduler.concurrency_limits", "access.groups"}
+)
+# As variables, with commas.
+LISTS: Final = frozenset({"worker.tags", "worker.allow_tasks", "worker.deny_tasks", "access.operators"})
+
+
+URLS: Final = ("amqp_url", "ledger", "store")  # they may hold passwords: each may be given as the file that it is in
+URL_FILES: Final = {f"{key}_file": key for key in URLS}
 
 
 def variable(key: str) -> str:
@@ -144,16 +162,50 @@ def load(flags: Mapping[str, Any], environ: Mapping[str, str], *, config: Path |
     path = _find_config(config, environ)
     found: dict[str, tuple[Any, str]] = {}
     if path is not None:
-        found |= {key: (value, str(path)) for key, value in _read_file(path)}
-    found |= {key: (value, name) for key, name, value in _read_environ(environ)}
+        found |= _with_files({key: (value, str(path)) for key, value in _read_file(path)})
+    found |= _with_files({key: (value, name) for key, name, value in _read_environ(environ)})
     found |= {key: (value, _flag(key)) for key, value in flags.items() if value is not None}
     values = {key: _convert(key, value, source) for key, (value, source) in found.items()}
     settings = Settings(
         **{key: value for key, value in values.items() if "." not in key},
         worker=WorkerSettings(**_table("worker", values), limits=Limits(**_table("worker.limits", values))),
         scheduler=SchedulerSettings(**_table("scheduler", values)),
+        access=AccessSettings(**_table("access", values)),
     )
     return Loaded(settings=settings, sources={key: source for key, (_, source) in found.items()}, config=path)
+
+
+def _with_files(found: dict[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """Put what stands in a file in the place of its name."""
+    for key, meant in URL_FILES.items():
+        if key not in found:
+            continue
+        name, source = found.pop(key)
+        if meant in found:
+            raise SettingsError(f"expected {meant} or {key}, got both (from {found[meant][1]} and {source})")
+        try:
+            text = Path(str(name)).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise SettingsError(
+                f"expected a readable file with a URL at {name} ({key}, from {source}): {why}"
+            ) from error
+        found[meant] = text, f"{name}, named by {source}"
+    return found
+
+
+def passwords(settings: Settings) -> frozenset[str]:
+    """Return the passwords in the URLs, as they are written and as they are meant."""
+    return frozenset(one for key in URLS for one in passwords_in(getattr(settings, key)))
+
+
+def passwords_in(url: str) -> frozenset[str]:
+    """Return the password in a URL, as it is written and as it is meant; one that everybody knows is none."""
+    before, at, _ = url.partition("://")[2].rpartition("@")
+    password = before.partition(":")[2] if at else ""
+    query = parse_qsl(url.partition("?")[2])
+    found = {password, unquote(password), *(value for word, value in query if word.lower() in SECRET_OPTIONS)}
+    return frozenset(found - {"", "guest"})
 
 
 def _flag(key: str) -> str:
@@ -187,7 +239,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
 def _walk(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in table.items():
         key = f"{prefix}{name}"
-        if key in KEYS:
+        if key in KEYS or key in URL_FILES:
             yield key, value
         elif key in TABLES and isinstance(value, dict):
             yield from _walk(value, source, f"{key}.")
@@ -198,7 +250,7 @@ def _walk(table: Mapping[str, Any], source: str, prefix: str = "") -> Iterator[t
 
 
 def _read_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
-    known = {variable(key): key for key in KEYS}
+    known = {variable(key): key for key in (*KEYS, *URL_FILES)}
     for name, text in environ.items():
         if not name.startswith(PREFIX) or name in FOREIGN_VARIABLES or name.startswith(FOREIGN_BEGINNINGS):
             continue
@@ -229,7 +281,7 @@ def _convert(key: str, value: Any, source: str) -> Any:
         if key in FREE_TABLES and isinstance(value, dict) and len(value) > 1:
             for name, one in value.items():  # the one that is wrong says so of itself
                 _convert(key, {name: one}, source)
-        shown = "a URL" if "url" in key else repr(value)  # a URL carries a password
+        shown = "what is no URL" if key in URLS else repr(value)  # a URL carries a password
         raise SettingsError(f"unusable value for {key} (from {source}): {error}; got {shown}") from error
     # Residents change their directory: a path means the same from anywhere.
     return converted.expanduser().absolute() if isinstance(converted, Path) else converted

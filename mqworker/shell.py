@@ -17,11 +17,12 @@ import typer
 from rich.console import RenderableType
 
 from mqworker import requires
+from mqworker.amqp import BLOCKED
 from mqworker.client import Client
-from mqworker.errors import MqworkerError, SubmitterError
+from mqworker.errors import MqworkerError, SettingsError, SubmitterError
 from mqworker.messages import Name, Take
 from mqworker.screen import JsonLines, Screen, TextLines, printable
-from mqworker.settings import Loaded, Settings, load
+from mqworker.settings import URLS, Loaded, Settings, load, passwords, passwords_in
 
 INTERRUPTED: Final = 130  # as a shell says it of SIGINT
 BROKEN_PIPE: Final = 141  # ... and of SIGPIPE
@@ -34,6 +35,13 @@ REQUESTS: Final = "Requests"
 POOL: Final = "The pool"
 
 SECONDS: Final[Mapping[str, float]] = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+BETTER: Final = (
+    "put the URL into a variable, the settings file or a file of its own (amqp_url_file, ledger_file, store_file)"
+)
+USERINFO: Final = re.compile(r"(://[^/\s:@]*):[^\s@]+@")
+SHORTEST_STRUCK: Final = 4  # characters; a shorter one is in every second word
+_secrets: Final[set[str]] = set()  # passwords of the settings that were read
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
@@ -51,10 +59,23 @@ class Shell:
         Raises:
             SettingsError: one is unknown, unreadable or out of range.
         """
-        return load({**self.flags, **(flags or {})}, os.environ, config=self.config)
+        given = {**self.flags, **(flags or {})}
+        loaded = load(given, os.environ, config=self.config)
+        _secrets.update(passwords(loaded.settings))
+        if shown := _shown_by_ps(given):
+            tell(f"{shown} shows its password to everybody on this machine (ps): {BETTER}")
+        return loaded
 
     def resident(self, flags: Mapping[str, Any] | None = None) -> Settings:
-        """Read the settings of a command that runs on, and set up its log lines."""
+        """Read the settings of a command that runs on, and set up its log lines.
+
+        Raises:
+            SettingsError: as `load`; or a password is on the command line, where it would stay to be read.
+        """
+        if shown := _shown_by_ps({**self.flags, **(flags or {})}):
+            raise SettingsError(
+                f"expected {shown} without a password, which everybody on this machine can read: {BETTER}"
+            )
         settings = self.load(flags).settings
         set_up_logging(settings)
         return settings
@@ -67,13 +88,43 @@ class Shell:
         else:
             silence_logging()
         settings = loaded.settings
-        return Client(settings.amqp_url, prefix=settings.prefix, store_url=settings.store, timeout=settings.timeout)
+        return Client(
+            settings.amqp_url,
+            prefix=settings.prefix,
+            store_url=settings.store,
+            timeout=settings.timeout,
+            on_blocked=lambda blocked: tell(f"waits: {BLOCKED}" if blocked else "the broker takes messages again"),
+        )
+
+
+def _shown_by_ps(flags: Mapping[str, Any]) -> str:
+    """Name a flag whose URL holds a password."""
+    return next((f"--{key.replace('_', '-')}" for key in URLS if passwords_in(flags.get(key) or "")), "")
+
+
+def without_secrets(text: str) -> str:
+    """Strike the passwords of the settings out of a text; no text of ours has one, but others' may."""
+    for secret in _secrets:
+        if len(secret) >= SHORTEST_STRUCK:
+            text = text.replace(secret, "***")
+    return USERINFO.sub(r"\1:***@", text)  # also in what was typed in the wrong place
+
+
+class _Struck(logging.Formatter):
+    """Write log records as another formatter does, and strike out passwords."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(self._inner.format(record))
 
 
 def set_up_logging(settings: Settings) -> None:
     """Write log records to standard error, as lines of text or JSON."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if settings.log_format == "json" else TextLines())
+    handler.setFormatter(_Struck(JsonLines() if settings.log_format == "json" else TextLines()))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs as errors what the link tells in our words
 
@@ -101,7 +152,7 @@ def print_json(value: object) -> None:
 
 def tell(text: str) -> None:
     """Say something beside the output."""
-    sys.stderr.write(f"mqworker: {printable(text)}\n")
+    sys.stderr.write(f"mqworker: {printable(without_secrets(text))}\n")
 
 
 def read_object(text: str | bytes, source: str) -> dict[str, Any]:
@@ -274,8 +325,8 @@ def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:
 
 def _fail(error: BaseException, text: str, code: int) -> int:
     if os.environ.get("MQWORKER_DEBUG"):
-        traceback.print_exception(error)
-    sys.stderr.write(f"mqworker: error: {' '.join(printable(text).split())}\n")
+        sys.stderr.write(without_secrets("".join(traceback.format_exception(error))))
+    sys.stderr.write(f"mqworker: error: {' '.join(printable(without_secrets(text)).split())}\n")
     return code
 
 

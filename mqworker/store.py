@@ -35,7 +35,7 @@ class Store:
     def __init__(self, objects: Any, url: str, root: Path | None) -> None:
         self._objects = objects
         self.folder = root  # which needs fsync; None: the store is not on a disk of this host
-        self.url = url
+        self.url = url  # fit for showing
         self.id = ""
 
     @classmethod
@@ -47,25 +47,26 @@ class Store:
             StoreUnavailable: no store is there, or it cannot be read, or, with `create`, not written.
         """
         root = _root(url)
+        shown = _without_secrets(url)
         if root is None:
             try:
                 objects: Any = from_url(url)
             except (BaseError, ValueError) as error:
                 # Not the error's own text, which repeats the URL, and with it what secrets it holds.
                 raise SettingsError(
-                    f"{_WANTED}, got {_without_secrets(url)}, which names no store that obstore knows; correct the URL"
+                    f"{_WANTED}, got {shown}, which names no store that obstore knows; correct the URL"
                 ) from error
         else:
-            with _guarded(f"open the store at {url}"):
+            with _guarded(f"open the store at {shown}"):
                 if create:
                     missing = [folder for folder in (root, *root.parents) if not folder.exists()]
                     root.mkdir(parents=True, exist_ok=True)
                     for folder in missing:
                         _fsync(folder.parent)
                 elif not root.is_dir():
-                    raise _no_store(url)
+                    raise _no_store(shown)
                 objects = LocalStore(root)
-        store = cls(objects, url, root)
+        store = cls(objects, shown, root)
         if create:
             store._take_id()
             store._clear_left_overs()

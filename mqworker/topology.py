@@ -24,6 +24,7 @@ class Queue:
     name: str
     durable: bool = True
     exclusive: bool = False
+    lasting: bool = False  # made once for everybody: who may not declare it looks whether it is there
     arguments: Mapping[str, Any] = field(default_factory=dict)
     bindings: tuple[tuple[str, str], ...] = ()
 
@@ -61,8 +62,13 @@ class Topology:
 
     @property
     def api(self) -> str:
-        """Where clients publish queries; exchange, queue and key have one name."""
+        """Where clients publish questions; exchange, queue and key have one name."""
         return f"{self.prefix}.api"
+
+    @property
+    def command(self) -> str:
+        """Where clients publish commands; the key is the exchange's name, and the queue that of `api`."""
+        return f"{self.prefix}.command"
 
     @property
     def events(self) -> str:
@@ -80,27 +86,48 @@ class Topology:
         return f"{self.prefix}.rejected"
 
     def exchanges(self) -> tuple[Exchange, ...]:
-        """List the exchanges; everybody declares those it writes to or binds to, and all alike."""
-        direct = (self.submit, self.work, self.report, self.outcome, self.verdict, self.api, self.rejected)
+        """List the exchanges; whoever may declares all of them, and all alike."""
+        direct = (
+            self.submit,
+            self.work,
+            self.report,
+            self.outcome,
+            self.verdict,
+            self.api,
+            self.command,
+            self.rejected,
+        )
         topics = (self.events, self.logs)
         return (*(Exchange(name=name) for name in direct), *(Exchange(name=name, kind="topic") for name in topics))
 
     def queues(self) -> tuple[Queue, ...]:
-        """List the lasting queues; everybody declares all of them, so that no first publisher meets a void."""
+        """List the lasting queues; whoever may declares all of them, so that no first publisher meets a void."""
         return (
             Queue(
                 name=self.rejected,
+                lasting=True,
                 arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT},
                 bindings=((self.rejected, self.rejected),),
             ),
             self._quorum(self.submit),
             self._quorum(self.outcome),
-            Queue(name=self.api, arguments={"x-message-ttl": API_TTL_MS}, bindings=((self.api, self.api),)),
+            Queue(
+                name=self.api,
+                lasting=True,
+                # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
+                arguments={
+                    "x-queue-type": "quorum",
+                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-message-ttl": API_TTL_MS,
+                },
+                bindings=((self.api, self.api), (self.command, self.command)),
+            ),
         )
 
     def _quorum(self, name: str) -> Queue:
         return Queue(
             name=name,
+            lasting=True,
             arguments={
                 "x-queue-type": "quorum",
                 "x-delivery-limit": DELIVERY_LIMIT,

@@ -11,7 +11,7 @@ import msgspec
 from mqworker import explain
 from mqworker.dispatch import Lane
 from mqworker.examiner import Draft
-from mqworker.holdings import Entry, Holdings, KnownWorker
+from mqworker.holdings import Entry, Holdings, KnownWorker, Lease
 from mqworker.lifecycle import State
 from mqworker.matching import Funnel, Question, Requirement
 from mqworker.messages import (
@@ -54,7 +54,7 @@ class Views:
     def decorate(self, view: RequestView) -> RequestView:
         """Add what only memory knows: progress, and what a pending request waits for."""
         entry = self._entries.get(view.request.id)
-        progress = None if entry is None or entry.lease is None else entry.lease.run
+        progress = None if entry is None or entry.lease is None else _shown(entry.lease)
         return msgspec.structs.replace(view, progress=progress, waits=self._waits(view, entry))
 
     def _waits(self, view: RequestView, entry: Entry | None) -> str | None:
@@ -194,7 +194,7 @@ class Views:
             classes.append(
                 Capability(
                     name=name,
-                    queue=self._topology.class_queue(name).name,
+                    queue=self._topology.class_queue(self._held.queue_name(name)).name,
                     workers=len(members),
                     examples=members[: explain.MAX_SHOWN],
                     shared=explain.shared([one.metadata for one in facts]),
@@ -237,7 +237,7 @@ class Views:
                 host=worker.hello.host if worker.hello else "",
                 state=worker.state,  # type: ignore[arg-type]  # one of the three words
                 slots=worker.hello.slots if worker.hello else 0,
-                running=[lease.run for one in sorted(worker.leases) if (lease := self._entries[one].lease) is not None],
+                running=self._running(worker),
                 queue=worker.heartbeat.assigned if worker.heartbeat else None,
                 tasks=worker.hello.tasks if worker.hello else {},
                 metadata=worker.hello.metadata if worker.hello else {},
@@ -248,13 +248,14 @@ class Views:
                 denied=worker.hello.denied if worker.hello else [],
                 draining=worker.heartbeat is not None and worker.heartbeat.draining and worker.state == "online",
                 capability_class=self._matching.class_of(worker.name),
+                user=self._held.names.user(worker.name),
             )
             for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
         ]
 
     def _running(self, worker: KnownWorker) -> list[RunProgress]:
         leases = (self._entries[request].lease for request in sorted(worker.leases))
-        return [lease.run for lease in leases if lease is not None]
+        return [_shown(lease) for lease in leases if lease is not None]
 
     def classes(self) -> int:
         """Count the capability classes."""
@@ -278,3 +279,8 @@ class Views:
         for name, (_, idle, _, out) in self._dispatch.figures(steady).items():
             self._metrics.class_idle.labels(capability_class=name).set(idle)
             self._metrics.class_offers.labels(capability_class=name).set(out)
+
+
+def _shown(lease: Lease) -> RunProgress:
+    """Return a run as everybody may see it: who knows its token could speak for it."""
+    return msgspec.structs.replace(lease.run, token="")

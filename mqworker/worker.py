@@ -43,7 +43,7 @@ from mqworker.agent import (
     Unspool,
     check_task_names,
 )
-from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, Consumer, Delivery, Link, Plan
 from mqworker.cgroup import Cgroup, Cgroups
 from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
 from mqworker.limits import Watch
@@ -73,6 +73,7 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; deadlines are held by the slots as well
+DEAF_SECONDS: Final = 30.0  # without a word of the scheduler, who answers each heartbeat
 ANALYSIS_SECONDS: Final = 120.0  # a look at the host that takes longer is given up
 SETTLE_SECONDS: Final = 10.0  # for the ledger's answers, before the worker leaves its spool to its successor
 STOP_NOW_SECONDS: Final = 3.0  # the same, when the worker is told twice
@@ -162,6 +163,7 @@ class Worker:
         self._children: dict[int, _Child] = {}
         self._directories: dict[str, Path] = {}  # of runs, by token
         self._analyzing = False
+        self._heard_at = 0.0
         self._analyzed_at = 0.0
         self._analyst: int | None = None  # its pid
         self._spawning = asyncio.Lock()  # who ends orphans must not meet a child that is not known yet
@@ -194,7 +196,7 @@ class Worker:
             plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
-            on_blocked=self._metrics.broker_blocked.set,
+            on_blocked=self._blocked,
         )
 
     async def run(self) -> None:
@@ -258,6 +260,8 @@ class Worker:
         for link in (self._reading, self._writing):
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
+        if self._writing.blocked:
+            return Health(well=False, text=BLOCKED)
         if not self._agent.heard:
             return Health(well=False, text="no scheduler has answered yet")
         if self._agent.held is not None:
@@ -351,7 +355,15 @@ class Worker:
             self._reading.cancel(self._agent.consuming)  # only the publishing link may be down
         self._agent.disconnected()
 
+    def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
+        self._metrics.broker_blocked.set(blocked)
+        if blocked:
+            logger.warning("the broker takes nothing: a memory or disk alarm; what runs goes on until its lease ends")
+        self._agent.blocked(blocked=blocked)
+        self._act()
+
     def _take_verdict(self, delivery: Delivery) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
         try:
             verdict = decode(delivery.body, Verdict)
         except PeerError as error:
@@ -409,8 +421,16 @@ class Worker:
             for state, number in self._agent.slot_states().items():
                 self._metrics.slots.labels(state=state).set(number)
             self._metrics.unsettled.set(self._agent.unsettled())
+            self._listen_anew()
             if not self._analyzing and asyncio.get_running_loop().time() - self._analyzed_at >= self._metadata_interval:
                 self._start(self._analyze())
+
+    def _listen_anew(self) -> None:
+        """Declare our own queue once more, after a silence: an exchange that was deleted took its bindings along."""
+        now = asyncio.get_running_loop().time()
+        if self._reading.epoch is not None and now - self._heard_at > DEAF_SECONDS:
+            self._heard_at = now
+            self._reading.refresh()  # a refusal changes nothing: there may be no scheduler to hear
 
     def _act(self) -> None:
         for act in self._agent.take_acts(self._clock()):
@@ -454,7 +474,8 @@ class Worker:
             case PublishOutcomes(outcomes):
                 self._publish(self._topology.outcome, self._topology.outcome, outcomes, lasting=True)
             case PublishLog(message):
-                self._publish(self._topology.logs, message.request, message, lasting=False)
+                if not self._writing.blocked:  # it would only pile up here
+                    self._publish(self._topology.logs, message.request, message, lasting=False)
             case CountRefusal(task):
                 self._metrics.refusals.labels(task=task).inc()
             case Analyze():

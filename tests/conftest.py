@@ -29,7 +29,7 @@ from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.ledger import Ledger
-from mqworker.privatenode import PrivateNode, find_programs
+from mqworker.privatenode import PrivateNode
 from mqworker.schema import REVISION, schema
 from mqworker.task import Task
 from mqworker.topology import Topology
@@ -72,6 +72,7 @@ SPREAD = {
         "live/test_farm",
         "live/test_pool",
         "live/test_privatenode",
+        "live/test_standby",
         "tasks/test_sbuild",
     )
 }
@@ -101,20 +102,6 @@ class Broker:
     url: str
     management_url: str | None
     ours: bool
-
-
-def _root() -> Path | None:
-    """Return where the RabbitMQ is that tests are to run with; None: on this machine itself.
-
-    MQWORKER_TEST_RABBITMQ is a version (4.0, 4.3) or a folder.
-
-    Raises:
-        HostUnfit: it is not there.
-    """
-    what = os.environ.get("MQWORKER_TEST_RABBITMQ")
-    root = roots.find(what) if what else None
-    find_programs(root)
-    return root
 
 
 class Lacking(Exception):
@@ -176,7 +163,7 @@ class Brokers:
 
     def _node(self, otherwise: str) -> Broker:
         try:
-            root = _root()
+            root = roots.chosen()
         except HostUnfit as error:
             raise Lacking("rabbitmq-server", f"{error} ({otherwise})") from error
         directory = self._new_directory()
@@ -268,29 +255,39 @@ def own_broker(brokers) -> Broker:
 
 
 @pytest.fixture(scope="session")
-def postgresql_databases(brokers) -> Iterator[Callable[[int], str]]:
+def postgresql_databases(brokers) -> Callable[[int], str]:
     """Give the URL of the first, second, ... database of this process's own, with no facts in it."""
     server = brokers("postgresql").url
     own = f"t{uuid.uuid4().hex[:12]}"
-    made: dict[int, psycopg.Connection] = {}
+    made: set[int] = set()
 
     def empty(number: int = 0) -> str:
         url = urlunsplit(urlsplit(server)._replace(path=f"/{own}_{number}"))
         if number not in made:
             with psycopg.connect(server, autocommit=True) as connection:
                 connection.execute(f"CREATE DATABASE {own}_{number}")
-            made[number] = psycopg.connect(url, autocommit=True)
+            made.add(number)
             Ledger.open(url).close()
         tables = ", ".join(f'"{table.name}"' for table in schema.sorted_tables)
-        made[number].execute(f"TRUNCATE {tables} RESTART IDENTITY")
-        made[number].execute("UPDATE alembic_version SET version_num = %s", [REVISION])
-        made[number].execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
-        made[number].execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"TRUNCATE {tables} RESTART IDENTITY")
+            connection.execute("UPDATE alembic_version SET version_num = %s", [REVISION])
+            connection.execute("INSERT INTO leader (one, term, commits) VALUES (1, 0, 0)")
+            connection.execute("INSERT INTO renewals (one, term, at) VALUES (1, 0, 0)")
         return url
 
-    yield empty
-    for connection in made.values():
-        connection.close()
+    return empty
+
+
+@pytest.fixture
+def postgresql_void(brokers) -> Iterator[str]:
+    """The URL of a database in PostgreSQL without any table."""
+    server = brokers("postgresql").url
+    name = f"v{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield urlunsplit(urlsplit(server)._replace(path=f"/{name}"))
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -308,7 +305,7 @@ def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
 
 @pytest.fixture(scope="module")
 def nodes_of_module(tmp_path_factory) -> Iterator[Callable[..., PrivateNode]]:
-    """Start nodes for all tests of a file; takes what PrivateNode takes, but for the directory."""
+    """Start nodes for all tests of a file; takes what PrivateNode takes, with `own` for a directory of the test's."""
     with _private_nodes(tmp_path_factory.mktemp("nodes")) as start:
         yield start
 
@@ -362,13 +359,13 @@ def as_own_user(own_amqp_url, manage, prefix) -> Iterator[Callable[..., str]]:
 @contextmanager
 def _private_nodes(directory: Path) -> Iterator[Callable[..., PrivateNode]]:
     try:
-        root = _root()
+        root = roots.chosen()
     except HostUnfit as error:
         missing("rabbitmq-server", str(error))
     with ExitStack() as stack:
 
         def start(**arguments) -> PrivateNode:
-            own = directory / f"node-{uuid.uuid4().hex[:8]}"
+            own = arguments.pop("own", directory / f"node-{uuid.uuid4().hex[:8]}")
             node = PrivateNode(own, **{"root": root, **arguments})
             stack.callback(shutil.rmtree, own, ignore_errors=True)  # it may not have come to be
             stack.callback(node.kill)

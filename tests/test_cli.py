@@ -1,5 +1,6 @@
 """The command line as a person or a script meets it: real processes, their output, errors and exit codes."""
 
+import asyncio
 import json
 import os
 import pty
@@ -17,6 +18,10 @@ from pathlib import Path
 
 import pytest
 
+from mqworker.amqp import declare
+from mqworker.rights import rights_of
+from mqworker.topology import Topology
+
 ROOT = Path(__file__).parents[1]
 COMMAND = (sys.executable, "-P", "-m", "mqworker")
 DEADLINE = 60.0
@@ -29,6 +34,11 @@ class Cli:
         self.home = home
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MQWORKER_", "XDG_"))}
         self.environment = {**kept, "HOME": str(home), "MQWORKER_TIMEOUT": "1"}
+
+    def at(self, url: str) -> "Cli":
+        """Take a broker's URL, which has a password, from where it belongs."""
+        self.environment["MQWORKER_AMQP_URL"] = url
+        return self
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         return subprocess.Popen(
@@ -162,7 +172,7 @@ def test_a_wrong_setting_names_its_key_and_its_source(cli):
 
 
 def test_a_broker_url_that_is_none_is_told_without_its_password(cli):
-    done = cli("--amqp-url", "http://me:secret@host/", "list")
+    done = cli.at("http://me:secret@host/")("list")
 
     refused(done, 3, "expected a broker URL of the form amqp://")
     assert "secret" not in done.stderr
@@ -178,14 +188,14 @@ def test_a_broker_that_is_not_there_is_told_with_its_address(cli):
 
 @pytest.mark.live
 def test_a_broker_that_refuses_is_told(cli, amqp_url):
-    refused(cli("--amqp-url", amqp_url.replace("@", "x@"), "list"), 3, "user")
-    refused(cli("--amqp-url", amqp_url.rpartition("/")[0] + "/nowhere", "list"), 3, "nowhere")
+    refused(cli.at(amqp_url.replace("@", "x@"))("list"), 3, "user")
+    refused(cli.at(amqp_url.rpartition("/")[0] + "/nowhere")("list"), 3, "nowhere")
 
 
 @pytest.mark.live
 def test_without_a_scheduler_a_command_says_so(cli, amqp_url, prefix):
-    refused(cli("--amqp-url", amqp_url, "--prefix", prefix, "list"), 4, "no scheduler answers")
-    refused(cli("--amqp-url", amqp_url, "--prefix", prefix, "submit", "noop"), 4, "the broker has request .*confirmed")
+    refused(cli.at(amqp_url)("--prefix", prefix, "list"), 4, "no scheduler answers")
+    refused(cli.at(amqp_url)("--prefix", prefix, "submit", "noop"), 4, "the broker has request .*confirmed")
 
 
 def test_a_traceback_is_shown_only_if_asked_for(cli):
@@ -361,10 +371,18 @@ def test_the_doctor_says_of_each_thing_ok_or_what_to_do(cli):
     assert all(check["state"] == "ok" or check["finding"] for check in checks.values())
 
 
+def test_the_doctor_shows_no_password_of_the_ledger(cli):
+    cli.environment["MQWORKER_LEDGER"] = "postgresql://mqworker:geheim@127.0.0.1:1/pool?password=geheim"
+    done = cli("--amqp-url", "amqp://guest:guest@127.0.0.1:1/", "doctor")
+
+    assert "postgresql://mqworker:***@127.0.0.1:1/pool" in "".join(done.stdout.split())
+    assert "geheim" not in done.stdout + done.stderr
+
+
 @pytest.mark.live
 def test_the_doctor_tries_the_rights_on_the_broker(cli, amqp_url, prefix):
-    flags = ("--amqp-url", amqp_url, "--prefix", prefix, "--store", f"file://{cli.home}/store")
-    done = cli(*flags, "doctor")
+    flags = ("--prefix", prefix, "--store", f"file://{cli.home}/store")
+    done = cli.at(amqp_url)(*flags, "doctor")
 
     assert re.search(r"^ok +broker +RabbitMQ", done.stdout, re.MULTILINE), done
     assert re.search(rf"^ok +rights +may declare, write and read {prefix}", done.stdout, re.MULTILINE)
@@ -377,11 +395,29 @@ def test_the_doctor_sees_that_a_user_may_not_answer_clients(cli, as_own_user, pr
     """With the rights of a worker a scheduler would lose its connection at the first answer."""
     rights = rf"^{prefix}\..*"
     url = as_own_user(configure=rights, write=rights, read=rights)
-    done = cli("--amqp-url", url, "--prefix", prefix, "doctor")
+    done = cli.at(url)("--prefix", prefix, "doctor")
 
     said = " ".join(done.stdout.split())  # however wide the screen is
     assert re.search(r"note rights may [^;]*but not answer clients", said), done
-    assert r"amq\.default" in said
+    assert "amq.default" in said
+
+
+@pytest.mark.live
+def test_the_doctor_says_what_a_user_of_one_role_may_do(cli, own_amqp_url, as_own_user, prefix):
+    topology = Topology(prefix)
+    asyncio.run(declare(own_amqp_url, topology))
+    for role in ("worker", "client", "observer"):
+        rights = rights_of(role, topology)
+        url = as_own_user(configure=rights.configure, write=rights.write, read=rights.read)
+        done = cli.at(url)("--prefix", prefix, "doctor")
+
+        said = " ".join(done.stdout.split())
+        roles = "client or observer" if role == "client" else role
+        assert f"ok rights may do what a {roles} does, and not all that a scheduler does" in said, done
+    url = as_own_user(configure="^$", write="^$", read="^$")
+    said = " ".join(cli.at(url)("--prefix", prefix, "doctor").stdout.split())
+    assert "problem rights" in said
+    assert "`mqworker topology permissions`" in said
 
 
 # ---------------------------------------------------------------- a whole pool

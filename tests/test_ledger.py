@@ -1,4 +1,5 @@
 import functools
+import json
 import os
 import signal
 import sqlite3
@@ -55,6 +56,7 @@ from mqworker.messages import (
     Relation,
     Request,
     Take,
+    decode,
 )
 
 BAD_DATA = Reason(text="no such key", stage="configure")
@@ -295,6 +297,20 @@ def test_the_same_submission_again_is_known_and_changes_nothing(ledger):
     assert facts(ledger) == before
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_default_that_is_written_out_is_the_same_content_as_one_that_is_left_out(ledger, first):
+    """A client in another language may write all, and its next version nothing."""
+    short = {"id": an_id(), "task": "noop", "after": [{"request": an_id(9)}]}
+    full = {**short, "data": {}, "priority": 0, "group": "default", "max_attempts": 3, "lease": None, "take": []}
+    full["after"] = [{"request": an_id(9), "need": "success"}]
+    ledger.commit([accept(9, seq=1)])
+
+    submissions = [decode(json.dumps(one).encode(), Request) for one in ((full, short) if first else (short, full))]
+    results = [ledger.commit([Accept(seq=2, request=one, at=1.0, requirement=1)])[0] for one in submissions]
+
+    assert [result.status for result in results] == ["accepted", "known"]
+
+
 @pytest.mark.parametrize("other", [{"data": {"a": 2}}, {"task": "other"}, {"priority": 1}, {"lease": 60.0}])
 def test_the_same_id_with_other_content_is_a_conflict_and_changes_nothing(ledger, other):
     ledger.commit([accept(data={"a": 1})])
@@ -352,6 +368,16 @@ def test_a_request_without_a_requirement_class_can_only_be_rejected(ledger):
 
 
 # ---------------------------------------------------------------- moves
+
+
+def test_a_look_at_a_ledger_does_not_raise_its_term(url):
+    Ledger.open(url).close()
+
+    for _ in range(2):
+        assert Ledger.check(url).startswith("the ledger ")
+
+    with closing(Ledger.open(url)) as ledger:
+        assert (ledger.term, ledger.upgraded_from) == (2, None)
 
 
 @pytest.mark.parametrize("state", State)
@@ -1471,7 +1497,7 @@ def test_a_ledger_whose_making_was_cut_off_is_made_anew(path, monkeypatch):
 # ---------------------------------------------------------------- one writer
 
 
-def child(code, *arguments):
+def child(code, *arguments, before=()):
     """Start a process of its own that runs some code, with `Ledger` and this file's helpers at hand."""
     preamble = f"""
         import sys
@@ -1482,7 +1508,7 @@ def child(code, *arguments):
         from mqworker.ledger import Ledger
     """
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code), *arguments],
+        [*before, sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(code), *arguments],
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,
@@ -1620,6 +1646,52 @@ def test_a_full_disk_is_told_writes_nothing_and_is_survived(path):
         output = filler.stdout.read()
 
     assert output == "survived\n"
+
+
+def test_a_file_system_without_room_is_told_loses_nothing_and_is_written_when_there_is_room(tmp_path, missing):
+    filling = """
+        from pathlib import Path
+        from mqworker.errors import LedgerUnavailable
+        directory = Path(sys.argv[1])
+        ledger = Ledger.open(f"sqlite:///{directory}/ledger.db")
+        ledger.commit([helpers.accept(1)])
+        print("begins", flush=True)
+        for round_ in range(3):
+            other = directory / "other"
+            number = 1000 * (round_ + 1)
+            with other.open("wb", buffering=0) as file:
+                try:
+                    while True:
+                        file.write(bytes(4096))
+                except OSError:
+                    pass
+            failed = None
+            while failed is None:
+                before = helpers.facts(ledger)
+                writes = [helpers.accept(number, data={"filling": "x" * 20_000})]
+                try:
+                    ledger.commit(writes)
+                    number += 1
+                except LedgerUnavailable as error:
+                    failed = error
+            assert "Free space on its disk" in str(failed), failed
+            assert helpers.facts(ledger) == before
+            other.unlink()
+            assert ledger.commit(writes)[0].status == "accepted"
+        ledger.close()
+        print(len(before["requests"]), flush=True)
+        with_all = Ledger.open(f"sqlite:///{directory}/ledger.db")
+        assert len(helpers.facts(with_all)["requests"]) == len(before["requests"]) + 1
+        print("survived", flush=True)
+    """
+    mounting = 'mount -t tmpfs -o size=3m none "$0" && exec "$@"'
+    inside = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mounting, str(tmp_path))
+    with child(filling, str(tmp_path), before=inside) as filler:
+        lines = filler.stdout.read().splitlines()
+    if not lines:
+        missing("a file system of its own", "unshare and mount do not make one here")
+
+    assert lines[-1] == "survived"
 
 
 def test_a_disk_without_room_for_a_ledger_is_told_at_opening(tmp_path):

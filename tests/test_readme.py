@@ -226,7 +226,10 @@ def test_the_requirements_to_type_can_be_used_and_hold_of_some_worker():
 
 
 def test_every_variable_that_is_named_is_read():
-    read = {settings.variable(key) for key in settings.KEYS} | {*settings.FOREIGN_VARIABLES, BACKENDS_VARIABLE}
+    read = {settings.variable(key) for key in (*settings.KEYS, *settings.URL_FILES)} | {
+        *settings.FOREIGN_VARIABLES,
+        BACKENDS_VARIABLE,
+    }
     by_tests = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
     named = set(re.findall(r"\bMQWORKER_[A-Z_]+", README))
 

@@ -3,6 +3,7 @@
 Works in the transaction that it is given, so that a half-made schema is none. Knows no engine but by its name.
 """
 
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,9 @@ from sqlalchemy.dialects import sqlite
 
 from mqworker import schema
 from mqworker.errors import LedgerInvalid
+
+# What it does is told by who asked for it, once and in our words.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 EVER: Final = frozenset({"requests", "attempts", "artifacts", "imports"})  # tables of every version
 FIRST: Final = EVER | {"meta"}  # of the time before Alembic
@@ -27,7 +31,7 @@ def revision(connection: Connection, name: str) -> str | None:
     ours = {*schema.schema.tables, schema.revisions.name, *FIRST} & tables
     if not ours and (not tables or connection.dialect.name != sqlite.dialect.name):
         return None  # a schema of PostgreSQL may be shared with others, as long as no name is taken
-    if schema.revisions.name in tables and {schema.requests.name, schema.leader.name} <= tables:
+    if schema.revisions.name in tables and tables >= EVER:
         found = connection.scalar(select(schema.revisions.c.version_num))
         if found not in _known():
             raise LedgerInvalid(

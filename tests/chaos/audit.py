@@ -153,7 +153,7 @@ class Audit:
 
     def session(self):
         """Return the pid of the database's process that serves the active scheduler."""
-        rows = self._rows("SELECT pid FROM pg_stat_activity WHERE application_name = 'mqworker scheduler'")
+        rows = self._rows("SELECT pid FROM pg_stat_activity WHERE application_name = 'mqworker scheduler' LIMIT 1")
         return rows[0][0] if rows else None
 
     def counts(self):

@@ -184,14 +184,18 @@ class _Check:
             if row["state"] not in FINAL:
                 self._find("each ends", f"{request} is {row['state']} after everything was healed: {row['reason']}")
                 continue
-            data = json.loads(row["body"])["data"]
-            if row["state"] not in {"aborted", "rejected", *MAY_END[data["how"]]}:
+            body = json.loads(row["body"])
+            data = body["data"]
+            timed_out = "timeout" in body and '"timeout"' in (row["reason"] or "")
+            may = MAY_END[data["how"]] | ({"error"} if timed_out else set())
+            if row["state"] not in {"aborted", "rejected", *may}:
                 self._find("ends are true", f"{request} was to go {data['how']!r} and is {row['state']}")
-            if row["state"] == "aborted" and not self._abort_asked(request):
+            expired = "expires_at" in body and "expired" in (row["reason"] or "")
+            if row["state"] == "aborted" and not expired and not self._abort_asked(request):
                 self._find("ends are true", f"{request} is aborted, and nobody asked for it")
             if row["state"] in {"success", "failure"}:
                 self._has_ended_so(request, row)
-            if data["how"] == "ok" and row["state"] == "error" and row["tried"] < _most_attempts(row):
+            if data["how"] == "ok" and row["state"] == "error" and not timed_out and row["tried"] < _most_attempts(row):
                 self._find("ends are true", f"{request} is error after {row['tried']} tries: {row['reason']}")
 
     def _abort_asked(self, request):
@@ -224,6 +228,11 @@ class _Check:
                 self._find("nothing unexpected runs", f"{run.request} ran the work of {run.named}")
             if run.wall < granted[token]["granted"] - ROUNDING:
                 self._find("nothing unexpected runs", f"{run.request}: the run {token} started before its grant")
+            body = json.loads(self.requests[run.request]["body"]) if run.request in self.requests else {}
+            if run.wall < body.get("not_before", 0) - ROUNDING:
+                self._find("nothing unexpected runs", f"{run.request}: the run {token} started before it may")
+            if granted[token]["granted"] > body.get("expires_at", granted[token]["granted"]) + ROUNDING:
+                self._find("nothing unexpected runs", f"{run.request}: {token} was granted after it had expired")
             final = self.final_at.get(run.request)
             if final is not None and run.last_wall > final + ROUNDING:
                 late = (run.last_wall - final) * 1000

@@ -18,7 +18,16 @@ from tests.chaos.record import Record
 
 PATIENCE = 10.0  # seconds
 PAUSABLE = {"worker": ["w0", "w1", "w2", "w3"], "task": ["burn", "smoulder"], "group": ["night", "day"]}
-COMMANDS = {"abort": 40, "reprioritise": 10, "pause": 8, "retry": 6, "look": 8, "refresh": 2, "by_command": 2}
+COMMANDS = {
+    "abort": 40,
+    "reprioritise": 10,
+    "pause": 8,
+    "drain": 3,
+    "retry": 6,
+    "look": 8,
+    "refresh": 2,
+    "by_command": 2,
+}
 
 
 class Commander:
@@ -81,6 +90,16 @@ class Commander:
         self._record.note("pause", kind=kind, name=name)
         self._client.pause(kind, name, "for a moment")
         self._record.note("paused", kind=kind, name=name)
+
+    def _drain(self):
+        name = self._rng.choice(PAUSABLE["worker"])
+        if ("worker", name) in self._paused:
+            return
+        self._paused["worker", name] = time.time() + self._rng.uniform(1, 6)
+        stop = self._rng.random() < 0.5
+        self._record.note("pause", kind="worker", name=name, drain=True, stop=stop)
+        self._client.drain([name], reason="for a moment", stop=stop)
+        self._record.note("paused", kind="worker", name=name)
 
     def _resume(self, kind, name):
         self._record.note("resume", kind=kind, name=name)

@@ -111,6 +111,14 @@ class Submitter:
             request["lease"] = float(rng.choice([6, 8, 10]))
         if rng.random() < 0.02:
             request["concurrency_key"] = rng.choice(["one", "two"])
+        if rng.random() < 0.03:
+            request["timeout"] = rng.choice([1.0, 2.0, 5.0])
+        if rng.random() < 0.03:
+            request["not_before"] = time.time() + rng.uniform(0, 5)
+        if rng.random() < 0.03:
+            request["expires_at"] = time.time() + rng.uniform(0, 5)
+        if rng.random() < 0.1:
+            request["retry_on"] = rng.choice([["failure"], ["error"], ["failure", "error"]])
         return request
 
     def _note_sent(self, requests, *, again=False, other=False):
@@ -159,7 +167,8 @@ class Submitter:
     def _by_command(self):
         """Submit as a person does."""
         request = self._make()
-        request.pop("concurrency_key", None)
+        for special in ("concurrency_key", "timeout", "not_before", "expires_at", "retry_on"):
+            request.pop(special, None)
         self._note_sent([request])
         command = [
             sys.executable,

@@ -275,9 +275,11 @@ class World:
             "MQWORKER_SCHEDULER_METRICS_LISTEN": "",
             "MQWORKER_SCHEDULER_RETRY_DELAY": "0.3",
             "MQWORKER_SCHEDULER_CONCURRENCY_LIMITS": '{"two": 2}',
+            "MQWORKER_SCHEDULER_PAUSE_AFTER": "0",  # it is no worker's fault what happens to it here
             "MQWORKER_WORKER_WORK_DIR": str(self.directory / "work"),
             "MQWORKER_WORKER_METRICS_LISTEN": "",
             "MQWORKER_WORKER_DRAIN_GRACE": "2",
+            "MQWORKER_WORKER_MIN_FREE_DISK": str(2 << 20),  # of small disks
             "MQWORKER_CONFIG": os.devnull,
         }
 

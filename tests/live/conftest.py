@@ -236,6 +236,31 @@ def eventually_fixture():
     return eventually
 
 
+def commands_below(ancestor: int) -> dict[int, list[str]]:
+    """Return the command lines of what stems from a process."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    below = {ancestor}
+    for _ in parents:
+        more = {pid for pid, parent in parents.items() if parent in below} - below
+        if not more:
+            break
+        below |= more
+    found = {}
+    for pid in below - {ancestor}:
+        with suppress(OSError):
+            found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    return found
+
+
+@pytest.fixture(name="commands_below", scope="session")
+def commands_below_fixture():
+    return commands_below
+
+
 @pytest.fixture(name="alive", scope="session")
 def alive_fixture():
     return alive

@@ -15,7 +15,7 @@ import pytest
 
 from mqworker import amqp
 from mqworker.amqp import REPLY_TO, Consumer, Link, Plan
-from mqworker.brokerurl import check_url, redact
+from mqworker.brokerurl import check_url, read_url, redact
 from mqworker.errors import BrokerRefused, BrokerUnavailable, NotPublished, SettingsError
 from mqworker.topology import Exchange, Queue, Topology
 
@@ -421,6 +421,7 @@ def test_everything_in_the_topology_is_declared_on_a_real_broker(amqp_url, prefi
                 topology.outcome: topology.outcome,
                 topology.verdict: worker,
                 topology.api: topology.api,
+                topology.command: topology.command,
                 topology.events: Topology.request_event_key("noop", "success"),
                 topology.logs: "8a1f",
                 topology.rejected: topology.rejected,
@@ -676,13 +677,71 @@ def test_who_is_refused_is_told_at_once_where_and_as_whom(amqp_url, change, told
     asyncio.run(scenario())
 
 
-def test_a_user_without_rights_is_told_which_queue_is_refused(as_own_user, names):
+def test_a_user_who_may_not_declare_is_told_what_nobody_has_declared(as_own_user, names):
     async def scenario():
         async with running(as_own_user(configure="^$", write=".*", read=".*"), names.plan(), wait=False) as watch:
-            with pytest.raises(BrokerRefused, match=f"ACCESS_REFUSED.*{names.exchange}"):
+            missing = f"no scheduler has set up .*NOT_FOUND.*{names.exchange}.*`mqworker topology declare`"
+            with pytest.raises(BrokerUnavailable, match=missing):
+                await soon(watch.link.wait_up(1.0))
+
+    asyncio.run(scenario())
+
+
+def test_a_user_who_may_not_declare_uses_what_others_have_declared(own_amqp_url, as_own_user, prefix):
+    topology = Topology(prefix)
+
+    def plan(_epoch):
+        return Plan(exchanges=topology.exchanges(), queues=topology.queues())
+
+    async def scenario():
+        async with running(own_amqp_url, plan):
+            pass
+        async with running(as_own_user(configure="^$", write=".*", read="^$"), plan) as watch:
+            await soon(watch.link.publish(exchange=topology.submit, key=topology.submit, body=b"{}", kind="test"))
+
+    asyncio.run(scenario())
+
+
+def test_a_user_who_may_not_declare_a_queue_of_its_own_is_told_which(own_amqp_url, as_own_user, prefix):
+    topology = Topology(prefix)
+
+    def plan(epoch):
+        return Plan(exchanges=topology.exchanges(), queues=(topology.worker_queue("anna", epoch),))
+
+    async def scenario():
+        async with running(own_amqp_url, lambda _: Plan(exchanges=topology.exchanges())):
+            pass
+        async with running(as_own_user(configure="^$", write=".*", read=".*"), plan, wait=False) as watch:
+            with pytest.raises(BrokerRefused, match=rf"ACCESS_REFUSED.*{prefix}\.worker\.anna"):
                 await soon(watch.link.wait_up())
 
     asyncio.run(scenario())
+
+
+def test_what_is_published_names_its_user_and_what_is_put_aside_the_first_one(own_amqp_url, as_own_user, names, prefix):
+    async def put_aside():
+        got = asyncio.Queue()
+        plan = names.plan(Consumer(queue=names.queue, on_delivery=got.put_nowait))
+        theirs = as_own_user(configure=".*", write=".*", read=".*")
+        async with running(own_amqp_url, plan) as watch, running(theirs, names.plan()) as other:
+            await soon(names.publish(other.link, headers={"CC": ["elsewhere"], "n": 1}))
+            first = await soon(got.get())
+            mine = Queue(name=f"{names.queue}.2", exclusive=True, bindings=((names.exchange, names.exchange),))
+            await soon(watch.link.declare(mine))
+            watch.link.consume(Consumer(queue=f"{names.queue}.2", on_delivery=got.put_nowait))
+            await soon(watch.link.put_aside(first, exchange=names.exchange, reason="no"))
+            second = await soon(got.get())
+            return first, second
+
+    first, second = asyncio.run(put_aside())
+    assert first.user_id == prefix
+    assert second.user_id == unquote(urlsplit(own_amqp_url).username)
+    assert second.headers == {
+        "n": 1,
+        "x-mqworker-reason": "no",
+        "x-mqworker-exchange": names.exchange,
+        "x-mqworker-user": prefix,
+    }
 
 
 def test_nobody_at_the_address_is_told_at_the_timeout():
@@ -807,6 +866,13 @@ def test_what_is_no_broker_url_is_a_settings_error_without_the_password(url):
     assert ":5672" not in str(caught.value)
     with pytest.raises(SettingsError):
         Link(url, name="test", plan=lambda _: Plan())
+
+
+def test_who_logs_in_by_certificate_may_say_as_whom():
+    url = "amqps://{}host/?certfile=/cert.pem&auth_mechanism=external"
+
+    assert (read_url(url.format("")).user, read_url(url.format("")).password) == (None, None)
+    assert (read_url(url.format("anna@")).user, read_url(url.format("anna@")).password) == ("anna", None)
 
 
 def test_a_good_url_is_shown_without_its_password_and_options():

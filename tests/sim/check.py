@@ -23,6 +23,8 @@ REFS = ("running", "claiming", "unsettled", "void")
 IDLE_SECONDS = 0.1  # P5
 DOUBT = 0.1  # seconds in which it is known of each request what its class is
 STALE_MARGIN = 5.0
+EXPIRY_SECONDS = 2.0  # a look of the scheduler's, and two sets
+MOST_BEYOND = 4.0  # seconds that a run may take beyond its timeout and its grace, in its slot
 MOST_STEPS = 400_000
 ROWS = (
     "SELECT id, seq, state, attempt, tried, worker, token, priority, not_before, reason, grp, ckey, unmet, bound, body"
@@ -97,6 +99,8 @@ class Check:
         self.alive = {}  # request to {token: host's name} of its runs
         self.began = {}  # token to when its run began
         self.killed = set()  # tokens of runs that did not end by themselves, nor by their lease
+        self.aborts = set()  # requests that somebody has wanted to be stopped
+        self.alone = set()  # (request, attempt) that nothing may run beside
         self.outcomes = {}  # token to the outcome that was spooled
         self.claims = {}  # token to the metadata versions it was claimed with
         self.said = {}  # (worker, version) to Facts: all that was ever said
@@ -259,11 +263,23 @@ class Check:
             self.fail("P3", f"request {row.id} went back to attempt {row.attempt}, tried {row.tried}, from {old}")
         if row.state in FINAL - {"success"} and not (row.reason and json.loads(row.reason).get("text")):
             self.fail("P3", f"request {row.id} is {row.state} without a reason")
+        if row.state == "aborted" and state != "aborted" and json.loads(row.reason).get("stage") == "expiry":
+            self._expired(row)
         if row.state in FINAL and row.state != "rejected":
             for token in self.alive.get(row.id, {}):
                 self.fail("P2", f"request {row.id} is {row.state}, but its run {token} lives")
         if row.not_before is not None and (old is None or old.not_before != row.not_before):
             self.due[row.id] = self.loop.now + row.not_before - self.world.scheduler_wall()
+
+    def _expired(self, row):
+        expires_at = self.requests[row.id].expires_at
+        if expires_at is None or (expires_at > self.world.scheduler_wall() and not self.world.clock_steps()):
+            self.fail("expiry", f"{row.id} has expired at {expires_at}: {row.reason}")
+
+    def _is_over(self, row):
+        """Say whether it is too late to grant a request."""
+        expires_at = self.requests[row.id].expires_at
+        return expires_at is not None and expires_at <= self.world.scheduler_wall()
 
     @staticmethod
     def _legal_in_one(state, row, turn):
@@ -363,12 +379,17 @@ class Check:
         row = turn.after[id_]
         if self._is_paused(row, turn.paused):
             self.fail("paused", f"{id_} was offered, but {sorted(turn.paused)} are paused")
+        begins = self.requests[id_].not_before
+        if begins is not None and not self.world.clock_steps() and begins > self.world.scheduler_wall():
+            self.fail("not before", f"{id_} was offered before {begins}")
 
     def _granted(self, write, turn):
         request = self.requests[write.request]
         row = turn.after[write.request]
         if self._is_paused(row, turn.paused) or ("worker", write.worker) in turn.paused:
             self.fail("paused", f"{write.request} was granted to {write.worker}, but {sorted(turn.paused)} are paused")
+        if request.expires_at is not None and write.at >= request.expires_at:
+            self.fail("expiry", f"{write.request} was granted at {write.at}, and expired at {request.expires_at}")
         versions = sorted(self.claims.get(write.token, ()))
         said = [self.said[write.worker, version] for version in versions]
         if not any(self.can_run(request, one.metadata, one.tasks, (write.worker, one.version)) for one in said):
@@ -407,13 +428,33 @@ class Check:
         others = self.alive.setdefault(id_, {})
         if others:
             self.fail("P2", f"{id_} starts as {token} on {host.name} while it runs: {others}")
+        self._check_alone(host, order)
         others[token] = host.name
         self.began[token] = self.loop.now
         self.world.note(host.name, f"runs {id_[-4:]} as {token}")
 
+    def _check_alone(self, host, order):
+        """Check that nothing runs beside what has to be alone; one run is begun and not in the list yet."""
+        beside = [id_ for id_, runs in self.alive.items() for name in runs.values() if name == host.name]
+        if (order.request.id, order.attempt) in self.alone and beside:
+            self.fail("alone", f"{order.request.id} has to be alone on {host.name}, and {beside} run there")
+        for id_ in beside:
+            if (id_, self.rows[id_].attempt) in self.alone and self.rows[id_].state == "running":
+                self.fail("alone", f"{order.request.id} starts on {host.name} beside {id_}, which has to be alone")
+
+    def _check_time(self, host, order):
+        """Check that a run was not longer than it may, with its grace and what slots have beyond it."""
+        timeout = self.requests[order.request.id].timeout
+        took = (self.loop.now - self.began[order.directory]) * (1 + host.drift)
+        if timeout is not None and took > timeout + programs.Generated.TERMINATE_GRACE + MOST_BEYOND:
+            self.fail(
+                "timeout", f"{order.directory} of {order.request.id} took {took:.3f} s of {timeout} on {host.name}"
+            )
+
     def ended(self, host, order, word, *, lapsed=False):
         """Take the end of a run in a slot; no word: it was killed, or it has lapsed."""
         self._touch(host.name)
+        self._check_time(host, order)
         self.alive.get(order.request.id, {}).pop(order.directory, None)
         if word is None and not lapsed:
             self.killed.add(order.directory)
@@ -421,6 +462,13 @@ class Check:
 
     def spooled(self, outcome):
         self.outcomes[outcome.token] = outcome
+        request = self.requests[outcome.request]
+        if outcome.result == "aborted" and outcome.request not in self.aborts:
+            self.fail("P3", f"{outcome} was aborted, and nobody has asked for that")
+        if outcome.reason is not None and outcome.reason.status == "timeout":
+            ran = self.loop.now - self.began[outcome.token]
+            if outcome.result != "error" or request.timeout is None or ran < request.timeout * 0.99:
+                self.fail("timeout", f"{outcome} of {request}, which ran for {ran:.3f} s")
 
     def unspooled(self, host, ref):
         outcome = self.outcomes[ref.token]
@@ -447,6 +495,7 @@ class Check:
         match message.kind:
             case "ticket":
                 ticket = decode(message.body, Ticket)
+                self._check_ticket(ticket)
                 if self.turn is not None:
                     self.turn.queues[ticket.request.id, ticket.attempt] = message.key
                     self.loop.after_step = self._judge_turn
@@ -485,6 +534,19 @@ class Check:
                         self.fail("P4", f"{process.name} sends {outcome}, which is not on its disk")
                 if world.trace is not None:
                     world.note(process.name, f"outcomes {[(one.token, one.result) for one in outcomes]}")
+
+    def _check_ticket(self, ticket):
+        """Check that the last attempt of what was lost each time is alone, and no other."""
+        counted = [
+            row[4]
+            for (id_, number), row in sorted(self.attempts().items())
+            if id_ == ticket.request.id and number < ticket.attempt and row[5] and row[4] not in (None, "handed_back")
+        ]
+        last = bool(counted) and len(counted) + 1 == self.requests[ticket.request.id].max_attempts
+        if ticket.alone != (last and set(counted) == {"lost"}):
+            self.fail("alone", f"{ticket} behind attempts that ended {counted}")
+        if ticket.alone:
+            self.alone.add((ticket.request.id, ticket.attempt))
 
     def delivered(self, process, delivery):
         """Take what a process gets, at the moment that it does."""
@@ -608,6 +670,8 @@ class Check:
         if row.not_before is not None and not self._is_due(row, self.loop.now - turn.judged_at):
             return False
         request = self.requests[row.id]
+        if self._is_over(row):
+            return False
         if old is None:
             return row.id in turn.accepted and not (request.after or request.take)
         return old.state == "pending" and not old.unmet
@@ -686,12 +750,18 @@ class Check:
                 since = max(self.touched[row.id], quiet)
                 if now - since > self.world.scenario.offer_timeout + STALE_MARGIN:
                     self.fail("credit", f"{row.id} is offered since {self.offered_at.get(row.id)}, and nobody takes it")
+            if row.state in ("pending", "offered") and now > max(quiet, self.touched[row.id]) + EXPIRY_SECONDS:
+                expires_at = self.requests[row.id].expires_at
+                if expires_at is not None and expires_at + EXPIRY_SECONDS < self.world.scheduler_wall():
+                    self.fail("expiry", f"{row.id} is {row.state}, and should have expired at {expires_at}")
 
     def _look_at(self, host, quiet):
         process = host.process
         if process is None or process.dead or host.draining or host.seen is None:
             return
         if ("worker", host.name) in self.paused:
+            return
+        if any(row.state in HELD and row.worker in (None, host.name) for row in self._alone_rows()):
             return
         known = self._eligible.get(host.name)
         if known is None or known[0] != self._news:
@@ -700,6 +770,9 @@ class Check:
             both = max(since, quiet)
             if self.loop.now - both > IDLE_SECONDS and (row.not_before is None or self._is_due(row)):
                 self.fail("P5", f"{row.id} waits beside an idle slot of {host.name} since {both - START:.3f}")
+
+    def _alone_rows(self):
+        return [self.rows[id_] for id_, attempt in self.alone if self.rows[id_].attempt == attempt]
 
     def _eligible_on(self, host):
         """List the requests that a host with an idle slot could run, and since when that is so."""
@@ -716,6 +789,7 @@ class Check:
             for row in self.rows.values()
             if row.state == "pending"
             and not row.unmet
+            and not self._is_over(row)
             and not self._is_paused(row, self.paused)
             and (row.ckey is None or keys.get(row.ckey, 0) < self.limit(row.ckey))
             and self.pure(self.requests[row.id])
@@ -758,6 +832,9 @@ class Check:
             request = self.requests[row.id]
             if row.tried != counted.get(row.id, 0) or row.tried > request.max_attempts:
                 self.fail("P3", f"{row} was tried {counted.get(row.id, 0)} times, of at most {request.max_attempts}")
+            again = row.state in request.retry_on and row.tried < request.max_attempts
+            if again and json.loads(row.reason).get("stage") != "record":
+                self.fail("P3", f"{row} was not tried again, as {request.retry_on} asks for")
             if row.state == "rejected" and not self._may_reject(row):
                 self.fail("P3", f"{row.id} was rejected without need: {row}")
             if row.state not in FINAL and not self._may_wait(row):
@@ -768,6 +845,7 @@ class Check:
         return (
             request.data.get("bad")
             or request.requires == programs.BAD_SCHEMA
+            or (None not in (request.not_before, request.expires_at) and request.expires_at <= request.not_before)
             or any(id_ not in self.rows or self.rows[id_].seq > row.seq for id_ in self.needs(request))
         )
 

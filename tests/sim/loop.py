@@ -6,6 +6,7 @@ import contextvars
 import heapq
 from collections import deque
 
+WALL = 1_700_000_000.0  # what clocks on walls show at 0
 START = 1000.0  # virtual seconds: 0 means "never" to some
 
 

@@ -20,6 +20,7 @@ from mqworker.messages import (
 )
 from tests.sim import programs
 from tests.sim.host import MADE
+from tests.sim.loop import START, WALL
 
 FAULTS = (
     "crash-worker",
@@ -125,8 +126,34 @@ def draw(seed):
         happen.faults(until=busy)
     more = _More(random.Random(f"more {seed}"), scenario, tasks, busy)
     more.draw(faults=faults)
+    bounds = random.Random(f"bounds {seed}")
+    if bounds.random() < 0.6:
+        _bound(bounds, scenario)
     scenario.happenings.sort(key=lambda one: one.at)
     return scenario
+
+
+def _bound(chance, scenario):
+    """Give requests bounds in time, and results after which they are tried again; the same to one submitted again."""
+    share = chance.choice([0.1, 0.5])
+    known = {}
+    for happening in sorted(scenario.happenings, key=lambda one: one.at):
+        if happening.kind != "submit":
+            continue
+        now = WALL + START + happening.at
+        for number, request in enumerate(happening.given["requests"]):
+            if request.id not in known:
+                more = {}
+                if chance.random() < share:
+                    more["timeout"] = chance.choice([1.0, 3.0, 10.0])
+                if chance.random() < share:
+                    more["retry_on"] = chance.choice([["failure"], ["error"], ["failure", "error"]])
+                if chance.random() < share / 2:
+                    more["not_before"] = now + chance.choice([-1.0, 0.5, 5.0, 30.0])
+                if chance.random() < share / 2:
+                    more["expires_at"] = now + chance.choice([-1.0, 0.3, 3.0, 20.0, 90.0])
+                known[request.id] = msgspec.structs.replace(request, **more)
+            happening.given["requests"][number] = known[request.id]
 
 
 class _Drawing:
@@ -215,7 +242,7 @@ class _Drawing:
                 case "echo":
                     self.add(at, kind, seconds=long, share=chance.choice([0.1, 0.5]))
                 case "lose-queue":
-                    self.add(at, kind, worker=chance.choice(workers))
+                    self.add(at, kind, worker=chance.choice(workers), down=chance.random() < 0.5)
                 case "disk":
                     self.add(at, kind, worker=chance.choice(workers), seconds=short)
                 case "wall":

@@ -11,10 +11,11 @@ from pathlib import Path
 import msgspec
 
 from mqworker import dispatch
+from mqworker.access import Access
 from mqworker.amqp import Plan
 from mqworker.errors import LedgerUnavailable
 from mqworker.ledger import Ledger
-from mqworker.messages import AbortRequests, Receipt, RequestList, RetryRequest, Submit, decode, encode, tag_of
+from mqworker.messages import AbortRequests, Command, Receipt, RequestList, RetryRequest, Submit, decode, encode, tag_of
 from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
@@ -23,10 +24,9 @@ from tests.sim import programs
 from tests.sim.broker import REPLY, Broker, Link
 from tests.sim.check import FINAL, Check
 from tests.sim.host import SILENT, STORE, Host, conduct_of
-from tests.sim.loop import NOBODY, START, Loop, Process
+from tests.sim.loop import NOBODY, START, WALL, Loop, Process
 from tests.sim.scenario import SETTLE
 
-WALL = 1_700_000_000.0
 LOOK = 0.05  # seconds between two looks for what stays as it is
 LONGEST = 3000.0  # virtual seconds behind the last fault in which all must come to an end
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # noqa: S108  # files that no disk slows down
@@ -80,6 +80,10 @@ class World:
 
     def scheduler_wall(self):
         return self.wall() + self._scheduler_wall
+
+    def clock_steps(self):
+        """Say whether the scheduler's clock on the wall jumps in this scenario."""
+        return any(one.kind == "wall" and one.given["who"] == "scheduler" for one in self.scenario.happenings)
 
     def note(self, who, text):
         if self.trace is not None and not self.loop.burying:
@@ -180,6 +184,7 @@ class World:
             pause_after=3,
             group_weights=self.scenario.weights,
             concurrency_limits=self.scenario.limits,
+            access=Access(operators={None}),  # this broker names nobody: all is one user's
             link=lambda url, **given: Link(self.broker, url, **given),
             clock=lambda: Moment(steady=self.loop.now + 12345.0, wall=self.scheduler_wall()),
         )
@@ -237,6 +242,7 @@ class World:
             case "submit":
                 self.client.submit(given["requests"])
             case "abort":
+                self.check.aborts.add(given["request"])
                 self.client.abort(given["request"])
             case "command":
                 self.client.command(given["query"])
@@ -290,7 +296,7 @@ class World:
                 self._later(seconds, setattr, self.broker, "echo", 0.0)
             case "lose-queue":
                 if host.worker is not None and host.worker._agent.consuming is not None:
-                    self.broker.lose_queue(host.worker._agent.consuming)
+                    self.broker.lose_queue(host.worker._agent.consuming, down=given["down"])
             case "disk":
                 host.disk_full = True
                 self._later(seconds, setattr, host, "disk_full", False)
@@ -426,7 +432,8 @@ class Client:
     def command(self, query):
         self._commands.append(query)
         if isinstance(query, RetryRequest) and query.id in self._world.check.requests:
-            anew = msgspec.structs.replace(self._world.check.requests[query.id], id=query.new_id)
+            old = self._world.check.requests[query.id]
+            anew = msgspec.structs.replace(old, id=query.new_id, not_before=None, expires_at=None)
             self._world.check.requests[query.new_id] = anew
         if len(self._commands) == 1:
             self.process.context.run(self._command)
@@ -434,7 +441,7 @@ class Client:
     def _command(self):
         if self._commands and self._link is not None and self._link.epoch is not None:
             query = self._commands[0]
-            self._ask(TOPOLOGY.api, query, tag_of(query), f"command {self._said}")
+            self._ask(_way(query), query, tag_of(query), f"command {self._said}")
 
     def _again(self, *, only_aborts=False):
         if self._link is None or self._link.epoch is None:
@@ -444,7 +451,7 @@ class Client:
         if self.waiting and not only_aborts:
             self._send(list(self.waiting.values()))
         if self._aborts:
-            self._ask(TOPOLOGY.api, AbortRequests(ids=self._aborts, reason="not wanted any more"), "abort_requests")
+            self._ask(TOPOLOGY.command, AbortRequests(ids=self._aborts, reason="not wanted any more"), "abort_requests")
 
     def _send(self, requests):
         if self._link is not None and self._link.epoch is not None:
@@ -479,6 +486,10 @@ class Client:
                     self._aborts.remove(view.request.id)
                     if view.state not in FINAL and view.abort is None:
                         self._world.check.fail("P3", f"the abort of {view.request.id} has left it {view.state}")
+
+
+def _way(query):
+    return TOPOLOGY.command if isinstance(query, Command) else TOPOLOGY.api
 
 
 @cache

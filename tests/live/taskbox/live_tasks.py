@@ -59,6 +59,24 @@ class Journal(Task):
         return True
 
 
+class Poison(Journal):
+    """Kill the agent that runs it, each time."""
+
+    def _execute(self) -> bool:
+        self._note("start")
+        os.kill(os.getppid(), signal.SIGKILL)
+        return bool(signal.pause())
+
+
+class Picky(Task):
+    """Fail on hosts that are not right, which the metadata do not say."""
+
+    TASK_VERSION = 1
+
+    def _execute(self) -> bool:
+        return "PICKY_FAILS" not in os.environ
+
+
 class Link(Task):
     """Make an artifact that has one word more than the one that it was given."""
 
@@ -177,4 +195,8 @@ class Badly(TaskRunCommandMixin, Task):
 
     def _environment(self) -> bool:
         Path(self.data["note"]).write_text(json.dumps(dict(os.environ)))
+        return True
+
+    def _describe(self) -> bool:
+        self.world.upload_artifact(category="test:large", name="large", data={"text": "x" * 20 * 2**20}, files={})
         return True
