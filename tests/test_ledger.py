@@ -370,6 +370,16 @@ def test_a_request_without_a_requirement_class_can_only_be_rejected(ledger):
 # ---------------------------------------------------------------- moves
 
 
+def test_a_look_at_a_ledger_does_not_raise_its_term(url):
+    Ledger.open(url).close()
+
+    for _ in range(2):
+        assert Ledger.check(url).startswith("the ledger ")
+
+    with closing(Ledger.open(url)) as ledger:
+        assert (ledger.term, ledger.upgraded_from) == (2, None)
+
+
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize(
     ("event", "write"),

@@ -175,7 +175,8 @@ class _Figures:
             ("abort of a running request: asked to confirmed", self._abort_times()),
             ("dead before its request ran again", self._gaps()),
             ("dead before it was given up as lost", self._margins()),
-            ("outage of the schedulers: killed to the next term", self._terms()),
+            ("scheduler killed to the next term", self._terms("scheduler killed")),
+            ("scheduler frozen to the next term, while it is frozen", self._terms("scheduler frozen beyond the lease")),
         ]
         shown = [(name, len(values), *_percentiles(values)) for name, values in rows]
         return _table(("what", "number", "min", "p50", "p90", "p99", "max"), shown)
@@ -226,11 +227,14 @@ class _Figures:
             and (row["request"], row["number"]) in self.ended_at
         ]
 
-    def _terms(self):
+    def _terms(self, kind):
         terms = [one["at"] for one in self.happenings if one["what"] == "term"]
-        harmed = [one["wall"] for one in self.known["faults"] if one["kind"] == "scheduler killed"]
-        found = [(at, bisect_right(terms, at)) for at in harmed]
-        return [terms[place] - at for at, place in found if place < len(terms)]
+        found = []
+        for one in self.known["faults"]:
+            if one["kind"] == kind:
+                end = float("inf") if "killed" in kind else one["healed"]
+                found += [term - one["wall"] for term in terms if one["wall"] < term < end][:1]
+        return found
 
     def faults(self):
         grants = sorted((one["at"], one["worker"]) for one in self.found.tables["moves"] if one["new"] == "running")

@@ -19,6 +19,7 @@ from mqworker.errors import MqworkerError
 from tests.chaos import evidence as proof
 from tests.chaos import faults, report
 from tests.chaos.check import FINAL, check
+from tests.chaos.record import read
 from tests.chaos.world import SUBMITTERS, WORKERS, Missed, World
 
 RATE = 4.0  # requests a second, of each submitter
@@ -292,6 +293,9 @@ class _Fire:
         inside = [line.split()[4] for line in mounts if str(world.directory) in line]
         allowed = {str(world.directory / name) for name in ("ledger", "store", "state")}
         left += [f"the mount {point}" for point in inside if point not in allowed]
+        pids = {line["pid"] for line in read(self.directory / "record" / "harness.jsonl") if line["what"] == "started"}
+        groups = Path("/sys/fs/cgroup").glob("**/mqworker-*-slot-*")
+        left += [f"the cgroup {group}" for group in groups if int(group.name.split("-")[1]) in pids]
         with suppress(Missed):
             transient = (f"{world.prefix}.worker.", f"{world.topology.report}.", f"{world.prefix}.follow.")
             _await(lambda: not [name for name in world.queues() if name.startswith(transient)], 10)

@@ -56,6 +56,8 @@ def test_a_pool_on_fire_loses_nothing_and_runs_nothing_twice(chaos, tmp_path):
     assert "0 lost, 0 overlapping, 0 counted twice, 0 other violations" in said
     assert "It holds." in (tmp_path / "report.md").read_text()
     shutil.rmtree(tmp_path / "kept")
+    if "LEFT OUT" in said:
+        pytest.skip("it holds, but full disks, which need root and mounts of its own, were LEFT OUT")
 
 
 def test_an_interrupted_run_stops_everything_and_says_so(chaos):
