@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-rabbitmq4 test-cluster sim sim-mutants chaos chaos-mutants bench lint format clean
+.PHONY: help demo test test-rabbitmq4 test-cluster sim sim-mutants hostile chaos chaos-mutants bench lint format clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -36,6 +36,11 @@ sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds
 
 sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the seed that notices
 	@$(BIN)/python -m tests.sim.mutants
+
+MESSAGES ?= 1000000
+SEED ?= 1
+hostile: $(VENV)/ready-dev ## MESSAGES=1000000 generated and mutated messages to everybody who reads, each accounted for
+	@$(BIN)/python -m tests.hostile --messages $(MESSAGES) --seed $(SEED)
 
 MINUTES ?= 60
 LEDGER ?= postgresql

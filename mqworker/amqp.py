@@ -11,6 +11,7 @@ import random
 import re
 import secrets
 import ssl
+import struct
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -19,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from pika import BasicProperties
+from pika import BasicProperties, spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorPhaseErrorBase
 from pika.channel import Channel
 from pika.connection import ConnectionParameters, SSLOptions
 from pika.credentials import ExternalCredentials, PlainCredentials
+from pika.data import encode_table
 from pika.exceptions import (
     AMQPError,
     AMQPHeartbeatTimeout,
@@ -64,11 +66,59 @@ EXCHANGE_HEADER: Final = "x-mqworker-exchange"
 USER_HEADER: Final = "x-mqworker-user"
 SENDING_HEADERS: Final = ("CC", "BCC")  # RabbitMQ's sender-selected distribution
 REASON_CHARACTERS: Final = 2000
+HEADERS_HEADER: Final = "x-mqworker-headers-lost"  # on what is put aside without the headers that it came with
+MAX_HEADERS_BYTES: Final = 32 * 1024  # of what is put aside: all properties have to fit into one frame of 128 KiB
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
 ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
+
+
+class _Properties(BasicProperties):  # type: ignore[misc]  # pika's has no type here
+    """Read a message's properties, whatever a stranger has put into its headers.
+
+    A header that pika cannot read (a time beyond the calendar's end, tables in tables a thousand deep) would end the
+    connection that the message comes by; and, since it would come again, each later one.
+    """
+
+    def decode(self, encoded: bytes, offset: int = 0) -> Any:
+        try:
+            return super().decode(encoded, offset)
+        except Exception:  # noqa: BLE001  # pika converts what it finds: anything can come
+            return super().decode(_without_headers(encoded[offset:]))
+
+
+def _without_headers(encoded: bytes) -> bytes:
+    """Write encoded properties with an empty table of headers: it stands behind at most two short strings."""
+    (flags,) = struct.unpack_from(">H", encoded)
+    at = 2
+    for flag in (BasicProperties.FLAG_CONTENT_TYPE, BasicProperties.FLAG_CONTENT_ENCODING):
+        at += 1 + encoded[at] if flags & flag else 0
+    if not flags & BasicProperties.FLAG_HEADERS:
+        return encoded
+    (length,) = struct.unpack_from(">I", encoded, at)
+    return encoded[:at] + bytes(4) + encoded[at + 4 + length :]
+
+
+spec.props[BasicProperties.INDEX] = _Properties  # where pika looks for who reads them
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Return a property as text: pika leaves as bytes what is no UTF-8; of that, the ASCII stays."""
+    return value.decode("ascii", errors="ignore") if isinstance(value, bytes) else value
+
+
+def _kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return headers that can be written again, in a frame with other properties; else the word that they are lost."""
+    pieces: list[bytes] = []
+    try:
+        if encode_table(pieces, dict(headers)) <= MAX_HEADERS_BYTES:
+            return dict(headers)
+        lost = f"they have more than {MAX_HEADERS_BYTES} bytes"
+    except Exception as error:  # noqa: BLE001  # pika reads more than it can write: anything can come
+        lost = f"they cannot be written: {type(error).__name__}"
+    return {HEADERS_HEADER: lost}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -469,7 +519,8 @@ class Link:
         if len(delivery.body) > MAX_BODY_BYTES:
             reason = f"the first {MAX_BODY_BYTES} of {len(delivery.body)} bytes: {reason}"
         kept = {name: value for name, value in delivery.headers.items() if name not in SENDING_HEADERS}
-        headers = {**kept, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        told = {REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        headers = {**_kept_headers(kept), **told}
         if delivery.user_id is not None:
             headers[USER_HEADER] = delivery.user_id
         return self.publish(
@@ -739,14 +790,14 @@ class _Life:
             delivery = Delivery(
                 epoch=self.epoch,
                 tag=0 if consumer.no_ack else method.delivery_tag,
-                exchange=method.exchange,
-                key=method.routing_key,
+                exchange=_text(method.exchange) or "",
+                key=_text(method.routing_key) or "",
                 redelivered=method.redelivered,
-                kind=properties.type,
-                message_id=properties.message_id,
-                correlation_id=properties.correlation_id,
-                reply_to=properties.reply_to,
-                user_id=properties.user_id,
+                kind=_text(properties.type),
+                message_id=_text(properties.message_id),
+                correlation_id=_text(properties.correlation_id),
+                reply_to=_text(properties.reply_to),
+                user_id=_text(properties.user_id),
                 headers=properties.headers or {},
                 body=body,
             )

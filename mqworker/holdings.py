@@ -79,7 +79,9 @@ class KnownWorker:
     home: str = ""
     incarnation: int = -1
     seq: int = -1
+    any_number: bool = False  # its next report counts, whatever number it has
     hello: Hello | None = None
+    metadata_bytes: int = 0
     state: str = "offline"
     reason: str | None = None
     seen: float = 0.0  # steady

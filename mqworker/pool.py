@@ -68,6 +68,8 @@ from mqworker.lifecycle import (
 )
 from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
+    MAX_INPUTS_BYTES,
+    MAX_METADATA_BYTES,
     Abort,
     Alive,
     Artifact,
@@ -103,6 +105,7 @@ from mqworker.messages import (
     VerdictPart,
     Void,
     WorkerEvent,
+    bounded,
 )
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
@@ -122,6 +125,7 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+MAX_POOL_METADATA_BYTES: Final = 512 * 1024 * 1024  # of all workers together; as Python's objects some five times that
 IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again
 FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
 HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
@@ -241,6 +245,7 @@ class Pool:
         self._delayed = held.delayed
         self._running: dict[str, Entry] = {}
         self._workers = held.workers
+        self._metadata_bytes = 0  # of them all
         self._pauses = held.pauses
         self._names = held.names
         self._impostors: dict[tuple[str, str | None], None] = {}  # (name, user) of whom an event has told
@@ -248,6 +253,7 @@ class Pool:
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
         self._refused = held.refused
+        self._refusals = 0
         self._alone: dict[str, Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._wall = 0.0  # ... by the other clock
@@ -367,6 +373,7 @@ class Pool:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
         self._steady = self._hourly = moment.steady
         self._held.newest = kept.newest
+        self._wall = moment.wall
         self._requirements.count_from(kept.newest_requirement)
         self._held.blocked = kept.blocked
         for name, user in kept.worker_names.items():
@@ -697,8 +704,10 @@ class Pool:
         if (intrudes := self._intrudes(worker, report, moment)) is not None:
             self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
             return
-        if worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        late = worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq)
+        if late and not worker.any_number:
             return
+        worker.any_number = False
         if report.incarnation != worker.incarnation or report.home != worker.home:
             worker.hello = worker.heartbeat = None
         worker.home, worker.incarnation = report.home, report.incarnation
@@ -746,7 +755,7 @@ class Pool:
         A successor in the same state directory takes over at once, since there its predecessor is known to have ended.
         From another one, it is a successor only if the worker is silent: two agents may be given one name by mistake.
         """
-        if worker.incarnation < 0:
+        if worker.incarnation < 0 or worker.any_number:
             return None
         if report.home == worker.home:
             if report.incarnation >= worker.incarnation:
@@ -763,6 +772,20 @@ class Pool:
 
     def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
+        size = len(msgspec.json.encode(hello.metadata))
+        others = self._metadata_bytes - worker.metadata_bytes
+        if size > MAX_METADATA_BYTES or others + size > MAX_POOL_METADATA_BYTES:
+            reason = (
+                f"expected metadata of at most {MAX_METADATA_BYTES} bytes, and of all workers together of at most"
+                f" {MAX_POOL_METADATA_BYTES}, got {size} beside {others}: have the worker say less"
+            )
+            if worker.state != "refused":
+                self._offline(worker, reason, moment, state="refused")
+            worker.hello = msgspec.structs.replace(hello, metadata={}, tasks={})  # it is known, and holds no room
+            self._metadata_bytes, worker.metadata_bytes = others, 0
+            self._say(worker, Assign(queue=None, reason=reason))
+            return
+        self._metadata_bytes, worker.metadata_bytes = others + size, size
         worker.hello = hello
         if hello.store != self._store_id:
             reason = (
@@ -937,6 +960,10 @@ class Pool:
         self._granted(worker, claim, entry)
 
     def _granted(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
+        inputs = [self._inputs[number] for number in entry.inputs if number in self._inputs]
+        if len(inputs) < len(entry.inputs) or sum(len(msgspec.json.encode(one)) for one in inputs) > MAX_INPUTS_BYTES:
+            self._too_much_input(worker, claim)
+            return
         self._say(
             worker,
             Granted(
@@ -944,9 +971,35 @@ class Pool:
                 attempt=claim.attempt,
                 token=claim.token,
                 lease=self._lease_of(entry),
-                inputs=[self._inputs[number] for number in entry.inputs],
+                inputs=inputs,
             ),
         )
+
+    def _too_much_input(self, worker: KnownWorker, claim: Claim) -> None:
+        """End a request whose grant no message could carry, before it has begun."""
+        reason = Reason(
+            text=f"expected input artifacts that are described in at most {MAX_INPUTS_BYTES} bytes together, got more:"
+            " name fewer of them",
+            stage="grant",
+        )
+        outcome = Outcome(
+            request=claim.request,
+            attempt=claim.attempt,
+            token=claim.token,
+            result="error",
+            reason=reason,
+            started=self._wall,
+            ended=self._wall,
+        )
+        self._end(
+            claim,
+            worker=worker.name,
+            outcome=outcome,
+            artifacts=(),
+            moment=Moment(steady=self._steady, wall=self._wall),
+            answer=lambda _: None,
+        )
+        self._void(worker, claim, reason.text)
 
     def _refusal(self, worker: KnownWorker, refusal: Refusal) -> None:
         if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
@@ -964,13 +1017,15 @@ class Pool:
         if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
-        denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
+        earlier = (one for one in self._refused.get(entry.request.id, ()) if one[0] != worker)  # it has other ones now
+        denied = frozenset({*earlier, (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         self._alone.setdefault(entry.request.id, Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
-        entry.own = (entry.one.id, entry.request.id, len(denied))
+        self._refusals += 1
+        entry.own = (entry.one.id, entry.request.id, self._refusals)
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
         alone = self._examiner.passing_question(draft)  # it is shared with none: no read divides it
@@ -1059,7 +1114,7 @@ class Pool:
             retry_delay=self._retry_delay,
             retry_on=entry.request.retry_on if entry is not None else (),
         )
-        reason = outcome.reason
+        reason = None if outcome.reason is None else bounded(outcome.reason)
         if ending.exhausted and entry is not None:
             reason = exhausted(reason, entry.history, entry.tried + 1)
         if ending.event is Event.ABORT and entry is not None and entry.abort is not None:
@@ -1314,8 +1369,9 @@ class Pool:
 
     def refresh(self, names: Sequence[str]) -> None:
         """Ask workers for fresh metadata; no names: all that are online."""
+        wanted = frozenset(names)
         for worker in self._workers.values():
-            if worker.state != "offline" and (not names or worker.name in names):
+            if worker.state != "offline" and (not names or worker.name in wanted):
                 self._say(worker, Introduce())
 
     # ------------------------------------------------------------ time
@@ -1412,8 +1468,8 @@ class Pool:
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
-        if (probe.term, probe.secret) != (self._term, self._secret):
-            return
+        if (probe.term, probe.secret) != (self._term, self._secret) or probe.number > self._probes:
+            return  # an earlier scheduler's, or nobody's
         for entry in self._running.values():
             lease = entry.lease
             if lease is not None and lease.probe is not None and lease.probe <= probe.number:
@@ -1421,6 +1477,8 @@ class Pool:
         for worker in self._workers.values():
             if worker.probe is not None and worker.probe <= probe.number:
                 self._offline(worker, "it has not reported any more", moment)
+                # Whoever used its name with a number that it will not reach must not keep it away for ever.
+                worker.any_number = True
 
     def _forget_probes(self) -> None:
         """Send probes anew: the last one was not published."""

@@ -33,6 +33,8 @@ from mqworker.errors import (
     LedgerUnavailable,
     NotPublished,
     PeerError,
+    TooLarge,
+    Unreadable,
 )
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
@@ -40,7 +42,10 @@ from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     FULL_ID,
+    MAX_DESCRIBED_BYTES,
+    MAX_INPUTS_BYTES,
     MAX_MESSAGE_BYTES,
+    MAX_REQUEST_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
@@ -75,9 +80,11 @@ from mqworker.messages import (
     Resume,
     RetryRequest,
     Submit,
+    Verdict,
     WorkerList,
     decode,
     encode,
+    longer_than,
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
@@ -97,6 +104,7 @@ GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool
 IMPOSTOR_SECONDS: Final = 60.0  # between messages put aside of one who speaks in another's name
 MOST_IMPOSTORS: Final = 1000  # of whom this is remembered
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+MAX_WAITING_BYTES: Final = 256 * 1024 * 1024  # of reports, while the ledger commits; more are dropped: they come again
 STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
 # What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
 READING_HEARTBEAT: Final = 5
@@ -131,7 +139,7 @@ def kept_by(ledger: Ledger) -> Kept:
 def look_up(ledger: Ledger, asks: Asks) -> Answers:
     """Read what the pool wants to know; right behind a commit, it is what that has left."""
     return Answers(
-        artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
+        artifacts=ledger.artifacts_by_id(asks.artifacts, limit=MAX_INPUTS_BYTES) if asks.artifacts else {},
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
@@ -186,6 +194,8 @@ class Scheduler:
             pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
+        self._waiting_bytes = 0  # of reports in it
+        self._flooded = False  # some were dropped
         self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
@@ -272,14 +282,14 @@ class Scheduler:
         # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
         priority = min(self._ledger.term, HIGHEST_PRIORITY)
 
-        def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack, priority=priority)
+        def consumer(queue: str, *, prefetch: int = 200) -> Consumer:
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
             queues=(*topology.queues(), report),
             consumers=(
-                consumer(report.name, no_ack=True),
+                Consumer(queue=report.name, on_delivery=self._take_report, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
                 Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
@@ -292,6 +302,15 @@ class Scheduler:
     def _take(self, delivery: Delivery) -> None:
         self._inbox.append(delivery)
         self._awake.set()
+
+    def _take_report(self, delivery: Delivery) -> None:
+        """Take a report; nothing but this bounds how many wait, since they come without acknowledgement."""
+        if self._waiting_bytes > MAX_WAITING_BYTES:
+            self._metrics.unreadable.labels(source="flood").inc()
+            self._flooded = True
+            return
+        self._waiting_bytes += len(delivery.body)
+        self._take(delivery)
 
     def _take_query(self, delivery: Delivery) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(delivery))
@@ -366,10 +385,13 @@ class Scheduler:
             await self._turn()
 
     async def _turn(self) -> None:
-        inbox, self._inbox = self._inbox, []
+        inbox, self._inbox, self._waiting_bytes = self._inbox, [], 0
         calls, self._calls = self._calls, []
         for call in calls:
             call()
+        if self._flooded:
+            self._flooded = False
+            self._pool.disconnected()  # its probe may have been among what was dropped
         settled: list[Delivery] = []
         for delivery in inbox:
             try:
@@ -448,10 +470,16 @@ class Scheduler:
             self._reading.refresh().add_done_callback(_tell_refusal)
 
     def _publish(self, send: Send) -> None:
+        body = encode(send.message)
+        if len(body) > MAX_MESSAGE_BYTES and isinstance(send.message, Verdict) and len(send.message.parts) > 1:
+            half = len(send.message.parts) // 2
+            for parts in (send.message.parts[:half], send.message.parts[half:]):
+                self._publish(replace(send, message=msgspec.structs.replace(send.message, parts=parts)))
+            return
         future = self._writing.publish(
             exchange=send.exchange,
             key=send.key,
-            body=encode(send.message),
+            body=body,
             kind=tag_of(send.message),
             mandatory=send.mandatory,
             persistent=send.persistent,
@@ -490,6 +518,13 @@ class Scheduler:
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
         submit = decode(delivery.body, Submit)
+        if len(delivery.body) > MAX_REQUEST_BYTES:
+            for request in submit.requests:
+                if (size := len(encode(request))) > MAX_REQUEST_BYTES:
+                    raise Unreadable(
+                        f"expected requests of at most {MAX_REQUEST_BYTES} bytes, got {size} for {request.id}: import"
+                        " large data as an artifact and name its id"
+                    )
         drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
         user = delivery.user_id
@@ -506,7 +541,7 @@ class Scheduler:
         wanted = {number for draft in drafts for number in draft.inputs}
         if not wanted:
             return {}
-        return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
+        return await self._in_ledger_thread(lambda: self._ledger.artifacts_briefly(wanted))
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
         """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
@@ -563,7 +598,9 @@ class Scheduler:
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
-        if len(encode(answer)) > MAX_MESSAGE_BYTES:
+        except TooLarge as error:
+            answer = Problem(kind="too_large", text=str(error))
+        if longer_than(answer, MAX_MESSAGE_BYTES):
             text = f"expected a question with an answer of at most {MAX_MESSAGE_BYTES} bytes; ask for fewer at a time"
             answer = Problem(kind="too_large", text=text)
         self._answer(delivery, answer)
@@ -720,6 +757,12 @@ class Scheduler:
                 f"expected bytes in the store {self._store_id}, got the store {query.store}: use the scheduler's store"
             )
             return Problem(kind="store_mismatch", text=text)
+        if (size := len(encode(query.artifact))) > MAX_DESCRIBED_BYTES:
+            text = (
+                f"expected an artifact that is described in at most {MAX_DESCRIBED_BYTES} bytes, got {size}: put large"
+                " data into files"
+            )
+            return Problem(kind="artifact_invalid", text=text)
         number = await self._settled(partial(self._pool.import_artifact, query.key, query.artifact, self._now()))
         if isinstance(number, ImportRefused):
             return Problem(kind="artifact_invalid", text=number.reason)

@@ -45,10 +45,12 @@ from mqworker.agent import (
 )
 from mqworker.amqp import BLOCKED, Consumer, Delivery, Link, Plan
 from mqworker.cgroup import Cgroup, Cgroups
-from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
+from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked, Unreadable
 from mqworker.limits import Watch
 from mqworker.messages import (
+    MAX_LINE_BYTES,
     Analysis,
+    Assign,
     Limits,
     Outcome,
     Outfit,
@@ -82,7 +84,7 @@ DISK_SECONDS: Final = 5.0  # between two looks at free room
 FEW_INODES: Final = 1000  # a file system that counts its files, and has fewer left, is full
 LAST_WORDS: Final = 64 * 1024  # bytes: what a pipe holds
 LAST_LINES: Final = 500  # characters of them, for an operator
-LINE_LIMIT: Final = 16 * 1024 * 1024  # bytes of one word of a slot
+DISCARDED_AT_ONCE: Final = 64 * 1024  # bytes of what a slot says when it is not understood any more
 KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may read of ours: no URL with a password
 
 
@@ -366,6 +368,7 @@ class Worker:
         self._heard_at = asyncio.get_running_loop().time()
         try:
             verdict = decode(delivery.body, Verdict)
+            self._check_queues(verdict)
         except PeerError as error:
             self._metrics.unreadable.labels(source="verdict").inc()
             logger.warning(
@@ -374,6 +377,16 @@ class Worker:
             return
         self._agent.verdict(verdict, self._clock())
         self._act()
+
+    def _check_queues(self, verdict: Verdict) -> None:
+        """Refuse to consume what is no class's queue: whoever can write verdicts must not have this worker eat others'.
+
+        Raises:
+            Unreadable: the verdict names another queue.
+        """
+        for part in verdict.parts:
+            if isinstance(part, Assign) and part.queue is not None and not self._topology.is_class_queue(part.queue):
+                raise Unreadable(f"expected a queue {self._topology.work}.<class> to consume, got {part.queue!r}")
 
     def _take_ticket(self, delivery: Delivery) -> None:
         try:
@@ -758,8 +771,18 @@ class Worker:
         """Pass on what a slot says, until its process ends."""
         was_ready = False
         stream = child.process.stdout
-        while stream is not None and (line := await stream.readline()):
-            word: SlotWord = decode(line, SlotWord)  # type: ignore[arg-type]  # a union of structs
+        while stream is not None:
+            try:
+                line = await stream.readline()
+                if not line.endswith(b"\n"):
+                    break  # its process has ended, perhaps in the middle of a word
+                word: SlotWord = decode(line, SlotWord, limit=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union of structs
+            except (PeerError, ValueError) as error:  # ValueError: a line without an end, by the stream's limit
+                self._agent.slot_babbled(number, str(error))
+                self._act()
+                while await stream.read(DISCARDED_AT_ONCE):
+                    pass
+                break
             was_ready = was_ready or isinstance(word, SlotReady)
             self._agent.slot_said(number, word)
             self._act()
@@ -834,7 +857,7 @@ class Worker:
             stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            limit=LINE_LIMIT,
+            limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             pass_fds=pass_fds,
             env=_child_environment(),
@@ -865,7 +888,7 @@ class Worker:
         identity = processes.identify(process.pid)
         try:
             output, _ = await asyncio.wait_for(process.communicate(), ANALYSIS_SECONDS)
-            analysis = decode(output, Analysis)
+            analysis = decode(output, Analysis, limit=MAX_LINE_BYTES)
         except TimeoutError:
             raise HostUnfit(f"expected analyze_worker() of all tasks to end within {ANALYSIS_SECONDS:g} s") from None
         except PeerError as error:

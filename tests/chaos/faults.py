@@ -357,7 +357,7 @@ def stall_network(world, dice, doing):
     doing.harm(name)
     proxy.hold()
     try:
-        doing.wait(dice.seconds(2, 9 if dice.quick else 20))
+        doing.wait(dice.seconds(*(BEYOND if dice.quick else (2, 20))))
     finally:
         proxy.release()
     doing.heal()
@@ -371,7 +371,7 @@ def leave_half_open(world, dice, doing):
     proxy.deafen()
     proxy.half_open()
     try:
-        doing.wait(dice.seconds(2, 9 if dice.quick else 25))
+        doing.wait(dice.seconds(*(BEYOND if dice.quick else (2, 25))))
     finally:
         proxy.deafen(False)
         proxy.cut()  # what the kernel does at last with a connection that nobody answers

@@ -80,11 +80,8 @@ class Submitter:
         rng = self._rng
         how = rng.choices([*HOWS], [often for often, _ in HOWS.values()])[0]
         most = HOWS[how][1]
-        seconds = rng.choices([0.0, rng.uniform(0.001, 0.05), rng.uniform(0.1, 2), rng.uniform(2, 8)], [45, 25, 22, 7])[
-            0
-        ]
-        if rng.random() < 0.008:
-            seconds = rng.uniform(8, 20)
+        kinds = (0.0, rng.uniform(0.001, 0.05), rng.uniform(0.1, 2), rng.uniform(2, 8), rng.uniform(8, 20))
+        seconds = rng.choices(kinds, [42, 25, 20, 9, 4])[0]  # the long ones are what a lease is for
         request_id = str(uuid.UUID(int=rng.getrandbits(64) << 64 | uuid.uuid4().int >> 64, version=4))
         data = {"id": request_id, "how": how, "seconds": round(seconds if most is None else min(seconds, most), 4)}
         if rng.random() < 0.1:
