@@ -606,6 +606,16 @@ Command = Reprioritise | AbortRequests | RetryRequest | ImportArtifact | PoolCom
 Query = Question | Command
 
 
+class RunView(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Show a run, without its token: who knows that could speak for it."""
+
+    request: str
+    attempt: int
+    since: float
+    stage: str | None = None
+    fraction: float | None = None
+
+
 class AttemptView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Show one attempt."""
 
@@ -634,7 +644,7 @@ class RequestView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     granted: float | None = None
     ended: float | None = None
     reason: Reason | None = None
-    progress: RunProgress | None = None
+    progress: RunView | None = None
     waits: str | None = None  # what a pending request waits for
     requirement: int | None = None  # its requirement class
     after: list[str] = []  # requests that it still waits for
@@ -659,7 +669,7 @@ class WorkerView(Struct, frozen=True, kw_only=True, omit_defaults=True):
     host: str
     state: Literal["online", "offline", "refused"]
     slots: int
-    running: list[RunProgress] = []
+    running: list[RunView] = []
     queue: str | None = None
     tasks: dict[str, int | None] = {}
     metadata: dict[str, Any] = {}

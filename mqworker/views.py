@@ -22,7 +22,7 @@ from mqworker.messages import (
     Hello,
     ListWorkers,
     RequestView,
-    RunProgress,
+    RunView,
     WorkerView,
 )
 from mqworker.messages import Pool as PoolView
@@ -253,7 +253,7 @@ class Views:
             for worker in map(self._workers.__getitem__, nsmallest(query.limit, names))
         ]
 
-    def _running(self, worker: KnownWorker) -> list[RunProgress]:
+    def _running(self, worker: KnownWorker) -> list[RunView]:
         leases = (self._entries[request].lease for request in sorted(worker.leases))
         return [_shown(lease) for lease in leases if lease is not None]
 
@@ -281,6 +281,6 @@ class Views:
             self._metrics.class_offers.labels(capability_class=name).set(out)
 
 
-def _shown(lease: Lease) -> RunProgress:
-    """Return a run as everybody may see it: who knows its token could speak for it."""
-    return msgspec.structs.replace(lease.run, token="")
+def _shown(lease: Lease) -> RunView:
+    run = lease.run
+    return RunView(request=run.request, attempt=run.attempt, since=run.since, stage=run.stage, fraction=run.fraction)

@@ -21,7 +21,7 @@ from mqworker.messages import (
     Request,
     RequestEvent,
     RequestView,
-    RunProgress,
+    RunView,
     Take,
 )
 
@@ -92,7 +92,7 @@ def test_a_file_is_shown_in_whole_characters_however_its_chunks_fall():
 
 def test_a_list_has_one_line_a_request_at_80_columns():
     long = Reason(text="the build failed because " + "of something long\n" * 20)
-    progress = RunProgress(request=ID, attempt=1, token="t", since=NOW - 5, stage="Build", fraction=0.25)  # noqa: S106  # no secret
+    progress = RunView(request=ID, attempt=1, since=NOW - 5, stage="Build", fraction=0.25)
     views = [
         view(progress=progress),
         view(progress=progress, abort="enough"),

@@ -19,7 +19,7 @@ from mqworker.messages import (
     Request,
     RequestEvent,
     RequestView,
-    RunProgress,
+    RunView,
     Step,
     StuckEvent,
     WorkerEvent,
@@ -314,7 +314,7 @@ def sight(**changes) -> screen_pool.Sight:
 
 
 def test_the_live_screen_shows_counts_runs_what_waits_and_why_pauses_and_events(watching):
-    progress = RunProgress(request=ID, attempt=1, token="t", since=NOW - 5, stage="Build", fraction=0.25)  # noqa: S106  # no secret
+    progress = RunView(request=ID, attempt=1, since=NOW - 5, stage="Build", fraction=0.25)
     running = view(state="running", granted=NOW - 5, worker="w1", progress=progress)
     waiting = [view(waits="no worker can run it" + " at all" * 20) for _ in range(50)]
     pause = PauseView(kind="worker", name="w2", reason="disk full", since=NOW - 60)

@@ -31,7 +31,7 @@ from mqworker.messages import (
     ListWorkers,
     Request,
     RetryRequest,
-    RunProgress,
+    RunView,
     Step,
     WorkerEvent,
     WorkerView,
@@ -464,7 +464,7 @@ def test_workers_are_drained_by_name_by_class_and_altogether(run, scheduler):
 
 
 def test_a_drain_waits_until_nothing_runs_or_until_the_workers_have_gone(run, scheduler):
-    run_ = RunProgress(request=NOT_HERE, attempt=1, token="t", since=1.0)  # noqa: S106  # of a claim
+    run_ = RunView(request=NOT_HERE, attempt=1, since=1.0)
     scheduler.workers = [WorkerView(name="w1", host="h", state="online", slots=2, running=[run_])]
     looks = []
 
