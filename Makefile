@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-rabbitmq4 sim sim-mutants chaos chaos-mutants bench lint format clean
+.PHONY: help demo test test-rabbitmq4 test-cluster sim sim-mutants hostile chaos chaos-mutants bench lint format clean
 
 help: ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 24
 
 demo: $(VENV)/ready-demo ## see a private broker, a scheduler, two workers and a real Debian build
 	@$(BIN)/mqworker demo --directory .demo
@@ -26,12 +26,21 @@ test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each Rabbi
 	@for version in $(RABBITMQ); do echo "tests with RabbitMQ $$version"; MQWORKER_TEST_RABBITMQ=$$version PYTHONDONTWRITEBYTECODE= \
 	  $(BIN)/pytest --numprocesses=logical --maxprocesses=4 --deselect tests/live/test_demo.py tests/live || exit; done
 
+test-cluster: $(VENV)/ready-dev ## a pool on three RabbitMQ nodes that are killed, frozen and parted
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m cluster tests/live/test_cluster.py
+
 SEEDS ?= 1000
 sim: $(VENV)/ready-dev ## a whole pool on a virtual clock, from SEEDS=1000 seeds, with every promise checked
 	@$(BIN)/python -m tests.sim --seeds 1-$(SEEDS)
 
 sim-mutants: $(VENV)/ready-dev ## break the pool in each known way, and show the seed that notices
 	@$(BIN)/python -m tests.sim.mutants
+
+MESSAGES ?= 1000000
+SEED ?= 1
+hostile: $(VENV)/ready-dev ## MESSAGES=1000000 generated and mutated messages to everybody who reads, each accounted for
+	@$(BIN)/python -m tests.hostile --messages $(MESSAGES) --seed $(SEED)
 
 MINUTES ?= 60
 LEDGER ?= postgresql

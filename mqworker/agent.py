@@ -9,16 +9,22 @@ import difflib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import islice
 from math import inf
 from typing import Any, Final
 
 import msgspec
 
 from mqworker import __version__, requires
-from mqworker.errors import SettingsError, TaskConfigError
+from mqworker.errors import HostUnfit, SettingsError, TaskConfigError
 from mqworker.lifecycle import lease_deadline_ns
 from mqworker.messages import (
-    MAX_MESSAGE_BYTES,
+    MAX_DESCRIBED_BYTES,
+    MAX_LISTED,
+    MAX_METADATA_BYTES,
+    MAX_OUTCOME_BYTES,
+    MAX_STAGE,
     SLOT_LAPSED,
     Abort,
     Alive,
@@ -53,7 +59,9 @@ from mqworker.messages import (
     Ticket,
     Verdict,
     Void,
+    bounded,
     encode,
+    shortened,
 )
 from mqworker.task import Task, load_tasks
 from mqworker.tracking import ask_plainly
@@ -63,12 +71,16 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_NS: Final = 5_000_000_000
 BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
+TERM_PATIENCE_NS: Final = 60_000_000_000  # without a word of the highest term: whoever said it was no scheduler
 ABORT_MARGIN_NS: Final = 1_000_000_000  # beyond the task's own grace before its slot is killed: gone in 2 s with that
 BEHIND_NS: Final = 1_000_000_000  # so much later than this process a slot itself ends a run that is over its timeout
 DEFAULT_GRACE: Final = 5.0  # seconds; of a task that does not say
 BEATS_KEPT: Final = 100  # heartbeats that may still be answered
-MAX_SET_BYTES: Final = MAX_MESSAGE_BYTES // 2  # of outcomes; a slot sees to it that one alone is no larger
-MAX_REASON: Final = 4000  # characters of each part of a reason
+MAX_UNSETTLED: Final = 1000  # outcomes without an answer, and ...
+MAX_UNSETTLED_BYTES: Final = 64 * 1024 * 1024  # ... their bytes; with more of either, it takes no ticket
+MAX_LOG: Final = 1024 * 1024  # characters of output in one message; a slot says far less at once
+LARGEST: Final = 3  # keys that are named where metadata are too large, ...
+LARGEST_KEY: Final = 100  # ... with so many of their characters
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
 
 
@@ -247,10 +259,11 @@ class _Run:
     fraction: float | None = None
     abort: str | None = None
     kill_ns: int | None = None
-    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit"
+    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit", "babble"
     exceeded: Reason | None = None  # a limit
     out_of_memory: bool = False
     ended: SlotEnded | None = None  # what its slot said before it ended itself, because of what it could not end
+    babble: str = ""  # what is wrong with what its slot said
     log_seq: int = 0
     tail: str = ""
 
@@ -267,6 +280,7 @@ class _Run:
 @dataclass(kw_only=True)
 class _Unsettled:
     outcome: Outcome
+    size: int  # bytes
     sendable: bool = False  # it is on disk, or cannot be, and the worker leaves
     sent_ns: int | None = None
 
@@ -340,6 +354,7 @@ class Agent:
         self._acts: list[Act] = []
         self._epoch: str | None = None
         self._term = 0
+        self._term_heard_ns = 0
         self._seq = 0
         self._analysis: Analysis | None = None
         self._metadata: dict[str, Any] = {}
@@ -347,6 +362,7 @@ class Agent:
         self._asking: dict[str, _Asking] = {}
         self._runs: dict[str, _Run] = {}
         self._unsettled: dict[str, _Unsettled] = {}
+        self._unsettled_bytes = 0
         self._beats: dict[int, _Beat] = {}
         self._assigned: str | None = None
         self._consuming: str | None = None
@@ -360,6 +376,7 @@ class Agent:
         )
         self._stage_news = False
         self._beaten_ns = 0
+        self._blocked = False  # the broker takes nothing
         self.refused: str | None = None  # why the scheduler does not want this worker
         self.heard = False  # whether the scheduler has answered in this life of the connection
 
@@ -386,6 +403,12 @@ class Agent:
         self._epoch = self._consuming = None
         self.heard = False
 
+    def blocked(self, *, blocked: bool) -> None:
+        """Say nothing while the broker takes nothing: it would only pile up here; say all of it when it ends."""
+        if self._blocked and not blocked:
+            self._resend()
+        self._blocked = blocked
+
     def _resend(self) -> None:
         self._hello_wanted = self._beat_wanted = True
         for unsettled in self._unsettled.values():
@@ -394,9 +417,16 @@ class Agent:
     # ------------------------------------------------------------ the host
 
     def analyzed(self, analysis: Analysis) -> None:
-        """Take a fresh look at the host; the administrator's word counts more than what was found."""
+        """Take a fresh look at the host; the administrator's word counts more than what was found.
+
+        Raises:
+            HostUnfit: there are more metadata than a scheduler takes; the text names the largest. The last view stays.
+        """
         metadata = {**analysis.metadata, **self._static_metadata}
-        same = msgspec.json.encode(metadata) == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
+        encoded = msgspec.json.encode(metadata)
+        if len(encoded) > MAX_METADATA_BYTES:
+            raise HostUnfit(_too_many(metadata, len(encoded)))
+        same = encoded == msgspec.json.encode(self._metadata)  # 1, True and 1.0 are three values
         if self._analysis is not None and same and analysis.tasks == self._analysis.tasks:
             return
         self._analysis = analysis
@@ -472,10 +502,11 @@ class Agent:
     # ------------------------------------------------------------ verdicts
 
     def verdict(self, verdict: Verdict, now_ns: int) -> None:
-        """Take the scheduler's answers; those of an older term count for nothing."""
-        if verdict.term < self._term:
+        """Take the scheduler's answers; those of an older term count for nothing while the newer one is heard."""
+        if verdict.term < self._term and now_ns - self._term_heard_ns < TERM_PATIENCE_NS:
             return
-        if verdict.term > self._term:
+        self._term_heard_ns = now_ns
+        if verdict.term != self._term:
             if self._term:
                 self._resend()
             self._term = verdict.term
@@ -498,8 +529,9 @@ class Agent:
                 case Abort():
                     self._abort(part, now_ns)
                 case Recorded():
-                    if self._unsettled.pop(part.token, None) is not None:
-                        self._acts.append(Unspool(part))
+                    if (known := self._unsettled.pop(part.token, None)) is not None:
+                        self._unsettled_bytes -= known.size
+                        self._acts.append(Unspool(known.outcome))  # and not whatever else the answer may name
                         if part.status != "recorded":
                             logger.warning(
                                 "an outcome does not count",
@@ -694,6 +726,17 @@ class Agent:
         """Say why this worker takes no work now; None: it does."""
         return "; ".join(self._holds.values()) or None
 
+    def slot_babbled(self, number: int, problem: str) -> None:
+        """Take it that a slot has said what is no word: whatever runs in it speaks for it, and is killed with it."""
+        slot = self._slots[number]
+        run = self._runs.get(slot.run) if slot.run is not None else None
+        if run is not None and run.killed is None:
+            run.babble = problem
+            self._kill(run, "babble", problem)
+        elif not slot.dying:
+            slot.ready, slot.dying = False, True
+            self._acts.append(KillSlot(slot=number, reason=problem))
+
     def slot_gone(self, number: int, exit_code: int, last_words: str = "") -> None:
         """Take the end of a slot's process, and what it had still to say; nothing that stems from it lives any more."""
         slot = self._slots[number]
@@ -716,6 +759,8 @@ class Agent:
                 )
             case "stop":
                 self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
+            case "babble":
+                self._end(run, "error", Reason(text=f"what its slot said cannot be read: {run.babble}", stage=stage))
             case "timeout":
                 self._end(run, "error", _over(run, "it did not stop in time and was killed"))
             case "limit":
@@ -760,20 +805,35 @@ class Agent:
         ended: SlotEnded | None = None,
     ) -> None:
         now = self._wall()
-        reason = None if reason is None else _bounded(reason)
         outcome = Outcome(
             request=ref.request,
             attempt=ref.attempt,
             token=ref.token,
             result=result,
-            reason=reason,
+            reason=None if reason is None else bounded(reason),
             again=ended is not None and ended.again,
             started=now if since is None else since,
             ended=now,
             artifacts=[] if ended is None else ended.artifacts,
         )
-        self._unsettled[ref.token] = _Unsettled(outcome=outcome)
+        size = len(encode(outcome))
+        if size > MAX_OUTCOME_BYTES or len(outcome.artifacts) > MAX_LISTED:
+            text = (
+                f"expected artifacts that are described in at most {MAX_DESCRIBED_BYTES} bytes, at most {MAX_LISTED} of"
+                f" them, got an outcome of {size} bytes with {len(outcome.artifacts)}: put large data into files"
+            )
+            stage = None if outcome.reason is None else outcome.reason.stage
+            outcome = msgspec.structs.replace(
+                outcome, result="error", reason=Reason(text=text, stage=stage, status=result), artifacts=[]
+            )
+            size = len(encode(outcome))
+        self._keep(outcome, size)
         self._acts.append(Spool(outcome, task.lower()))
+
+    def _keep(self, outcome: Outcome, size: int) -> _Unsettled:
+        self._unsettled_bytes += size
+        unsettled = self._unsettled[outcome.token] = _Unsettled(outcome=outcome, size=size)
+        return unsettled
 
     def _show(self, run: _Run, text: str) -> None:
         run.log_seq += 1
@@ -786,16 +846,16 @@ class Agent:
                     worker=self.name,
                     time=self._wall(),
                     seq=run.log_seq,
-                    text=text,
+                    text=shortened(text, MAX_LOG),
                 )
             )
         )
 
     def _progress(self, run: _Run, *, stage: str | None, fraction: float | None) -> None:
-        if stage is not None and stage != run.stage:
+        if stage is not None and (stage := stage[:MAX_STAGE]) != run.stage:
             run.stage = stage
             self._stage_news = True
-        run.fraction = fraction
+        run.fraction = None if fraction is None else min(1.0, max(0.0, fraction))
         self._acts.append(
             PublishLog(
                 LogProgress(
@@ -806,7 +866,7 @@ class Agent:
                     time=self._wall(),
                     since=run.since,
                     stage=run.stage,
-                    fraction=fraction,
+                    fraction=run.fraction,
                 )
             )
         )
@@ -837,7 +897,7 @@ class Agent:
 
     def spooled(self, outcome: Outcome) -> None:
         """Take an outcome that is on disk: now it can be sent."""
-        unsettled = self._unsettled.setdefault(outcome.token, _Unsettled(outcome=outcome))
+        unsettled = self._unsettled.get(outcome.token) or self._keep(outcome, len(encode(outcome)))
         unsettled.sendable = True
 
     # ------------------------------------------------------------ time
@@ -910,6 +970,9 @@ class Agent:
         return [number for number, slot in self._slots.items() if slot.ready and slot.run is None and not slot.dying]
 
     def _free(self) -> int:
+        """Count the slots that a ticket may still come for; none, while the ledger answers too few outcomes."""
+        if len(self._unsettled) >= MAX_UNSETTLED or self._unsettled_bytes >= MAX_UNSETTLED_BYTES:
+            return 0
         return 0 if self._has_alone() else len(self._idle()) - len(self._asking)
 
     def _has_alone(self) -> bool:
@@ -922,7 +985,7 @@ class Agent:
         """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
         wanted = None
         able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
-        if self._epoch is not None and able and self._free() > 0:
+        if self._epoch is not None and not self._blocked and able and self._free() > 0:
             wanted = self._assigned
         if wanted == self._consuming:
             return
@@ -934,7 +997,7 @@ class Agent:
 
     def _report(self, now_ns: int) -> None:
         """Say what has not been said yet; with each heartbeat, all that is unanswered again."""
-        if self._epoch is None or self._analysis is None:
+        if self._epoch is None or self._analysis is None or self._blocked:
             return
         parts: list[ReportPart] = []
         beat = self._beat_wanted
@@ -951,7 +1014,9 @@ class Agent:
             if asking.sent_ns is None or beat:
                 asking.sent_ns = asking.sent_ns or now_ns
                 if asking.claims is None and asking.refusal is not None:
-                    self._acts.append(CountRefusal(asking.ticket.request.task.lower()))
+                    task = asking.ticket.request.task
+                    known = Task.is_valid_task_name(task)
+                    self._acts.append(CountRefusal(task.lower() if known else "unknown"))  # as in the scheduler's
                 asking.claims = asking.asks_to_run()
                 parts.append(self._question(asking))
         if parts:
@@ -1021,7 +1086,7 @@ class Agent:
             claiming=[asking.ref() for asking in self._asking.values() if asking.asks_to_run()],
             unsettled=[
                 RunRef(request=one.outcome.request, attempt=one.outcome.attempt, token=one.outcome.token)
-                for one in self._unsettled.values()
+                for one in islice(self._unsettled.values(), MAX_LISTED)  # what a predecessor left may be more
             ],
             held=self.held,
         )
@@ -1036,7 +1101,7 @@ class Agent:
             request=ref.request,
             attempt=ref.attempt,
             token=ref.token,
-            reason=asking.refusal or "",
+            reason=shortened(asking.refusal or ""),
             metadata_version=asking.metadata_version,
         )
 
@@ -1047,7 +1112,7 @@ def _sets(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
     size = 0
     for outcome in outcomes:
         bytes_more = len(encode(outcome))
-        if one and size + bytes_more > MAX_SET_BYTES:
+        if one and size + bytes_more > MAX_OUTCOME_BYTES:
             yield one
             one, size = [], 0
         one.append(outcome)
@@ -1064,14 +1129,13 @@ def _after(told: str, left: str) -> str:
     return left
 
 
-def _bounded(reason: Reason) -> Reason:
-    """Cut what a task says of its end to what a person reads."""
-    cut = {
-        name: value[:MAX_REASON] + " [...]"
-        for name in ("text", "stage", "status", "line")
-        if isinstance(value := getattr(reason, name), str) and len(value) > MAX_REASON
-    }
-    return msgspec.structs.replace(reason, **cut) if cut else reason
+def _too_many(metadata: Mapping[str, Any], size: int) -> str:
+    sizes = {key[:LARGEST_KEY]: len(msgspec.json.encode(value)) for key, value in metadata.items()}
+    largest = ", ".join(f"{key!r} ({sizes[key]} bytes)" for key in nlargest(LARGEST, sizes, key=sizes.__getitem__))
+    return (
+        f"expected metadata of at most {MAX_METADATA_BYTES} bytes as JSON, got {size}; the largest are {largest}: have"
+        " the tasks, or worker.metadata, say less"
+    )
 
 
 def _over(run: _Run, more: str | None = None) -> Reason:

@@ -11,6 +11,7 @@ import random
 import re
 import secrets
 import ssl
+import struct
 import time
 import uuid
 from collections import OrderedDict, deque
@@ -19,12 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from pika import BasicProperties
+from pika import BasicProperties, spec
 from pika.adapters.asyncio_connection import AsyncioConnection
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorPhaseErrorBase
 from pika.channel import Channel
 from pika.connection import ConnectionParameters, SSLOptions
 from pika.credentials import ExternalCredentials, PlainCredentials
+from pika.data import encode_table
 from pika.exceptions import (
     AMQPError,
     AMQPHeartbeatTimeout,
@@ -52,21 +54,71 @@ SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
 ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
 ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
+REFRESH_SECONDS: Final = 1.0  # between two declarations of the plan because messages are returned
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # RabbitMQ 4.x closes the channel that publishes more
 PATIENCE_SECONDS: Final = 5.0  # let_in() tells after so long, each time, what is in the way
 CONFIRM_SECONDS: Final = 5.0  # close() waits so long for outstanding confirms
 FIRST_PAUSE: Final = 0.1  # seconds before the next try, doubled with each ...
 LONGEST_PAUSE: Final = 3.0  # ... up to this, so that runs outlive outages shorter than their lease
+BLOCKED: Final = "the broker takes nothing: a memory or disk alarm, see `rabbitmq-diagnostics alarms`"
 REASON_HEADER: Final = "x-mqworker-reason"
 EXCHANGE_HEADER: Final = "x-mqworker-exchange"
 USER_HEADER: Final = "x-mqworker-user"
 SENDING_HEADERS: Final = ("CC", "BCC")  # RabbitMQ's sender-selected distribution
 REASON_CHARACTERS: Final = 2000
+HEADERS_HEADER: Final = "x-mqworker-headers-lost"  # on what is put aside without the headers that it came with
+MAX_HEADERS_BYTES: Final = 32 * 1024  # of what is put aside: all properties have to fit into one frame of 128 KiB
 REPLY_TO: Final = "amq.rabbitmq.reply-to"
 
 CONNECTION_FORCED: Final = 320  # the broker is told to stop, or somebody closed the connection
 ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
+
+
+class _Properties(BasicProperties):  # type: ignore[misc]  # pika's has no type here
+    """Read a message's properties, whatever a stranger has put into its headers.
+
+    A header that pika cannot read (a time beyond the calendar's end, tables in tables a thousand deep) would end the
+    connection that the message comes by; and, since it would come again, each later one.
+    """
+
+    def decode(self, encoded: bytes, offset: int = 0) -> Any:
+        try:
+            return super().decode(encoded, offset)
+        except Exception:  # noqa: BLE001  # pika converts what it finds: anything can come
+            return super().decode(_without_headers(encoded[offset:]))
+
+
+def _without_headers(encoded: bytes) -> bytes:
+    """Write encoded properties with an empty table of headers: it stands behind at most two short strings."""
+    (flags,) = struct.unpack_from(">H", encoded)
+    at = 2
+    for flag in (BasicProperties.FLAG_CONTENT_TYPE, BasicProperties.FLAG_CONTENT_ENCODING):
+        at += 1 + encoded[at] if flags & flag else 0
+    if not flags & BasicProperties.FLAG_HEADERS:
+        return encoded
+    (length,) = struct.unpack_from(">I", encoded, at)
+    return encoded[:at] + bytes(4) + encoded[at + 4 + length :]
+
+
+spec.props[BasicProperties.INDEX] = _Properties  # where pika looks for who reads them
+
+
+def _text(value: str | bytes | None) -> str | None:
+    """Return a property as text: pika leaves as bytes what is no UTF-8; of that, the ASCII stays."""
+    return value.decode("ascii", errors="ignore") if isinstance(value, bytes) else value
+
+
+def _kept_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return headers that can be written again, in a frame with other properties; else the word that they are lost."""
+    pieces: list[bytes] = []
+    try:
+        if encode_table(pieces, dict(headers)) <= MAX_HEADERS_BYTES:
+            return dict(headers)
+        lost = f"they have more than {MAX_HEADERS_BYTES} bytes"
+    except Exception as error:  # noqa: BLE001  # pika reads more than it can write: anything can come
+        lost = f"they cannot be written: {type(error).__name__}"
+    return {HEADERS_HEADER: lost}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -467,7 +519,8 @@ class Link:
         if len(delivery.body) > MAX_BODY_BYTES:
             reason = f"the first {MAX_BODY_BYTES} of {len(delivery.body)} bytes: {reason}"
         kept = {name: value for name, value in delivery.headers.items() if name not in SENDING_HEADERS}
-        headers = {**kept, REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        told = {REASON_HEADER: reason[:REASON_CHARACTERS], EXCHANGE_HEADER: delivery.exchange}
+        headers = {**_kept_headers(kept), **told}
         if delivery.user_id is not None:
             headers[USER_HEADER] = delivery.user_id
         return self.publish(
@@ -576,6 +629,7 @@ class _Life:
         self._asides: deque[tuple[asyncio.Future[None], str, _Begin]] = deque()  # questions for throw-away channels
         self._aside = 0  # of them, under way
         self._made = Plan()
+        self._refreshed = 0.0
         self._connect_seconds = connect_seconds
         self._deadline = loop.call_later(connect_seconds, self._too_slow)
         self._connection = AsyncioConnection(
@@ -736,14 +790,14 @@ class _Life:
             delivery = Delivery(
                 epoch=self.epoch,
                 tag=0 if consumer.no_ack else method.delivery_tag,
-                exchange=method.exchange,
-                key=method.routing_key,
+                exchange=_text(method.exchange) or "",
+                key=_text(method.routing_key) or "",
                 redelivered=method.redelivered,
-                kind=properties.type,
-                message_id=properties.message_id,
-                correlation_id=properties.correlation_id,
-                reply_to=properties.reply_to,
-                user_id=properties.user_id,
+                kind=_text(properties.type),
+                message_id=_text(properties.message_id),
+                correlation_id=_text(properties.correlation_id),
+                reply_to=_text(properties.reply_to),
+                user_id=_text(properties.user_id),
                 headers=properties.headers or {},
                 body=body,
             )
@@ -773,6 +827,7 @@ class _Life:
 
     def refresh(self) -> asyncio.Future[None]:
         """Carry out once more what the plan has of exchanges and queues."""
+        self._refreshed = self._loop.time()
 
         def begin(channel: Channel, answer: Callable[[Any], None]) -> None:
             for exchange in self._made.exchanges:
@@ -904,6 +959,8 @@ class _Life:
         # The broker acks a returned message all the same, after this: here it is only remembered for then.
         message = (properties.message_id, method.exchange, method.routing_key)
         self._returned.setdefault(message, []).append(f"{method.reply_code} {method.reply_text}")
+        if self._loop.time() - self._refreshed > REFRESH_SECONDS:
+            self.refresh()  # an exchange that was deleted, and made again by somebody else, has none of our bindings
 
     def _on_confirm(self, frame: Any) -> None:
         method = frame.method

@@ -6,6 +6,7 @@ knows of requests, a scheduler has told it.
 """
 
 import asyncio
+import logging
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from typing import Any, Final, Literal, Self, TypeVar, cast
 import msgspec
 
 from mqworker import requires as schemas
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.errors import (
     ArtifactInvalid,
     BrokerRefused,
@@ -31,6 +32,7 @@ from mqworker.errors import (
     NotFound,
     NotPublished,
     OutsideError,
+    PeerError,
     Rejected,
     SettingsError,
     StoreMismatch,
@@ -40,6 +42,8 @@ from mqworker.errors import (
 from mqworker.lifecycle import FINAL, MOVES, window_problem
 from mqworker.messages import (
     FULL_ID,
+    MAX_DESCRIBED_BYTES,
+    MAX_REQUEST_BYTES,
     MAX_REQUESTS_IN_A_MESSAGE,
     AbortRequests,
     After,
@@ -99,6 +103,8 @@ from mqworker.messages import (
 from mqworker.store import Store
 from mqworker.topology import Topology
 
+logger = logging.getLogger(__name__)
+
 Followed = LogText | LogProgress | RequestEvent
 PoolEvent = RequestEvent | WorkerEvent | StuckEvent
 Heard = Followed | PoolEvent
@@ -121,7 +127,6 @@ RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy 
 LOOK_AGAIN_SECONDS: Final = 10.0  # a safety net under events
 PAUSE_SECONDS: Final = 0.2  # after the broker refused a message that it was sent on a healthy connection
 BATCH_BYTES: Final = 1024 * 1024  # an eighth of what a message may have
-REQUEST_BYTES: Final = 4 * 1024 * 1024  # a ticket, an answer and a message carry it with words around it
 BATCHES_AT_ONCE: Final = 4
 VIEWS_IN_AN_ANSWER: Final = 100  # as long as nobody knows how large they are
 MOST_VIEWS_IN_AN_ANSWER: Final = 1000
@@ -143,7 +148,9 @@ _PROBLEMS: Final[Mapping[str, type[MqworkerError]]] = {
 class Client:
     """Talk to a pool; a context manager.
 
-    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads.
+    `timeout` (seconds) bounds each call that needs an answer. Calls may come from several threads. `on_blocked` hears,
+    in a thread of the client's, when a memory or disk alarm stops the broker from taking what calls send, and when it
+    takes it again; it must be quick.
 
         with Client("amqp://guest:guest@localhost/") as client:
             request = client.submit("noop", {"duration": 2})
@@ -151,13 +158,20 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "mqworker", store_url: str | None = None, timeout: float = 30.0
+        self,
+        url: str,
+        *,
+        prefix: str = "mqworker",
+        store_url: str | None = None,
+        timeout: float = 30.0,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self._url = url
         self._topology = Topology(prefix)
         self._store_url = store_url
         self._store: Store | None = None
         self._timeout = timeout
+        self._on_blocked = on_blocked
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stop: asyncio.Event | None = None
@@ -249,24 +263,27 @@ class Client:
             NotFound: there is no request to come after.
             Unanswered: no receipt came in time; the text says how far the request got.
         """
-        request = Request(
-            id=id or str(uuid.uuid4()),
-            task=task,
-            data=dict(data or {}),
-            priority=priority,
-            max_attempts=max_attempts,
-            retry_on=[*retry_on],
-            lease=lease,
-            timeout=timeout,
-            not_before=not_before,
-            expires_at=expires_at,
-            limits=limits,
-            group=group,
-            concurrency_key=concurrency_key,
-            requires=None if requires is None else dict(requires),
-            after=[self._after(one) for one in after],
-            take=[self._named(one) for one in take],
-        )
+        try:
+            request = Request(
+                id=id or str(uuid.uuid4()),
+                task=task,
+                data=dict(data or {}),
+                priority=priority,
+                max_attempts=max_attempts,
+                retry_on=[*retry_on],
+                lease=lease,
+                timeout=timeout,
+                not_before=not_before,
+                expires_at=expires_at,
+                limits=limits,
+                group=group,
+                concurrency_key=concurrency_key,
+                requires=None if requires is None else dict(requires),
+                after=[self._after(one) for one in after],
+                take=[self._named(one) for one in take],
+            )
+        except ValueError as error:
+            raise Rejected(f"the request cannot be: {error}") from error
         [receipted] = self.submit_many([request])
         if receipted.status == "rejected":
             raise Rejected(f"request {request.id} was not accepted: {receipted.reason}")
@@ -670,20 +687,26 @@ class Client:
         for path, source in files.items():
             sha256, size = store.put(source)
             entries.append(FileEntry(path=path, size=size, sha256=sha256))
-        artifact = Artifact(
-            handle="imported",
-            category=category,
-            name=name,
-            data=dict(data),
-            files=entries,
-            relations=[*relations],
-        )
         try:
-            artifact = msgspec.convert(msgspec.to_builtins(artifact), Artifact)
-        except (msgspec.ValidationError, TypeError) as error:
+            artifact = Artifact(
+                handle="imported",
+                category=category,
+                name=name,
+                data=dict(data),
+                files=entries,
+                relations=[*relations],
+            )
+            body = encode(artifact)
+            artifact = decode(body, Artifact)
+        except (Unreadable, TypeError, ValueError, RecursionError) as error:
             raise ArtifactInvalid(
                 f"expected a category like debian:upload, a name and plain file names: {error}"
             ) from error
+        if len(body) > MAX_DESCRIBED_BYTES:
+            raise ArtifactInvalid(
+                f"expected an artifact that is described in at most {MAX_DESCRIBED_BYTES} bytes, got {len(body)}: put"
+                " large data into files"
+            )
         query = ImportArtifact(key=str(uuid.uuid4()), artifact=artifact, store=store.id)
         [recorded] = self._ask(query, ArtifactList).artifacts
         return recorded
@@ -752,8 +775,12 @@ class Client:
         fit = self._requests_at_once
         while left:
             part = left[: fit.number]
-            left = left[fit.number :]
-            answer = self._ask(query(part), RequestList)
+            try:
+                answer = self._ask(query(part), RequestList)
+            except Rejected:
+                fit.halve(len(part))
+                continue
+            left = left[len(part) :]
             fit.learn(len(answer.requests), answer)
             views += answer.requests
             missing += answer.missing
@@ -774,7 +801,11 @@ class Client:
         fit = self._requests_at_once
         while limit is None or limit > 0:
             number = fit.number if limit is None else min(fit.number, limit)
-            page = self._ask(msgspec.structs.replace(query, limit=number), RequestList)
+            try:
+                page = self._ask(msgspec.structs.replace(query, limit=number), RequestList)
+            except Rejected:
+                fit.halve(number)
+                continue
             yield from page.requests
             if len(page.requests) < number:
                 return
@@ -818,7 +849,7 @@ class Client:
 
     async def _live(self, ready: threading.Event) -> None:
         self._stop = asyncio.Event()
-        self._line = _Line(self._url, name="mqworker client", plan=self._plan)
+        self._line = _Line(self._url, name="mqworker client", plan=self._plan, on_blocked=self._on_blocked)
         self._loop = asyncio.get_running_loop()
         ready.set()
         async with self._line as line:
@@ -890,6 +921,8 @@ class Client:
                 )
                 news: set[asyncio.Future[Any]] = {sent, answer, over}
                 await asyncio.wait(news, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
+                if line.link.blocked:
+                    trouble = BLOCKED
                 if sent.done() and not answer.done():
                     try:
                         sent.result()
@@ -911,9 +944,17 @@ class Client:
     async def _views(self, ids: Sequence[str], left: Callable[[], float]) -> Views:
         """Ask for requests, and return them in the order of the ids, which may be beginnings of them."""
         views: Views = []
-        for start in range(0, len(ids), VIEWS_IN_AN_ANSWER):
-            part = ids[start : start + VIEWS_IN_AN_ANSWER]
-            answer = await self._answer(GetRequests(ids=[*part]), RequestList, left)
+        todo = [ids[start : start + VIEWS_IN_AN_ANSWER] for start in range(0, len(ids), VIEWS_IN_AN_ANSWER)]
+        todo.reverse()
+        while todo:
+            part = todo.pop()
+            try:
+                answer = await self._answer(GetRequests(ids=[*part]), RequestList, left)
+            except Rejected:  # they are too many for one answer
+                if len(part) == 1:
+                    raise
+                todo += [part[len(part) // 2 :], part[: len(part) // 2]]
+                continue
             if answer.missing:
                 raise NotFound(_no_request(answer.missing))
             exact = {view.request.id: view for view in answer.requests}
@@ -1008,6 +1049,12 @@ class _Fit:
         if number:
             self.number = max(1, min(MOST_VIEWS_IN_AN_ANSWER, number * BATCH_BYTES // len(encode(answer))))
 
+    def halve(self, number: int) -> None:
+        """Take it that so many do not fit; called while the refusal of a single one, or of all, is being handled."""
+        if number <= 1:
+            raise  # noqa: PLE0704  # called inside the except clause
+        self.number = number // 2
+
 
 class _Line:
     """Run a Link in this loop, and say when its present life is over; an async context manager."""
@@ -1019,10 +1066,11 @@ class _Line:
         name: str,
         plan: Callable[[str], Plan],
         on_up: Callable[[], None] | None = None,
+        on_blocked: Callable[[bool], None] = lambda _blocked: None,
     ) -> None:
         self.life_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._on_up = on_up
-        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down)
+        self.link = Link(url, name=name, plan=plan, on_up=self._up, on_down=self._down, on_blocked=on_blocked)
         self.running: asyncio.Task[None]
 
     def _up(self, _epoch: str) -> None:
@@ -1089,7 +1137,11 @@ class _Follow:
         if delivery is None:
             return None
         self._line.link.ack(delivery)
-        item: Heard = decode(delivery.body, cast("Any", Heard))
+        try:
+            item: Heard = decode(delivery.body, cast("Any", Heard))
+        except PeerError as error:
+            logger.warning("an unreadable message was passed over", extra={"reason": str(error)})
+            return None  # as what was not heard at all: who waits looks for itself
         return item
 
 
@@ -1158,9 +1210,9 @@ def _checked_length(request: Request) -> int:
         raise Rejected(f"request {request.id} cannot be: `requires`: {trouble}")
     if (trouble := window_problem(request)) is not None:
         raise Rejected(f"request {request.id} cannot be: {trouble}")
-    if len(body) > REQUEST_BYTES:
+    if len(body) > MAX_REQUEST_BYTES:
         raise Rejected(
-            f"expected a request of at most {REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "
+            f"expected a request of at most {MAX_REQUEST_BYTES} bytes, got {len(body)} for {request.id}: "
             "import large data as an artifact and name its id"
         )
     return len(body)

@@ -21,6 +21,7 @@ class Database(ABC):
     def __init__(self, name: str, reading: Engine, writing: Engine) -> None:
         self.name = name
         self.term = 0
+        self.found: str | None = None  # the schema that it had when it was opened; None: it was empty
         self._reading = reading
         self._writing = writing
 

@@ -706,6 +706,10 @@ class Dispatch:
         one = self._classes[name] = _Class(number=next(self._numbers), name=name)
         self._unattended[one] = None
 
+    def offered(self, name: str) -> list[str]:
+        """List the requests that are offered to a class now."""
+        return sorted(self._classes[name].out)
+
     def remove_class(self, name: str) -> list[str]:
         """End a class; return the requests whose offers it had, which count as offered until they are told of."""
         one = self._classes.pop(name)

@@ -6,6 +6,7 @@ MqworkerError
 │   ├── Rejected             the scheduler did not accept a request
 │   ├── Conflict             the id is taken by a request with other content
 │   ├── NotFound             no such request or artifact
+│   ├── TooLarge             an answer would hold more than one message may
 │   ├── Forbidden            the broker's user may not do this
 │   ├── TakeInvalid          task data have no place for what is to be taken from another request
 │   └── ArtifactInvalid      files or data that do not make an artifact
@@ -66,6 +67,10 @@ class Conflict(SubmitterError):
 
 class NotFound(SubmitterError):
     """Raise when no request or artifact has this id."""
+
+
+class TooLarge(SubmitterError):
+    """Raise when an answer would hold more than one message may."""
 
 
 class Forbidden(SubmitterError):

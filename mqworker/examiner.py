@@ -16,7 +16,7 @@ import msgspec
 
 from mqworker.errors import TakeInvalid, TaskConfigError
 from mqworker.matching import Question
-from mqworker.messages import RecordedArtifact, Request
+from mqworker.messages import RecordedArtifact, Request, shortened
 from mqworker.needs import bind
 from mqworker.requirements import Kind, RequirementClass, schema_text
 from mqworker.requires import problem as requires_problem
@@ -24,6 +24,8 @@ from mqworker.requires import satisfied
 from mqworker.task import Task
 from mqworker.tracking import Ask, Observation, Read, ask_plainly, observe
 
+MAX_INPUTS: Final = 1000  # artifacts that the data of one request may name
+LARGEST_ID: Final = 2**63 - 1  # of an artifact: what the ledger can keep
 LAST_PLACEHOLDER: Final = 2**53 - 1  # ids of artifacts that do not exist yet count down from here: JSON's last integer
 _OWN: Final = frozenset(vars(Task()))  # what each task has: its data, and what no data is in
 NOBODY: Final = "00000000-0000-0000-0000-000000000000"
@@ -70,6 +72,10 @@ class Examiner:
             return _unfit(request, str(error))
         except Exception as error:  # noqa: BLE001  # a task's own code: it may raise anything, and must not end the scheduler
             return _unfit(request, f"task {request.task} could not be configured: {type(error).__name__}: {error}")
+        if len(inputs) > MAX_INPUTS:
+            return _unfit(request, f"expected at most {MAX_INPUTS} input artifacts, got {len(inputs)}")
+        if not all(type(number) is int and 0 < number <= LARGEST_ID for number in inputs):
+            return _unfit(request, f"expected ids of input artifacts from 1 to {LARGEST_ID}, got another")
         for placeholder in set(inputs) & takes.keys():
             if task.INPUT_ARTIFACT_CATEGORY not in (None, takes[placeholder].category):
                 text = (
@@ -189,6 +195,7 @@ def wrong_input(draft: Draft, artifacts: Mapping[int, RecordedArtifact]) -> str 
 
 
 def _unfit(request: Request, problem: str) -> Draft:
+    problem = shortened(problem)  # it may show the data
     kind = Kind(task=request.task.lower(), fingerprint=f"unfit: {problem}", requires="", whole=False)
     return Draft(request=request, kind=kind, task=None, given=request.data, problem=problem)
 

@@ -79,7 +79,9 @@ class KnownWorker:
     home: str = ""
     incarnation: int = -1
     seq: int = -1
+    any_number: bool = False  # its next report counts, whatever number it has
     hello: Hello | None = None
+    metadata_bytes: int = 0
     state: str = "offline"
     reason: str | None = None
     seen: float = 0.0  # steady
@@ -104,6 +106,11 @@ class Holdings:
     workers: dict[str, KnownWorker] = field(default_factory=dict)
     pauses: dict[tuple[str, str], PauseView] = field(default_factory=dict)
     names: WorkerNames = field(default_factory=WorkerNames)
+    renamed: dict[str, str] = field(default_factory=dict)  # classes whose queue was lost, to the name of another
     drains: dict[str, Drain] = field(default_factory=dict)  # worker to what it is told until it does it
     blocked: int = 0  # requests that wait for others
     newest: int = 0  # the highest age ever given
+
+    def queue_name(self, capability_class: str) -> str:
+        """Return what a class's queue is called: like the class, unless that one was lost."""
+        return self.renamed.get(capability_class, capability_class)

@@ -7,7 +7,7 @@ only if the row is still as the writer believed. Synchronous, for one thread at 
 
 import hashlib
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -39,7 +39,7 @@ from sqlalchemy import (
 
 from mqworker import schema
 from mqworker.database import Database
-from mqworker.errors import IllegalMove, SettingsError
+from mqworker.errors import IllegalMove, SettingsError, TooLarge
 from mqworker.facts import (
     AbortAsked,
     AbortResult,
@@ -74,6 +74,7 @@ from mqworker.facts import (
 )
 from mqworker.lifecycle import FINAL, MOVES, Event, State, Tried, delayed_until, meets, move
 from mqworker.messages import (
+    MAX_MESSAGE_BYTES,
     Artifact,
     AttemptView,
     CountRequests,
@@ -93,6 +94,7 @@ from mqworker.sqlite import SqliteDatabase
 
 PAGE: Final = 1000  # the most values in one IN (...)
 SHORTEST_BEGINNING: Final = 4  # characters of an id
+FILE_LENGTH: Final = 200  # characters of a file's entry, about
 
 _Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one that it comes after
 
@@ -394,8 +396,22 @@ _begins_with = (
     .where(_requests.c.id >= bindparam("beginning"), _requests.c.id < bindparam("beyond"))
     .limit(2)  # two are enough to know that it is not unique
 )
-_attempts_of = select(_attempts).where(_attempts.c.request.in_(_ids)).order_by(_attempts.c.number)
+_attempts_of = (
+    select(*(one for one in _attempts.c if one.name != "late"))
+    .where(_attempts.c.request.in_(_ids))
+    .order_by(_attempts.c.number)
+)
 _artifacts_of = select(_artifacts.c.id).where(_artifacts.c.request.in_(_ids))
+_length_of_requests = select(func.length(_requests.c.body).label("length")).where(_requests.c.id.in_(_ids))
+_length_of_artifacts = select(_artifacts.c.id, func.length(_artifacts.c.data).label("length")).where(
+    _artifacts.c.id.in_(_ids)
+)
+_number_of_files = (
+    select(_artifact_files.c.artifact, func.count().label("number"))
+    .where(_artifact_files.c.artifact.in_(_ids))
+    .group_by(_artifact_files.c.artifact)
+)
+_artifacts_briefly = select(_artifacts.c.id, _artifacts.c.category, _artifacts.c.name).where(_artifacts.c.id.in_(_ids))
 _artifacts_with_id = select(_artifacts).where(_artifacts.c.id.in_(_ids))
 _files_of = select(_artifact_files).where(_artifact_files.c.artifact.in_(_ids)).order_by(_artifact_files.c.position)
 _relations_of = (
@@ -476,6 +492,11 @@ class Ledger:
     def term(self) -> int:
         """Return the term for which it was opened."""
         return self._database.term
+
+    @property
+    def upgraded_from(self) -> str | None:
+        """Name the older schema that it had until it was opened; None: it had none, or this one."""
+        return None if self._database.found == schema.REVISION else self._database.found
 
     @property
     def sure(self) -> bool:
@@ -612,6 +633,9 @@ class Ledger:
         """Return requests with their attempts and artifacts, and those ids that name none, or more than one.
 
         An id may be a beginning of at least SHORTEST_BEGINNING characters.
+
+        Raises:
+            TooLarge: they are more than an answer may hold; found out before they are read.
         """
         with self._database.snapshot() as connection:
             full = {given: self._resolve(connection, given) for given in ids}
@@ -621,6 +645,10 @@ class Ledger:
                 attempts[row.request].append(_attempt_view(row))
             artifacts: defaultdict[str, list[RecordedArtifact]] = defaultdict(list)
             made = [row.id for row in _rows(connection, _artifacts_of, wanted)]
+            _require_room(
+                sum(row.length for row in _rows(connection, _length_of_requests, wanted))
+                + sum(_weights(connection, made).values())
+            )
             for _, artifact in sorted(_read_artifacts(connection, made).items()):
                 artifacts[artifact.request or ""].append(artifact)
             rows = [*_rows(connection, _views, wanted)]
@@ -636,7 +664,11 @@ class Ledger:
         return found[0] if len(found) == 1 else None
 
     def artifacts(self, query: ListArtifacts) -> list[RecordedArtifact]:
-        """Return the newest artifacts that match."""
+        """Return the newest artifacts that match.
+
+        Raises:
+            TooLarge: they are more than an answer may hold; found out before they are read.
+        """
         statement = select(_artifacts.c.id).order_by(_artifacts.c.id.desc()).limit(query.limit)
         if query.request is not None:
             statement = statement.where(_artifacts.c.request == query.request)
@@ -648,13 +680,24 @@ class Ledger:
                 ids = sorted(set(matching), reverse=True)[: query.limit]
             else:
                 ids = [*connection.execute(statement).scalars()]
+            _require_room(sum(_weights(connection, ids).values()))
             found = _read_artifacts(connection, ids)
         return [found[id_] for id_ in ids]
 
-    def artifacts_by_id(self, ids: Collection[int]) -> dict[int, RecordedArtifact]:
-        """Return those of the artifacts that the ledger knows."""
+    def artifacts_by_id(self, ids: Collection[int], *, limit: int | None = None) -> dict[int, RecordedArtifact]:
+        """Return those of the artifacts that the ledger knows; with a limit, none larger, in characters about."""
         with self._database.snapshot() as connection:
+            if limit is not None:
+                ids = [number for number, weight in _weights(connection, ids).items() if weight <= limit]
             return _read_artifacts(connection, ids)
+
+    def artifacts_briefly(self, ids: Collection[int]) -> dict[int, RecordedArtifact]:
+        """Return those of the artifacts that the ledger knows, without data and files."""
+        with self._database.snapshot() as connection:
+            return {
+                row.id: RecordedArtifact(id=row.id, category=row.category, name=row.name)
+                for row in _rows(connection, _artifacts_briefly, ids)
+            }
 
     def counts(self) -> dict[str, int]:
         """Return the number of requests in each state that has any."""
@@ -670,10 +713,28 @@ class Ledger:
             )
 
     def list(self, query: ListRequests) -> list[RequestView]:
-        """Return the newest requests that match, or the oldest, without attempts."""
+        """Return the newest requests that match, or the oldest, without attempts.
+
+        Raises:
+            TooLarge: they are more than an answer may hold; found out before they are read.
+        """
         order: ColumnElement[int] = _column("seq") if query.oldest else _column("seq").desc()
         older = true() if query.before is None else _column("seq") < query.before
         with self._database.snapshot() as connection:
+            lengths = [
+                (row.seq, row.length)
+                for one in _selections(query)
+                for row in connection.execute(
+                    one.with_only_columns(
+                        _column("seq"), func.length(_column("body")).label("length"), maintain_column_froms=True
+                    )
+                    .where(older)
+                    .order_by(order)
+                    .limit(query.limit)
+                )
+            ]
+            chosen = heapq.nlargest(query.limit, lengths, key=lambda one: -one[0] if query.oldest else one[0])
+            _require_room(sum(length for _, length in chosen))
             found = [
                 row
                 for one in _selections(query)
@@ -1576,9 +1637,9 @@ def _known_targets(connection: Connection, artifacts: Iterable[Artifact]) -> fro
 
 def _fault(artifacts: Sequence[Artifact], targets: Collection[int]) -> str | None:
     """Return what is wrong with the artifacts of one outcome."""
-    handles = [artifact.handle for artifact in artifacts]
+    handles = Counter(artifact.handle for artifact in artifacts)
     for artifact in artifacts:
-        if handles.count(artifact.handle) > 1:
+        if handles[artifact.handle] > 1:
             return f"expected each handle once in an outcome, got {artifact.handle!r} twice; name each artifact"
         for relation in artifact.relations:
             if relation.target not in targets and relation.target not in handles:
@@ -1635,6 +1696,26 @@ def _record_artifacts(
     if relations:
         connection.execute(_new_relation, relations)
     return made
+
+
+def _weights(connection: Connection, ids: Collection[int]) -> dict[int, int]:
+    """Return how large the descriptions of artifacts are, in characters, about, without reading them."""
+    files = {row.artifact: row.number for row in _rows(connection, _number_of_files, ids)}
+    return {
+        row.id: row.length + FILE_LENGTH * files.get(row.id, 0) for row in _rows(connection, _length_of_artifacts, ids)
+    }
+
+
+def _require_room(characters: int) -> None:
+    """Refuse to read what is too large for an answer.
+
+    Raises:
+        TooLarge: it is.
+    """
+    if characters > MAX_MESSAGE_BYTES:
+        raise TooLarge(
+            f"expected a question with an answer of at most {MAX_MESSAGE_BYTES} bytes; ask for fewer at a time"
+        )
 
 
 def _read_artifacts(connection: Connection, ids: Collection[int]) -> dict[int, RecordedArtifact]:

@@ -3,6 +3,10 @@
 Knows no broker, no ledger and no clock: it says things and does nothing. Times are seconds since the epoch (UTC);
 what ends in `_ns` is nanoseconds of the sender's own CLOCK_BOOTTIME and means nothing to anybody else.
 Unknown fields are ignored on read; a message whose `v` is above VERSION is refused.
+
+Whatever somebody else may send has a bound: in bytes, in levels, and in each text, list and object that is kept, or
+that somebody works through. Where a field has none of its own, its reader keeps it no longer than the message, or cuts
+it: what the scheduler says to clients and workers, and what a slot says to its agent.
 """
 
 import re
@@ -17,7 +21,21 @@ from mqworker.errors import NewerVersion, Unreadable
 
 VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 8 * 1024 * 1024  # half of what RabbitMQ 4.x lets through by default
+MAX_REQUEST_BYTES: Final = 1024 * 1024
+MAX_METADATA_BYTES: Final = 1024 * 1024  # of one worker
+MAX_OUTCOME_BYTES: Final = 4 * 1024 * 1024
+MAX_DESCRIBED_BYTES: Final = 2 * 1024 * 1024  # of the artifacts of one outcome, together
+MAX_INPUTS_BYTES: Final = 4 * 1024 * 1024  # of the artifacts that one request names, together: they go with its grant
+MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of one word between an agent and its slot
+MAX_DEPTH: Final = 50  # levels of task data, `requires`, metadata and the data of artifacts
 MAX_REQUESTS_IN_A_MESSAGE: Final = 1000
+MAX_SLOTS: Final = 10_000  # of one worker
+MAX_LISTED: Final = 10_000  # of anything that a worker lists: tasks, outcomes that are not answered, artifacts of one
+MAX_FILES: Final = 50_000  # of one artifact
+MAX_REASON: Final = 4000  # characters of each part of a reason
+MAX_STAGE: Final = 200  # characters
+CUT: Final = " [...]"  # behind a text that was cut
+LATEST: Final = 2**37  # seconds since the epoch: in the year 6325, which every calendar has
 
 FULL_ID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -27,14 +45,46 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=100)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]  # what the ledger can keep
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
-_PART: Final = r"(?!\.\.?(?:/|\Z))[A-Za-z0-9_.+:~@=,][A-Za-z0-9_.+:~@=, -]*"  # no "." or "..", nothing like an option
-FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z")]
+Time = Annotated[float, Meta(ge=0, le=LATEST)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+# PostgreSQL keeps no NUL; and what is shown in one line, and in terminals, has no control characters.
+Line = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z", max_length=300)]
+Word = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z", max_length=100)]
+TaskName = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]+\Z", max_length=100)]
+Text = Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=1000)]
+# Made by who sends them, and parts of file names and routing keys at who reads them.
+Token = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=200)]
+QueueName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=255)]
+_PART: Final = (
+    r"(?!\.\.?(?:/|\Z))[A-Za-z0-9_.+:~@=,][A-Za-z0-9_.+:~@=, -]{0,254}"  # no "." or "..", nothing like an option
+)
+FileName = Annotated[str, Meta(pattern=rf"^{_PART}(?:/{_PART})*\Z", max_length=1000)]
 
-RequestIds = Annotated[list[Annotated[str, Meta(max_length=36)]], Meta(max_length=1000)]
+RequestId = Annotated[str, Meta(pattern=r"^[^\x00]*\Z", max_length=36)]  # or a beginning of one
+RequestIds = Annotated[list[RequestId], Meta(max_length=1000)]
 
 OutcomeResult = Literal["success", "failure", "error", "aborted", "lost", "handed_back"]
 PauseKind = Literal["worker", "task", "group"]
 RequestState = Literal["pending", "offered", "running", "success", "failure", "error", "aborted", "rejected"]
+
+
+def _check_depth(*documents: Any) -> None:
+    """Refuse what is so deep that those who walk in it would reach the end of their stack.
+
+    Raises:
+        ValueError: it is.
+    """
+    layer = [one for one in documents if one]
+    for _ in range(MAX_DEPTH):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if type(outer) is dict else outer)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not layer:
+            return
+    raise ValueError(f"expected JSON of at most {MAX_DEPTH} levels, got more")
 
 
 # ---------------------------------------------------------------- parts, used in several messages
@@ -50,9 +100,9 @@ class After(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Take(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Put the id of an artifact that another request makes into the task data, once that request has succeeded."""
 
-    into: Annotated[str, Meta(pattern=r"^(/[^/]+)+\Z", max_length=300)]  # a JSON Pointer into the task data
+    into: Annotated[str, Meta(pattern=r"^(/[^/]+){1,20}\Z", max_length=300)]  # a JSON Pointer into the task data
     request: Id
-    category: Annotated[str, Meta(max_length=100)]  # exactly one of its artifacts must be of this category
+    category: Word  # exactly one of its artifacts must be of this category
 
 
 class Limits(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -69,15 +119,15 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Say what somebody wants done."""
 
     id: Id
-    task: Annotated[str, Meta(min_length=1, max_length=100)]
+    task: TaskName
     data: dict[str, Any] = {}
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
     retry_on: Annotated[list[Literal["failure", "error"]], Meta(max_length=2)] = []  # lost ones are retried anyway
     lease: Annotated[float, Meta(ge=5, le=86400)] | None = None  # seconds; None: what the task says
     timeout: Annotated[float, Meta(ge=1, le=31 * 86400)] | None = None  # seconds of one run, by the worker's clock
-    not_before: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch
-    expires_at: Annotated[float, Meta(ge=0, le=2**40)] | None = None  # seconds since the epoch; counts until the grant
+    not_before: Time | None = None  # seconds since the epoch
+    expires_at: Time | None = None  # seconds since the epoch; counts until the grant
     limits: Limits | None = None
     group: Name = "default"  # whose share of the slots it uses
     concurrency_key: Name | None = None  # requests with one key run a few at a time: settings say how many
@@ -85,9 +135,13 @@ class Request(Struct, frozen=True, kw_only=True, omit_defaults=True):
     after: Annotated[list[After], Meta(max_length=100)] = []
     take: Annotated[list[Take], Meta(max_length=100)] = []  # each means "after its success", too
 
+    def __post_init__(self) -> None:
+        """Refuse task data, or a schema, that are too deep."""
+        _check_depth(self.data, self.requires)
+
 
 class Reason(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Say why something ended as it did, for a person who has to act on it."""
+    """Say why something ended as it did, for a person who has to act on it; who reads it cuts it with `bounded()`."""
 
     text: str
     stage: str | None = None
@@ -108,18 +162,22 @@ class Relation(Struct, frozen=True, kw_only=True):
     """Say how an artifact belongs to another: its id, or its handle in the same outcome."""
 
     type: Literal["built-using", "relates-to", "extends"]
-    target: Positive | str
+    target: Positive | Word
 
 
 class Artifact(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Describe a set of files whose bytes are in the store already, before the ledger gives it an id."""
 
-    handle: str  # unique within one outcome
-    category: Annotated[str, Meta(pattern=r"^[a-z0-9-]+:[a-z0-9-]+\Z")]
-    name: Annotated[str, Meta(min_length=1, max_length=300)]
+    handle: Word  # unique within one outcome
+    category: Annotated[str, Meta(pattern=r"^[a-z0-9-]+:[a-z0-9-]+\Z", max_length=100)]
+    name: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]+\Z", max_length=300)]
     data: dict[str, Any] = {}
-    files: list[FileEntry] = []
-    relations: list[Relation] = []
+    files: Annotated[list[FileEntry], Meta(max_length=MAX_FILES)] = []
+    relations: Annotated[list[Relation], Meta(max_length=MAX_LISTED)] = []
+
+    def __post_init__(self) -> None:
+        """Refuse data that are too deep."""
+        _check_depth(self.data)
 
 
 class RecordedRelation(Struct, frozen=True, kw_only=True):
@@ -147,15 +205,15 @@ class RunRef(Struct, frozen=True, kw_only=True):
 
     request: Id
     attempt: Positive
-    token: str
+    token: Token
 
 
 class RunProgress(RunRef, frozen=True, kw_only=True, omit_defaults=True):
     """Say how far a run is."""
 
-    since: float
-    stage: str | None = None
-    fraction: float | None = None
+    since: Time
+    stage: Annotated[str, Meta(max_length=MAX_STAGE)] | None = None
+    fraction: Fraction | None = None
 
 
 # ---------------------------------------------------------------- client -> scheduler (mqworker.submit), and its answer
@@ -192,7 +250,7 @@ class Ticket(Struct, frozen=True, kw_only=True, tag="ticket"):
     """Offer a request, for one attempt, to a capability class; it has no authority of its own."""
 
     v: int = VERSION
-    term: int
+    term: Count
     attempt: Positive
     request: Request
     alone: bool = False  # the last attempt of a request whose others were lost: nothing else may run beside it
@@ -201,50 +259,58 @@ class Ticket(Struct, frozen=True, kw_only=True, tag="ticket"):
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.report)
 
 
+_Tasks = Annotated[dict[Word, Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None], Meta(max_length=MAX_LISTED)]
+
+
 class Hello(Struct, frozen=True, kw_only=True, tag="hello"):
     """Introduce a worker, or its changed metadata."""
 
-    host: str
-    slots: Positive
-    tasks: dict[str, int | None]  # name to version, of those that analysed cleanly
-    metadata: dict[str, Any]
-    metadata_version: int
-    store: str  # the id of the store it writes to
-    version: str
-    denied: list[str] = []  # tasks that it has, and that its administrator does not let it run
+    host: Line
+    slots: Annotated[int, Meta(ge=1, le=MAX_SLOTS)]
+    tasks: _Tasks  # name to version, of those that analysed cleanly
+    metadata: dict[str, Any]  # at most MAX_METADATA_BYTES, which the scheduler looks at
+    metadata_version: Count
+    store: Line  # the id of the store it writes to
+    version: Line
+    denied: Annotated[list[Word], Meta(max_length=MAX_LISTED)] = []  # that it has, and is not let run
+
+    def __post_init__(self) -> None:
+        """Refuse metadata that are too deep."""
+        _check_depth(self.metadata)
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """Say what a worker holds; each run listed asks for its lease to be renewed."""
 
-    queue: str | None  # the queue consumed; None: it does not consume (its slots are full, or it drains)
-    assigned: str | None  # the queue it was last told to consume
-    slots: Count  # how many can take a run or have one
-    running: list[RunProgress]
-    claiming: list[RunRef]  # claims that are not answered yet
-    unsettled: list[RunRef]  # outcomes in the spool: a lease that none of the three lists names is lost
+    queue: QueueName | None  # the queue consumed; None: it does not consume (its slots are full, or it drains)
+    assigned: QueueName | None  # the queue it was last told to consume
+    slots: Annotated[int, Meta(ge=0, le=MAX_SLOTS)]  # how many can take a run or have one
+    running: Annotated[list[RunProgress], Meta(max_length=MAX_SLOTS)]
+    claiming: Annotated[list[RunRef], Meta(max_length=MAX_SLOTS)]  # claims that are not answered yet
+    # Outcomes in the spool: a lease that none of the three lists names is lost.
+    unsettled: Annotated[list[RunRef], Meta(max_length=MAX_LISTED)]
     draining: bool = False  # it was told to take nothing more
     leaving: bool = False  # it ends when nothing runs any more
-    held: str | None = None  # why it takes no work now, though it is well otherwise: a full disk, say
+    held: Annotated[str, Meta(max_length=2 * MAX_REASON)] | None = None  # why it takes no work now: a full disk, say
 
 
 class Claim(RunRef, frozen=True, kw_only=True, tag="claim"):
     """Ask: may I run this attempt?"""
 
-    metadata_version: int
+    metadata_version: Count
 
 
 class Refusal(RunRef, frozen=True, kw_only=True, tag="refusal"):
     """Decline a ticket, by the worker's own fresh view."""
 
-    reason: str
-    metadata_version: int
+    reason: Annotated[str, Meta(max_length=2 * MAX_REASON)]
+    metadata_version: Count
 
 
 class Bye(Struct, frozen=True, kw_only=True, tag="bye"):
     """Say that the worker leaves and holds nothing any more."""
 
-    reason: str
+    reason: Text
 
 
 ReportPart = Hello | Heartbeat | Claim | Refusal | Bye
@@ -255,20 +321,20 @@ class Report(Struct, frozen=True, kw_only=True, tag="report"):
 
     v: int = VERSION
     worker: Name
-    epoch: str  # of the worker's connection: where the answer goes
-    seq: int  # rises with each report of one agent process
-    incarnation: int  # rises with each agent process of one state directory
+    epoch: Token  # of the worker's connection: where the answer goes
+    seq: Count  # rises with each report of one agent process
+    incarnation: Count  # rises with each agent process of one state directory
     home: Annotated[str, Meta(max_length=40)] = ""  # of that directory; the tokens of its claims begin with it
-    parts: list[ReportPart]
+    parts: Annotated[list[ReportPart], Meta(max_length=2 * MAX_SLOTS)]
 
 
 class Probe(Struct, frozen=True, kw_only=True, tag="probe"):
     """Come back to the scheduler that sent it, behind every report that was queued before."""
 
     v: int = VERSION
-    term: int
-    number: int
-    secret: str  # of the scheduler that sent it
+    term: Count
+    number: Count
+    secret: Word  # of the scheduler that sent it
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.outcome)
@@ -280,9 +346,9 @@ class Outcome(RunRef, frozen=True, kw_only=True, omit_defaults=True):
     result: OutcomeResult
     reason: Reason | None = None
     again: bool = False  # the tool says: not now, try again
-    started: float
-    ended: float
-    artifacts: list[Artifact] = []
+    started: Time
+    ended: Time
+    artifacts: Annotated[list[Artifact], Meta(max_length=MAX_LISTED)] = []
 
 
 class Outcomes(Struct, frozen=True, kw_only=True, tag="outcomes"):
@@ -290,8 +356,8 @@ class Outcomes(Struct, frozen=True, kw_only=True, tag="outcomes"):
 
     v: int = VERSION
     worker: Name
-    epoch: str
-    outcomes: list[Outcome]
+    epoch: Token
+    outcomes: Annotated[list[Outcome], Meta(max_length=MAX_LISTED)]
 
 
 # ---------------------------------------------------------------- scheduler -> one worker (mqworker.verdict)
@@ -300,21 +366,21 @@ class Outcomes(Struct, frozen=True, kw_only=True, tag="outcomes"):
 class Alive(Struct, frozen=True, kw_only=True, tag="alive"):
     """Answer a report: every run it listed is renewed, but for those that are void."""
 
-    seq: int
+    seq: Count
     void: list[RunRef] = []
 
 
 class Assign(Struct, frozen=True, kw_only=True, tag="assign"):
     """Tell a worker which queue is its own; None: none, for this reason."""
 
-    queue: str | None
+    queue: QueueName | None
     reason: str | None = None
 
 
 class Granted(RunRef, frozen=True, kw_only=True, tag="granted"):
     """Answer a claim: run it."""
 
-    lease: float  # seconds, counted from when the claim was sent
+    lease: Annotated[float, Meta(ge=0, le=LATEST)]  # seconds, counted from when the claim was sent
     inputs: list[RecordedArtifact]
 
 
@@ -355,7 +421,7 @@ class Verdict(Struct, frozen=True, kw_only=True, tag="verdict"):
     """Carry a set of the scheduler's answers to one worker."""
 
     v: int = VERSION
-    term: int
+    term: Count
     parts: list[VerdictPart]
 
 
@@ -372,10 +438,10 @@ class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
 class Selection(Struct, frozen=True, kw_only=True):
     """Choose requests; what is not given chooses all."""
 
-    states: list[RequestState] = []
-    task: str | None = None
-    worker: str | None = None
-    group: str | None = None
+    states: Annotated[list[RequestState], Meta(max_length=100)] = []
+    task: Text | None = None
+    worker: Text | None = None
+    group: Text | None = None
     submitted_before: float | None = None  # seconds since the epoch
 
 
@@ -407,14 +473,14 @@ class AbortRequests(Struct, frozen=True, kw_only=True, tag="abort_requests"):
 
     v: int = VERSION
     ids: RequestIds
-    reason: Annotated[str, Meta(max_length=1000)]
+    reason: Text
 
 
 class RetryRequest(Struct, frozen=True, kw_only=True, tag="retry_request"):
     """Ask for an ended request to be done anew, as a new request."""
 
     v: int = VERSION
-    id: str
+    id: RequestId
     new_id: Id
 
 
@@ -423,14 +489,14 @@ class ListWorkers(Struct, frozen=True, kw_only=True, tag="list_workers"):
 
     v: int = VERSION
     limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
-    after: str | None = None  # go on behind this name
+    after: Text | None = None  # go on behind this name
 
 
 class RefreshWorkers(Struct, frozen=True, kw_only=True, tag="refresh_workers"):
     """Ask workers to look at their hosts again; no names: all."""
 
     v: int = VERSION
-    names: list[str] = []
+    names: Annotated[list[Text], Meta(max_length=MAX_LISTED)] = []
 
 
 class ForgetWorker(Struct, frozen=True, kw_only=True, tag="forget_worker"):
@@ -445,9 +511,9 @@ class ListArtifacts(Struct, frozen=True, kw_only=True, tag="list_artifacts"):
     """Ask for artifacts, newest first."""
 
     v: int = VERSION
-    ids: list[Positive] = []
-    request: str | None = None
-    category: str | None = None
+    ids: Annotated[list[Positive], Meta(max_length=MAX_LISTED)] = []
+    request: RequestId | None = None
+    category: Text | None = None
     limit: Annotated[int, Meta(ge=1, le=10000)] = 50
 
 
@@ -457,7 +523,7 @@ class ImportArtifact(Struct, frozen=True, kw_only=True, tag="import_artifact"):
     v: int = VERSION
     key: Id  # the same key again is the same artifact
     artifact: Artifact
-    store: str
+    store: Text
 
 
 class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
@@ -466,7 +532,7 @@ class Pause(Struct, frozen=True, kw_only=True, tag="pause"):
     v: int = VERSION
     kind: PauseKind
     name: Name
-    reason: Annotated[str, Meta(max_length=1000)] = ""
+    reason: Text = ""
 
 
 class Resume(Struct, frozen=True, kw_only=True, tag="resume"):
@@ -498,10 +564,14 @@ class Explain(Struct, frozen=True, kw_only=True, tag="explain"):
     """Ask who can run a request, and why it waits: of a submitted one by its id, else of a task and its data."""
 
     v: int = VERSION
-    id: str | None = None
-    task: str | None = None
+    id: RequestId | None = None
+    task: Word | None = None
     data: dict[str, Any] = {}
     requires: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse task data, or a schema, that are too deep."""
+        _check_depth(self.data, self.requires)
 
 
 class GetCapabilities(Struct, frozen=True, kw_only=True, tag="get_capabilities"):
@@ -509,7 +579,7 @@ class GetCapabilities(Struct, frozen=True, kw_only=True, tag="get_capabilities")
 
     v: int = VERSION
     limit: Annotated[int, Meta(ge=1, le=10000)] = 10000
-    after: str | None = None  # go on behind this name
+    after: Text | None = None  # go on behind this name
 
 
 class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
@@ -775,7 +845,7 @@ class StuckEvent(Struct, frozen=True, kw_only=True, tag="stuck_event"):
     requirement: int
     since: float
     number: int  # of requests
-    requests: list[str]  # the oldest of them
+    requests: list[Id]  # the oldest of them
     reason: str
 
 
@@ -885,8 +955,12 @@ class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):
     """Tell the agent what its host can do; from a process of its own, which looks afresh and ends."""
 
     metadata: dict[str, Any]
-    tasks: dict[str, int | None]
+    tasks: _Tasks
     failures: dict[str, str]  # task or module to what went wrong
+
+    def __post_init__(self) -> None:
+        """Refuse metadata that are too deep."""
+        _check_depth(self.metadata)
 
 
 SlotWord = Analysis | SlotReady | SlotProgress | SlotOutput | SlotEnded
@@ -900,6 +974,7 @@ class _Peek(Struct):
     v: int | UnsetType = UNSET
 
 
+_SHOWN: Final = 200  # characters of what is wrong with a message, each time
 _encoder = msgspec.json.Encoder()
 _peek = msgspec.json.Decoder(_Peek)
 _T = TypeVar("_T")
@@ -920,35 +995,66 @@ def encode_line(message: Struct) -> bytes:
     return _encoder.encode(message) + b"\n"
 
 
+def bounded(reason: Reason) -> Reason:
+    """Cut what a task, or a stranger, says of an end to what a person reads."""
+    cut = {
+        name: shortened(value)
+        for name in ("text", "stage", "status", "line")
+        if isinstance(value := getattr(reason, name), str) and len(value) > MAX_REASON
+    }
+    return msgspec.structs.replace(reason, **cut) if cut else reason
+
+
+def shortened(text: str, length: int = MAX_REASON) -> str:
+    """Cut a text to so many characters, and a mark that it was cut."""
+    return text if len(text) <= length else text[:length] + CUT
+
+
+def longer_than(message: Struct, limit: int) -> bool:
+    """Say whether a message is longer than so many bytes, and find out without writing far more than these."""
+    left = limit
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if isinstance(value, list):
+            for one in value:
+                left -= len(_encoder.encode(one))
+                if left < 0:
+                    return True
+    return len(_encoder.encode(message)) > limit
+
+
 @cache
 def _decoder(kind: Any) -> Callable[[bytes], Any]:
     return msgspec.json.Decoder(kind).decode
 
 
-def decode(body: bytes, kind: type[_T]) -> _T:
-    """Read a message of a kind (a struct, or a union of structs).
+def decode(body: bytes, kind: type[_T], *, limit: int = MAX_MESSAGE_BYTES) -> _T:
+    """Read a message of a kind (a struct, or a union of structs) of at most so many bytes.
 
     Raises:
         NewerVersion: it was written by a newer mqworker.
         Unreadable: it is not JSON, too large, of another type, or lacks its fields; the text names the path.
     """
-    if len(body) > MAX_MESSAGE_BYTES:
-        raise Unreadable(
-            f"expected a message of at most {MAX_MESSAGE_BYTES} bytes, got {len(body)}; put large data into artifacts"
-        )
+    if len(body) > limit:
+        raise Unreadable(f"expected a message of at most {limit} bytes, got {len(body)}; put large data into artifacts")
     try:
         message: _T = _decoder(kind)(body)  # type: ignore[arg-type]  # a union of structs is hashable too
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        why = shortened(str(error), _SHOWN)
         try:
             peek = _peek.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise Unreadable(f"expected a JSON object with a type, got something else: {error}") from error
+            raise Unreadable(f"expected a JSON object with a type, got something else: {why}") from error
         _refuse_newer(peek.v)
-        raise Unreadable(f"expected a readable {'message' if peek.type is UNSET else peek.type!r}: {error}") from error
+        what = "message" if peek.type is UNSET else repr(shortened(peek.type, _SHOWN))
+        raise Unreadable(f"expected a readable {what}: {why}") from error
     _refuse_newer(getattr(message, "v", UNSET))
     return message
 
 
 def _refuse_newer(v: int | UnsetType) -> None:
     if v is not UNSET and v > VERSION:
-        raise NewerVersion(f"expected a message of version {VERSION} or older, got version {v}; upgrade this mqworker")
+        shown = shortened(str(v), _SHOWN)
+        raise NewerVersion(
+            f"expected a message of version {VERSION} or older, got version {shown}; upgrade this mqworker"
+        )

@@ -5,12 +5,16 @@ Pure; knows requests and states, no ledger and no artifacts but their ids.
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from mqworker.errors import TakeInvalid
 from mqworker.messages import Request
 
 Need = Literal["success", "end"]
+
+CIRCLES_LOOKED_FOR: Final = 1_000_000  # needs looked at, of one message: a tenth of a second; a thousand requests may
+# have two hundred each, and what is left then is refused all the same
+CIRCLE_SHOWN: Final = 10  # requests of a circle that are named
 
 
 def needs(request: Request) -> dict[str, Need]:
@@ -48,18 +52,35 @@ def in_order(requests: Sequence[Request]) -> tuple[list[int], dict[int, str]]:
                 order.append(follower)
     left = [number for number, count in enumerate(missing) if count]
     problems = {}
+    looks = CIRCLES_LOOKED_FOR
     for number in left:
-        circle = _circle(number, wanted, missing) or _way_to_circle(number, wanted, missing)
-        names = " needs ".join(requests[one].id for one in circle)
-        problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
+        circle = _way_to_circle(number, wanted, missing, looks)
+        looks -= circle.looks
+        if circle.way:
+            shown = [requests[one].id for one in circle.way]
+            if len(shown) > CIRCLE_SHOWN:
+                shown[CIRCLE_SHOWN - 1 : -1] = ["..."]
+            names = " needs ".join(shown)
+            problems[number] = f"expected requests that can be done one after the other, got a circle: {names}"
+        else:
+            problems[number] = "expected requests that can be done one after the other, got many that need each other"
     return [*order, *left], problems
 
 
-def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int]) -> list[int]:
-    """Return the way from a request back to itself; nothing if there is none."""
+class _Circle(NamedTuple):
+    way: list[int]  # from a request back to itself; nothing if there is none
+    looks: int  # at what a request needs, to find out
+
+
+def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int], most: int) -> _Circle:
+    """Look for the way from a request back to itself, at most at so many needs."""
     came_from: dict[int, int] = {}
     reached = [start]
+    looks = 0
     for number in reached:  # it grows as it goes
+        looks += len(wanted[number])
+        if looks > most:
+            break
         for one in wanted[number]:
             if not missing[one] or one in came_from:
                 continue
@@ -68,17 +89,21 @@ def _circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int])
                 way = [start]
                 while came_from[way[-1]] != start:
                     way.append(came_from[way[-1]])
-                return [start, *way[:0:-1], start]
+                return _Circle([start, *way[:0:-1], start], looks)
             reached.append(one)
-    return []
+    return _Circle([], looks)
 
 
-def _way_to_circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int]) -> list[int]:
-    """Return the way from a request that stands in no circle to one, and around it."""
+def _way_to_circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequence[int], most: int) -> _Circle:
+    """Look for the way from a request to a circle, and around it: at once, if the request stands in one."""
     way = [start]
-    while not (circle := _circle(way[-1], wanted, missing)):
+    looks = 0
+    while True:
+        found = _circle(way[-1], wanted, missing, most - looks)
+        looks += found.looks
+        if found.way or looks > most:
+            return _Circle([*way[:-1], *found.way] if found.way else [], looks)
         way.append(next(one for one in wanted[way[-1]] if missing[one]))
-    return [*way[:-1], *circle]
 
 
 def bind(data: Mapping[str, Any], pointer: str, value: object) -> dict[str, Any]:

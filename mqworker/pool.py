@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from heapq import heappop, heappush
 from itertools import islice
 from math import inf
 from types import MappingProxyType
@@ -67,6 +68,8 @@ from mqworker.lifecycle import (
 )
 from mqworker.matching import Change, Matching, Question, Requirement, WorkerFacts
 from mqworker.messages import (
+    MAX_INPUTS_BYTES,
+    MAX_METADATA_BYTES,
     Abort,
     Alive,
     Artifact,
@@ -102,6 +105,7 @@ from mqworker.messages import (
     VerdictPart,
     Void,
     WorkerEvent,
+    bounded,
 )
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
@@ -121,6 +125,7 @@ MAX_IDLE: Final = 2000  # requirement classes without requests that are kept
 DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew before other work goes on
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
+MAX_POOL_METADATA_BYTES: Final = 512 * 1024 * 1024  # of all workers together; as Python's objects some five times that
 IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again
 FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
 HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
@@ -240,6 +245,7 @@ class Pool:
         self._delayed = held.delayed
         self._running: dict[str, Entry] = {}
         self._workers = held.workers
+        self._metadata_bytes = 0  # of them all
         self._pauses = held.pauses
         self._names = held.names
         self._impostors: dict[tuple[str, str | None], None] = {}  # (name, user) of whom an event has told
@@ -247,6 +253,7 @@ class Pool:
         self._unused: set[int] = set()
         self._rekeyed: dict[int, int] = {}  # age of a request to its new requirement class
         self._refused = held.refused
+        self._refusals = 0
         self._alone: dict[str, Use] = {}  # by the requests that were refused: how their own requirements are used
         self._steady = 0.0  # when it last looked at what is due
         self._wall = 0.0  # ... by the other clock
@@ -255,6 +262,7 @@ class Pool:
         self._to_declare: list[str] = []  # classes, for what is done hourly
         self._blame = Blame(pause_after)
         self._expires = -inf  # wall: nothing expires before then
+        self._expiring: list[tuple[float, str]] = []  # wall; of requests in memory, as a heap; perhaps long gone
         self._expired_by: float | None = None  # wall: what has expired by then is to be asked for
         self._histories_wanted: set[str] = set()
         self._histories: Mapping[str, tuple[Tried, ...]] = {}
@@ -339,12 +347,33 @@ class Pool:
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
-        return tuple(self._topology.class_queue(name) for name in self._matching.names())
+        return tuple(self._queue(name) for name in self._matching.names())
+
+    def queue_lost(self, queue: str) -> None:
+        """Give a class whose queue cannot be had another one, and offer anew what was in it.
+
+        It is a queue on one node: while that is down nobody can declare, consume or reach it.
+        """
+        own = queue.removeprefix(f"{self._topology.work}.")
+        name = next((name for name in self._matching.names() if self._held.queue_name(name) == own), None)
+        if name is None:
+            return  # its class has gone, or has another already
+        self._held.renamed[name] = self._name_class()
+        self.declare.append(self._queue(name))
+        for member in sorted(self._matching.members(name)):
+            worker = self._workers[member]
+            self._say(worker, self._assignment(worker))
+        for request in self._dispatch.offered(name):
+            self._return(self._entries[request])
+
+    def _queue(self, capability_class: str) -> Queue:
+        return self._topology.class_queue(self._held.queue_name(capability_class))
 
     def restore(self, kept: Kept, moment: Moment) -> None:
         """Begin with what the ledger holds: offers go back, and each lease gets a full term."""
         self._steady = self._hourly = moment.steady
         self._held.newest = kept.newest
+        self._wall = moment.wall
         self._requirements.count_from(kept.newest_requirement)
         self._held.blocked = kept.blocked
         for name, user in kept.worker_names.items():
@@ -675,8 +704,10 @@ class Pool:
         if (intrudes := self._intrudes(worker, report, moment)) is not None:
             self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
             return
-        if worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq):
+        late = worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq)
+        if late and not worker.any_number:
             return
+        worker.any_number = False
         if report.incarnation != worker.incarnation or report.home != worker.home:
             worker.hello = worker.heartbeat = None
         worker.home, worker.incarnation = report.home, report.incarnation
@@ -724,7 +755,7 @@ class Pool:
         A successor in the same state directory takes over at once, since there its predecessor is known to have ended.
         From another one, it is a successor only if the worker is silent: two agents may be given one name by mistake.
         """
-        if worker.incarnation < 0:
+        if worker.incarnation < 0 or worker.any_number:
             return None
         if report.home == worker.home:
             if report.incarnation >= worker.incarnation:
@@ -741,6 +772,20 @@ class Pool:
 
     def _hello(self, worker: KnownWorker, hello: Hello, moment: Moment) -> None:
         known = worker.hello is not None and worker.state == "online"
+        size = len(msgspec.json.encode(hello.metadata))
+        others = self._metadata_bytes - worker.metadata_bytes
+        if size > MAX_METADATA_BYTES or others + size > MAX_POOL_METADATA_BYTES:
+            reason = (
+                f"expected metadata of at most {MAX_METADATA_BYTES} bytes, and of all workers together of at most"
+                f" {MAX_POOL_METADATA_BYTES}, got {size} beside {others}: have the worker say less"
+            )
+            if worker.state != "refused":
+                self._offline(worker, reason, moment, state="refused")
+            worker.hello = msgspec.structs.replace(hello, metadata={}, tasks={})  # it is known, and holds no room
+            self._metadata_bytes, worker.metadata_bytes = others, 0
+            self._say(worker, Assign(queue=None, reason=reason))
+            return
+        self._metadata_bytes, worker.metadata_bytes = others + size, size
         worker.hello = hello
         if hello.store != self._store_id:
             reason = (
@@ -769,7 +814,7 @@ class Pool:
         )
         own = self._matching.class_of(worker.name)
         if own is not None:
-            self.declare.append(self._topology.class_queue(own))  # it may have gone: who consumed it comes back anew
+            self.declare.append(self._queue(own))  # it may have gone: who consumed it comes back anew
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
@@ -842,7 +887,9 @@ class Pool:
 
     def _is_class(self, queue: str) -> bool:
         """Say whether a queue is that of a class that lives."""
-        return queue.removeprefix(f"{self._topology.work}.") in self._matching.names()
+        own = queue.removeprefix(f"{self._topology.work}.")
+        renamed = self._held.renamed
+        return own in renamed.values() or (own in self._matching.names() and own not in renamed)
 
     def _lease_held(self, request: str) -> Lease | None:
         return self._entries[request].lease
@@ -913,6 +960,10 @@ class Pool:
         self._granted(worker, claim, entry)
 
     def _granted(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
+        inputs = [self._inputs[number] for number in entry.inputs if number in self._inputs]
+        if len(inputs) < len(entry.inputs) or sum(len(msgspec.json.encode(one)) for one in inputs) > MAX_INPUTS_BYTES:
+            self._too_much_input(worker, claim)
+            return
         self._say(
             worker,
             Granted(
@@ -920,9 +971,35 @@ class Pool:
                 attempt=claim.attempt,
                 token=claim.token,
                 lease=self._lease_of(entry),
-                inputs=[self._inputs[number] for number in entry.inputs],
+                inputs=inputs,
             ),
         )
+
+    def _too_much_input(self, worker: KnownWorker, claim: Claim) -> None:
+        """End a request whose grant no message could carry, before it has begun."""
+        reason = Reason(
+            text=f"expected input artifacts that are described in at most {MAX_INPUTS_BYTES} bytes together, got more:"
+            " name fewer of them",
+            stage="grant",
+        )
+        outcome = Outcome(
+            request=claim.request,
+            attempt=claim.attempt,
+            token=claim.token,
+            result="error",
+            reason=reason,
+            started=self._wall,
+            ended=self._wall,
+        )
+        self._end(
+            claim,
+            worker=worker.name,
+            outcome=outcome,
+            artifacts=(),
+            moment=Moment(steady=self._steady, wall=self._wall),
+            answer=lambda _: None,
+        )
+        self._void(worker, claim, reason.text)
 
     def _refusal(self, worker: KnownWorker, refusal: Refusal) -> None:
         if worker.hello is None or worker.hello.metadata_version != refusal.metadata_version:
@@ -940,13 +1017,15 @@ class Pool:
         if entry.own is None:
             self._change(self._matching.escape(entry.one.id))  # the same metadata, another answer
         draft = self._examiner.examine(entry.request, bound=True)
-        denied = frozenset({*self._refused.get(entry.request.id, ()), (worker, metadata_version)})
+        earlier = (one for one in self._refused.get(entry.request.id, ()) if one[0] != worker)  # it has other ones now
+        denied = frozenset({*earlier, (worker, metadata_version)})
         self._refused[entry.request.id] = denied
         self._alone.setdefault(entry.request.id, Use())
         if entry.own is not None:
             self._matching.drop(entry.own)
             self._dispatch.drop(entry.own)
-        entry.own = (entry.one.id, entry.request.id, len(denied))
+        self._refusals += 1
+        entry.own = (entry.one.id, entry.request.id, self._refusals)
         if ("task", entry.one.kind.task) in self._pauses:
             self._dispatch.pause_requirement(entry.own)
         alone = self._examiner.passing_question(draft)  # it is shared with none: no read divides it
@@ -1035,7 +1114,7 @@ class Pool:
             retry_delay=self._retry_delay,
             retry_on=entry.request.retry_on if entry is not None else (),
         )
-        reason = outcome.reason
+        reason = None if outcome.reason is None else bounded(outcome.reason)
         if ending.exhausted and entry is not None:
             reason = exhausted(reason, entry.history, entry.tried + 1)
         if ending.event is Event.ABORT and entry is not None and entry.abort is not None:
@@ -1290,8 +1369,9 @@ class Pool:
 
     def refresh(self, names: Sequence[str]) -> None:
         """Ask workers for fresh metadata; no names: all that are online."""
+        wanted = frozenset(names)
         for worker in self._workers.values():
-            if worker.state != "offline" and (not names or worker.name in names):
+            if worker.state != "offline" and (not names or worker.name in wanted):
                 self._say(worker, Introduce())
 
     # ------------------------------------------------------------ time
@@ -1349,7 +1429,7 @@ class Pool:
             self._to_declare = [*self._matching.names()]
             self._write(Unmark(before=moment.wall - FORGET), lambda _: None)
         now, self._to_declare = self._to_declare[:DECLARED_AT_ONCE], self._to_declare[DECLARED_AT_ONCE:]
-        self.declare += [self._topology.class_queue(name) for name in now if name in self._matching.names()]
+        self.declare += [self._queue(name) for name in now if name in self._matching.names()]
 
     def _tell_stuck(self, moment: Moment) -> None:
         """Tell of requests that no worker has been able to run for a while."""
@@ -1388,8 +1468,8 @@ class Pool:
 
     def probe(self, probe: Probe, moment: Moment) -> None:
         """Take back a probe: what has not been heard of since it was sent is gone."""
-        if (probe.term, probe.secret) != (self._term, self._secret):
-            return
+        if (probe.term, probe.secret) != (self._term, self._secret) or probe.number > self._probes:
+            return  # an earlier scheduler's, or nobody's
         for entry in self._running.values():
             lease = entry.lease
             if lease is not None and lease.probe is not None and lease.probe <= probe.number:
@@ -1397,6 +1477,8 @@ class Pool:
         for worker in self._workers.values():
             if worker.probe is not None and worker.probe <= probe.number:
                 self._offline(worker, "it has not reported any more", moment)
+                # Whoever used its name with a number that it will not reach must not keep it away for ever.
+                worker.any_number = True
 
     def _forget_probes(self) -> None:
         """Send probes anew: the last one was not published."""
@@ -1409,14 +1491,27 @@ class Pool:
         """Forget probes that were under way: the report queue died with its connection."""
         self._forget_probes()
 
+    def unblocked(self, moment: Moment) -> None:
+        """Begin to count anew when the broker takes messages again: until now nobody could renew or report anything."""
+        self._forget_probes()
+        for lease in self._leases():
+            lease.deadline = max(lease.deadline, moment.steady + lease.seconds + LEASE_MARGIN)
+        for worker in self._workers.values():
+            worker.seen = moment.steady
+
     def _leases(self) -> list[Lease]:
         return [entry.lease for entry in self._running.values() if entry.lease is not None]
 
     def offer(self, moment: Moment) -> None:
         """Offer requests to the classes that have credit."""
+        while self._expiring and self._expiring[0][0] <= moment.wall:  # first, since they would count for their groups
+            expires_at, request = heappop(self._expiring)
+            if self._dispatch.waits(request):
+                self._dispatch.forget(request)
+                self._expire(request, expires_at, moment)
         for offer in self._dispatch.offers(moment.steady):
             entry = self._entries[offer.request]
-            if has_expired(entry.request, moment.wall):
+            if has_expired(entry.request, moment.wall):  # it has come back since
                 self._expire(offer.request, entry.request.expires_at or 0.0, moment)
                 continue
             entry.state = State.OFFERED
@@ -1431,13 +1526,14 @@ class Pool:
         def then(moved: bool) -> None:  # noqa: FBT001  # the ledger's answer is a bool
             if not moved or self._entries.get(entry.request.id) is not entry:
                 return  # the ledger knew it, or an abort was first
-            queue = self._topology.class_queue(capability_class)
+            queue = self._queue(capability_class)
             entry.history = self._histories.get(entry.request.id, ())
             alone = last_alone(entry.history, entry.request.max_attempts)
 
             def returned() -> None:
                 if entry.state is State.OFFERED and entry.attempt == attempt:
-                    self.declare.append(queue)  # it has expired, or its node is down
+                    if self._is_class(queue.name):
+                        self.declare.append(queue)  # it has expired, or its node is down
                     self._return(entry)
 
             self._sends.append(
@@ -1483,6 +1579,8 @@ class Pool:
     def _new_entry(self, entry: Entry) -> Entry:
         self._entry_with(entry.request.id, entry.seq)
         self._entries[entry.request.id] = entry
+        if entry.request.expires_at is not None:
+            heappush(self._expiring, (entry.request.expires_at, entry.request.id))
         self._uses[entry.one.id].entries += 1
         return entry
 
@@ -1544,13 +1642,14 @@ class Pool:
     def _change(self, change: Change) -> None:
         for name in change.made:
             self._dispatch.add_class(name)
-            self.declare.append(self._topology.class_queue(name))
+            self.declare.append(self._queue(name))
         for gain in change.gained:
             self._dispatch.gain(gain.capability_class, gain.requirement)
         for worker in change.assigned:
             self._say(self._workers[worker], self._assignment(self._workers[worker]))
         for name in change.gone:
-            self.delete.append(self._topology.class_queue(name).name)
+            self.delete.append(self._queue(name).name)
+            self._held.renamed.pop(name, None)
             for request in self._dispatch.remove_class(name):
                 self._return(self._entries[request])
 
@@ -1558,7 +1657,7 @@ class Pool:
         own = self._matching.class_of(worker.name)
         if own is None or ("worker", worker.name) in self._pauses:
             return Assign(queue=None)
-        return Assign(queue=self._topology.class_queue(own).name)
+        return Assign(queue=self._queue(own).name)
 
     def _offline(self, worker: KnownWorker, reason: str, moment: Moment, *, state: str = "offline") -> None:
         if worker.state == state:

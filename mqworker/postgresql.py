@@ -95,7 +95,16 @@ _CODES: Final[dict[str, tuple[type[MqworkerError], str]]] = {
     "XX002": (LedgerInvalid, "bring back a backup"),
 }
 # A refusal at the door has no code, only words.
-_REFUSALS: Final = ("authentication failed", "pg_hba.conf", "does not exist", "no password supplied", "not permitted")
+_REFUSALS: Final = (
+    "authentication failed",
+    "pg_hba.conf",
+    "does not exist",
+    "no password supplied",
+    "not permitted",
+    "permission denied",
+    "does not support SSL",
+    "certificate verify failed",
+)
 
 
 class PostgresqlDatabase(Database):
@@ -157,7 +166,7 @@ class PostgresqlDatabase(Database):
             if self._look(connection):
                 connection.execute(text(_END_SESSION))
                 connection.execute(select(leader).with_for_update())
-            migrations.bring_up(connection, self.name)
+            self.found = migrations.bring_up(connection, self.name)
             session = connection.execute(text(_MY_SESSION)).one()
             term = connection.scalar(_elect, {"pid": session.pid, "began": session.began})
             holder = f"process {os.getpid()} on {socket.gethostname()}"

@@ -50,9 +50,10 @@ class PrivateNode:
     """Run a private RabbitMQ node in a directory; a context manager.
 
     The directory keeps its data, cookie and password: a later PrivateNode on it is the same broker on other ports.
-    `settings` are lines of rabbitmq.conf; `advanced` is the text of advanced.config, for keys that the former lacks.
-    `root` is a folder with a Debian that has another rabbitmq-server in it. Nodes of a cluster have names of their own,
-    one `epmd` (the port of somebody else's) and one `cookie`.
+    `settings` are lines of rabbitmq.conf, where {directory} stands for this one as the node sees it; `advanced` is the
+    text of advanced.config, for keys that the former lacks. `root` is a folder with a Debian that has another
+    rabbitmq-server in it. Nodes of a cluster have names of their own, one `epmd` (the port of somebody else's) and one
+    `cookie`.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class PrivateNode:
         self._cookie = cookie
         self._home = self.directory / "home"
         self._password = ""
+        self._log_begin = 0
+        self._held = ExitStack()  # the ports, until the node has them
         self._node: subprocess.Popen[bytes] | None = None
         self._epmd: subprocess.Popen[bytes] | None = None
 
@@ -114,22 +117,46 @@ class PrivateNode:
         Raises:
             HostUnfit: a program is not there, or the node does not come up; the text ends with its log.
         """
+        self.launch()
+        self.await_up()
+
+    def launch(self) -> None:
+        """Start the node and do not wait: those of a cluster wait for each other.
+
+        Raises:
+            HostUnfit: a program is not there, or a port is taken.
+        """
         if self._node is not None:
             raise HostUnfit(f"expected the node in {self.directory} to be stopped, but it runs; stop it first")
         find_programs(self.root)
         self._write_files()
         try:
-            with self.log.open("ab") as log, _reserved(self._ports):
-                begin = log.tell()
+            with ExitStack() as spare, self.log.open("ab") as log:
+                spare.enter_context(_reserved(self._ports))
+                self._log_begin = log.tell()
                 if self._own_epmd:
                     self._epmd = self._spawn(
                         ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"], subprocess.DEVNULL
                     )
                 self._node = self._spawn(self._inside([str(SCRIPTS / "rabbitmq-server")]), log.fileno())
-                self._await_amqp(begin)
+                self._held = spare.pop_all()
         except BaseException:
             self.kill()
             raise
+
+    def await_up(self) -> None:
+        """Wait until a node that was launched speaks AMQP.
+
+        Raises:
+            HostUnfit: it does not come up; the text ends with its log.
+        """
+        try:
+            self._await_amqp(self._log_begin)
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            self._held.close()
 
     def stop(self) -> None:
         """End the node in order; after half a minute, at once."""
@@ -180,12 +207,13 @@ class PrivateNode:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _keep_secret(self._home / ".erlang.cookie", self._cookie)
         self._password = _keep_secret(self.directory / "password")
+        base = str(self.directory if self.root is None else INSIDE)
         settings = {
             **DEFAULTS,
             "default_user": USER,
             "default_pass": self._password,
             "listeners.tcp.1": f"127.0.0.1:{self._amqp}",
-            **self._settings,
+            **{key: value.replace("{directory}", base) for key, value in self._settings.items()},
         }
         if "rabbitmq_management" in self._plugins:
             settings |= {"management.tcp.ip": "127.0.0.1", "management.tcp.port": str(self._management)}
@@ -215,6 +243,7 @@ class PrivateNode:
             "PATH": PATH,
             "HOME": str(base / "home"),
             "LANG": "C.UTF-8",
+            "PWD": str(self.directory),  # so that everybody can see whose node this is, in a root too
             "RABBITMQ_CONF_ENV_FILE": os.devnull,
             "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_CONFIG_FILE": str(base / "rabbitmq.conf"),
@@ -277,6 +306,7 @@ class PrivateNode:
         return "\n".join(lines[:dump][-LOG_TAIL_LINES:])
 
     def _end(self, how: signal.Signals) -> None:
+        self._held.close()
         if self._node is not None:
             # The whole process group at SIGKILL: while it boots, the start script has children of its own. Later ones
             # have groups of their own and end when the pipe from the node closes.

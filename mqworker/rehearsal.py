@@ -83,17 +83,18 @@ class _Context:
         relations: Sequence[Relation] = (),
     ) -> str:
         number = len(self.artifacts) + 1
-        artifact = Artifact(
-            handle=f"a{number}",
-            category=category,
-            name=name,
-            data=data,
-            files=[_entry(path, source) for path, source in files.items()],
-            relations=list(relations),
-        )
+        entries = [_entry(path, source) for path, source in files.items()]
         try:
+            artifact = Artifact(
+                handle=f"a{number}",
+                category=category,
+                name=name,
+                data=data,
+                files=entries,
+                relations=list(relations),
+            )
             decode(encode(artifact), Artifact)
-        except (Unreadable, TypeError) as error:
+        except (Unreadable, TypeError, ValueError) as error:
             raise ArtifactInvalid(f"the scheduler could not read the artifact {name!r}: {error}") from error
         if self._keep is not None:
             for path, source in files.items():

@@ -17,6 +17,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -38,6 +39,8 @@ MAX_OPEN_REPEATS: Final = 4  # in one pattern
 MAX_STEPS: Final = 10_000_000  # of one pattern on one text: about a tenth of a second
 TEXT_LENGTH: Final = 200  # characters of the text that the steps are reckoned for
 OPEN: Final = 16  # a repeat that goes beyond is as good as unbounded
+MAX_WORK: Final = 100_000  # looks of one schema at one worker's metadata, of some 10 us each: about a second
+STEPS_IN_A_LOOK: Final = 1000  # of a pattern
 KEPT: Final = 1024  # compiled schemas; more requirement classes than that share the work less
 SHOWN: Final = 200  # characters of what is wrong
 
@@ -67,7 +70,10 @@ _Path = tuple[str, ...]
 def problem(schema: object) -> str | None:
     """Return why a schema cannot be used, with the place in it; None: it can."""
     try:
-        return _problem(_canonical(schema))
+        canonical = _canonical(schema)
+        if len(canonical) > MAX_BYTES:  # not remembered: a thousand of the largest would be a gigabyte
+            return f"expected a JSON Schema of at most {MAX_BYTES} bytes, got {len(canonical)}"
+        return _problem(canonical)
     except SubmitterError as error:
         return str(error)
 
@@ -76,7 +82,11 @@ def satisfied(schema: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
     """Say whether metadata satisfy a schema in which `problem()` finds nothing; of another one it may raise anything.
 
     `format` is a remark, as the draft has it, and checks nothing.
+
+    Raises:
+        SubmitterError: the metadata are so large that it would take too long to tell.
     """
+    _left.set([MAX_WORK])
     return bool(_validator(_canonical(schema)).is_valid(metadata))
 
 
@@ -108,6 +118,81 @@ def _within(value: Any) -> list[Any]:
 
 
 # ---------------------------------------------------------------- evaluating
+
+_left: ContextVar[list[int]] = ContextVar("looks that are left")
+
+
+def _spend(looks: int) -> None:
+    """Count work: what a schema costs hangs on the metadata, too, and both may be strangers'.
+
+    Raises:
+        SubmitterError: it is more than one schema on one worker may cost.
+    """
+    left = _left.get()
+    left[0] -= looks
+    if left[0] < 0:
+        raise SubmitterError(
+            f"expected `requires` that takes at most {MAX_WORK} looks at a worker, got more: ask less of what is long"
+        )
+
+
+def _counted(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        _spend(1)
+        return keyword(validator, value, instance, schema)
+
+    return counted
+
+
+def _counting_keys(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """Count what a keyword costs that matches the schema's patterns with each key of an object."""
+
+    def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        _spend(1)
+        if validator.is_type(instance, "object"):
+            for key in instance:
+                _spend(1)
+                for pattern in schema.get("patternProperties", ()):
+                    _spend_match(pattern, key)
+                if len(key) > TEXT_LENGTH and "unevaluatedProperties" in schema:
+                    _spend(MAX_WORK)  # patterns further down meet this key as well
+        return keyword(validator, value, instance, schema)
+
+    return counted
+
+
+def _spend_match(pattern: str, text: str) -> None:
+    ways, places = _cost(pattern)
+    _spend(1 + len(text) // STEPS_IN_A_LOOK + ways * math.comb(len(text), places) // STEPS_IN_A_LOOK)
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    if validator.is_type(instance, "string"):
+        text = str(instance)
+        _spend_match(pattern, text)
+        if not re.search(pattern, text):
+            yield ValidationError(f"does not match {pattern!r}")
+
+
+def _unique(validator: Any, wanted: Any, instance: Any, _schema: Any) -> Iterator[ValidationError]:
+    if wanted and validator.is_type(instance, "array"):
+        seen: set[Any] = set()
+        for item in instance:
+            known = len(seen)
+            seen.add(_sameness(item))
+            if len(seen) == known:
+                yield ValidationError("has an item twice")
+                return
+
+
+def _sameness(value: Any) -> Any:
+    """Return what is equal for values that JSON Schema calls equal: 1 and 1.0 are, 1 and true are not."""
+    _spend(1)
+    if isinstance(value, Mapping):
+        return "object", frozenset((key, _sameness(one)) for key, one in value.items())
+    if isinstance(value, list):
+        return "array", tuple(_sameness(one) for one in value)
+    return isinstance(value, bool), value
 
 
 def _holds(validator: Any, schema: Any, instance: Any) -> bool:
@@ -181,22 +266,42 @@ def _words_of(schema: Any) -> list[str] | None:
     return words if all(isinstance(word, str) for word in words) else None
 
 
+def _counting_items(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """Count what a keyword costs that looks for each item of an array among those that others have looked at."""
+
+    def counted(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        _spend(1 + (len(instance) ** 2 // STEPS_IN_A_LOOK if validator.is_type(instance, "array") else 0))
+        return keyword(validator, value, instance, schema)
+
+    return counted
+
+
+def _counting(name: str, keyword: Callable[..., Any]) -> Callable[..., Any]:
+    if name in {"additionalProperties", "patternProperties", "unevaluatedProperties"}:
+        return _counting_keys(keyword)
+    return _counting_items(keyword) if name == "unevaluatedItems" else _counted(keyword)
+
+
+_OURS: Final[dict[str, Callable[..., Any]]] = {
+    **Draft202012Validator.VALIDATORS,
+    "allOf": _all_of,
+    "anyOf": _any_of,
+    "oneOf": _one_of,
+    "not": _not,
+    "if": _if,
+    "dependentSchemas": _dependent,
+    "minimum": _bound(operator.lt),
+    "maximum": _bound(operator.gt),
+    "exclusiveMinimum": _bound(operator.le),
+    "exclusiveMaximum": _bound(operator.ge),
+    "enum": _enum,
+    "contains": _contains,
+    "pattern": _pattern,
+    "uniqueItems": _unique,
+}
 _Validator: Final[Any] = extend(
     Draft202012Validator,
-    {
-        "allOf": _all_of,
-        "anyOf": _any_of,
-        "oneOf": _one_of,
-        "not": _not,
-        "if": _if,
-        "dependentSchemas": _dependent,
-        "minimum": _bound(operator.lt),
-        "maximum": _bound(operator.gt),
-        "exclusiveMinimum": _bound(operator.le),
-        "exclusiveMaximum": _bound(operator.ge),
-        "enum": _enum,
-        "contains": _contains,
-    },
+    {name: _counting(name, keyword) for name, keyword in _OURS.items()},
 )
 _nothing: Final[Registry[Any]] = Registry()  # beside the draft itself; without it jsonschema would fetch from the web
 _meta: Final[Any] = Draft202012Validator(Draft202012Validator.META_SCHEMA, registry=_nothing)
@@ -214,8 +319,6 @@ def _validator(canonical: bytes) -> Any:
 
 @lru_cache(maxsize=KEPT)
 def _problem(canonical: bytes) -> str | None:
-    if len(canonical) > MAX_BYTES:
-        return f"expected a JSON Schema of at most {MAX_BYTES} bytes, got {len(canonical)}"
     schema = msgspec.json.decode(canonical)
     error = best_match(_meta.iter_errors(schema))
     if error is not None:
@@ -358,8 +461,15 @@ class _Repeats:
     loose: int = 0  # of these, where the end is not told by what comes next: each multiplies the steps
 
 
-def _check_pattern(pattern: str) -> None:
-    """Refuse a regular expression that is none, or that could go on for ever.
+@lru_cache(maxsize=KEPT)
+def _cost(pattern: str) -> tuple[int, int]:
+    return _check_pattern(pattern)
+
+
+def _check_pattern(pattern: str) -> tuple[int, int]:
+    """Refuse a regular expression that is none, or that could go on for ever; else return what its steps hang on.
+
+    These are the ways through what is bounded, and the number of places in the text that it may choose.
 
     The steps of a backtracking matcher are reckoned from above: ways through what is bounded, times the places where
     loose repeats can end, and where a match can begin.
@@ -389,6 +499,7 @@ def _check_pattern(pattern: str) -> None:
     anchored = bool(nodes) and _name(nodes[0]) == "AT" and str(nodes[0][1]) in {"AT_BEGINNING", "AT_BEGINNING_STRING"}
     if ways * math.comb(TEXT_LENGTH, found.loose + (not anchored)) > MAX_STEPS:
         raise SubmitterError("expected a pattern with fewer ways to match: begin it with ^, and bound its repeats")
+    return ways, found.loose + (not anchored) + bool(found.total)  # each repeat walks, too, where texts are long
 
 
 _Node = tuple[Any, Any]

@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
 
 from mqworker import __version__
 from mqworker.access import Access, Rule, User
-from mqworker.amqp import REPLY_TO, Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, REPLY_TO, Consumer, Delivery, Link, Plan
 from mqworker.brokerurl import read_url
 from mqworker.dispatch import Want
 from mqworker.errors import (
@@ -32,6 +33,8 @@ from mqworker.errors import (
     LedgerUnavailable,
     NotPublished,
     PeerError,
+    TooLarge,
+    Unreadable,
 )
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
@@ -39,7 +42,10 @@ from mqworker.ledger import Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     FULL_ID,
+    MAX_DESCRIBED_BYTES,
+    MAX_INPUTS_BYTES,
     MAX_MESSAGE_BYTES,
+    MAX_REQUEST_BYTES,
     AbortRequests,
     Answer,
     ArtifactList,
@@ -74,9 +80,11 @@ from mqworker.messages import (
     Resume,
     RetryRequest,
     Submit,
+    Verdict,
     WorkerList,
     decode,
     encode,
+    longer_than,
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
@@ -88,10 +96,15 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; leases and offers are counted in seconds
+REFRESH: Final = 60.0  # seconds between declarations of what somebody may have deleted ...
+REFRESH_DEAF: Final = 5.0  # ... and where it looks as if somebody has
 SHOW: Final = 2.0  # seconds between settings of the gauges
 STOP_SECONDS: Final = 10.0  # for the set in hand when the scheduler is stopped
 GC_THRESHOLDS: Final = (10_000, 50, 10_000)  # a full collection of a large pool takes up to a second: hardly ever
+IMPOSTOR_SECONDS: Final = 60.0  # between messages put aside of one who speaks in another's name
+MOST_IMPOSTORS: Final = 1000  # of whom this is remembered
 COMMIT_RETRY: Final = 1.0  # seconds before a commit that failed is tried again
+MAX_WAITING_BYTES: Final = 256 * 1024 * 1024  # of reports, while the ledger commits; more are dropped: they come again
 STANDBY_SECONDS: Final = 0.5  # between two tries of a standby to be elected
 # What a frozen scheduler has been handed comes back when the broker misses its heartbeats: after 10 to 15 s.
 READING_HEARTBEAT: Final = 5
@@ -126,7 +139,7 @@ def kept_by(ledger: Ledger) -> Kept:
 def look_up(ledger: Ledger, asks: Asks) -> Answers:
     """Read what the pool wants to know; right behind a commit, it is what that has left."""
     return Answers(
-        artifacts=ledger.artifacts_by_id(asks.artifacts) if asks.artifacts else {},
+        artifacts=ledger.artifacts_by_id(asks.artifacts, limit=MAX_INPUTS_BYTES) if asks.artifacts else {},
         heads=ledger.heads([_wanted(want) for want in asks.heads]) if asks.heads else (),
         members=[ledger.members(number, max(1, PLACED_AT_ONCE // len(asks.members))) for number in asks.members],
         used=ledger.used(asks.unused) if asks.unused else frozenset(),
@@ -167,6 +180,7 @@ class Scheduler:
         self._store_id = store.id
         self._metrics = metrics
         self._access = access
+        self._put_aside: dict[tuple[str, str], float] = {}  # of impostors' messages, when the last was put aside
         self._pool = Pool(
             term=ledger.term,
             topology=topology,
@@ -180,6 +194,8 @@ class Scheduler:
             pause_after=pause_after,
         )
         self._inbox: list[Delivery] = []
+        self._waiting_bytes = 0  # of reports in it
+        self._flooded = False  # some were dropped
         self._calls: list[Callable[[], None]] = []  # judged with the next set, never while one is being committed
         self._serving: set[asyncio.Task[None]] = set()
         self._failed: BaseException | None = None
@@ -187,13 +203,15 @@ class Scheduler:
         self._stopping = asyncio.Event()
         self._working = False
         self._ticked = self._shown = 0.0
+        self._refreshed = clock().steady
+        self._deaf = False
         self._ledger_thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger_well = True
         self._reading = link(
             amqp_url,
             name=f"mqworker scheduler {topology.prefix} reading",
             plan=self._reading_plan,
-            on_up=self._link_changed,
+            on_up=self._reading_up,
             on_down=self._reading_down,
             heartbeat=READING_HEARTBEAT,
         )
@@ -251,6 +269,8 @@ class Scheduler:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
         if not self._ledger_well:
             return Health(well=False, text="the ledger does not answer")
+        if self._writing.blocked:
+            return Health(well=False, text=BLOCKED)
         return Health(well=True, text=f"scheduler of term {self._ledger.term}")
 
     # ------------------------------------------------------------ doors
@@ -262,14 +282,14 @@ class Scheduler:
         # A predecessor that is frozen consumes still: it gets nothing more as long as we take what comes.
         priority = min(self._ledger.term, HIGHEST_PRIORITY)
 
-        def consumer(queue: str, *, no_ack: bool = False, prefetch: int = 200) -> Consumer:
-            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, no_ack=no_ack, priority=priority)
+        def consumer(queue: str, *, prefetch: int = 200) -> Consumer:
+            return Consumer(queue=queue, on_delivery=self._take, prefetch=prefetch, priority=priority)
 
         return Plan(
             exchanges=topology.exchanges(),
-            queues=(*topology.queues(), report, *self._pool.class_queues()),
+            queues=(*topology.queues(), report),
             consumers=(
-                consumer(report.name, no_ack=True),
+                Consumer(queue=report.name, on_delivery=self._take_report, no_ack=True),
                 consumer(topology.outcome),
                 consumer(topology.submit, prefetch=50),
                 Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
@@ -282,6 +302,15 @@ class Scheduler:
     def _take(self, delivery: Delivery) -> None:
         self._inbox.append(delivery)
         self._awake.set()
+
+    def _take_report(self, delivery: Delivery) -> None:
+        """Take a report; nothing but this bounds how many wait, since they come without acknowledgement."""
+        if self._waiting_bytes > MAX_WAITING_BYTES:
+            self._metrics.unreadable.labels(source="flood").inc()
+            self._flooded = True
+            return
+        self._waiting_bytes += len(delivery.body)
+        self._take(delivery)
 
     def _take_query(self, delivery: Delivery) -> None:
         task = asyncio.get_running_loop().create_task(self._serve(delivery))
@@ -303,12 +332,20 @@ class Scheduler:
         self._metrics.reconnects.inc()
         self._metrics.broker_up.set(0)
 
+    def _reading_up(self, epoch: str) -> None:
+        self._pool.declare += self._pool.class_queues()  # not by the plan: one that cannot be had must not stop all
+        self._link_changed(epoch)
+
     def _reading_down(self, reason: str) -> None:
         self._link_down(reason)
         self._pool.disconnected()
 
     def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
         self._metrics.broker_blocked.set(blocked)
+        if blocked:
+            logger.warning("the broker takes nothing: a memory or disk alarm; what runs goes on until its lease ends")
+        else:
+            self._calls.append(lambda: self._pool.unblocked(self._now()))
         self._awake.set()
 
     # ------------------------------------------------------------ the loop
@@ -348,10 +385,13 @@ class Scheduler:
             await self._turn()
 
     async def _turn(self) -> None:
-        inbox, self._inbox = self._inbox, []
+        inbox, self._inbox, self._waiting_bytes = self._inbox, [], 0
         calls, self._calls = self._calls, []
         for call in calls:
             call()
+        if self._flooded:
+            self._flooded = False
+            self._pool.disconnected()  # its probe may have been among what was dropped
         settled: list[Delivery] = []
         for delivery in inbox:
             try:
@@ -365,6 +405,8 @@ class Scheduler:
         if moment.steady - self._ticked >= TICK:
             self._ticked = moment.steady
             self._pool.tick(moment)
+        if moment.steady - self._refreshed >= (REFRESH_DEAF if self._deaf else REFRESH):
+            self._refresh(moment.steady)
         if self._writing.epoch is not None and not self._writing.blocked:
             self._pool.offer(moment)
         await self._record()
@@ -404,22 +446,40 @@ class Scheduler:
 
     async def _declare(self) -> None:
         """Make the queues of new classes before anybody is told of them; a new connection makes all of them anyway."""
-        queues, self._pool.declare = self._pool.declare, []
+        for last in (False, True):  # a queue that cannot be had gets another name, once
+            queues = {queue.name: queue for queue in self._pool.declare}
+            self._pool.declare = []
+            epoch = self._reading.epoch
+            made = [(name, self._reading.declare(queue)) for name, queue in queues.items()]
+            for name, future in made:
+                try:
+                    await future
+                except (BrokerUnavailable, BrokerRefused) as error:
+                    logger.warning("a class queue was not declared", extra={"reason": str(error)})
+                    if not last and epoch is not None and self._reading.epoch == epoch:
+                        self._pool.queue_lost(name)
         names, self._pool.delete = self._pool.delete, []
-        made = [self._reading.declare(queue) for queue in queues]
-        for future in made:
-            try:
-                await future
-            except (BrokerUnavailable, BrokerRefused) as error:
-                logger.warning("a class queue was not declared", extra={"reason": str(error)})
         for name in names:
             self._reading.delete(name)  # if unused and empty; else it expires
 
+    def _refresh(self, steady: float) -> None:
+        """Have exchanges, queues and bindings declared again: an exchange that was deleted took its bindings along."""
+        self._refreshed = steady
+        self._deaf = False
+        if self._reading.epoch is not None:
+            self._reading.refresh().add_done_callback(_tell_refusal)
+
     def _publish(self, send: Send) -> None:
+        body = encode(send.message)
+        if len(body) > MAX_MESSAGE_BYTES and isinstance(send.message, Verdict) and len(send.message.parts) > 1:
+            half = len(send.message.parts) // 2
+            for parts in (send.message.parts[:half], send.message.parts[half:]):
+                self._publish(replace(send, message=msgspec.structs.replace(send.message, parts=parts)))
+            return
         future = self._writing.publish(
             exchange=send.exchange,
             key=send.key,
-            body=encode(send.message),
+            body=body,
             kind=tag_of(send.message),
             mandatory=send.mandatory,
             persistent=send.persistent,
@@ -430,6 +490,8 @@ class Scheduler:
         if future.cancelled() or future.exception() is None:
             return
         self._metrics.not_published.inc()
+        if send.exchange == self._topology.report:
+            self._deaf = True  # our own queue does not hear us, nor anybody else
         if send.returned is not None:
             self._calls.append(send.returned)
             self._awake.set()
@@ -456,6 +518,13 @@ class Scheduler:
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
         submit = decode(delivery.body, Submit)
+        if len(delivery.body) > MAX_REQUEST_BYTES:
+            for request in submit.requests:
+                if (size := len(encode(request))) > MAX_REQUEST_BYTES:
+                    raise Unreadable(
+                        f"expected requests of at most {MAX_REQUEST_BYTES} bytes, got {size} for {request.id}: import"
+                        " large data as an artifact and name its id"
+                    )
         drafts = [self._draft(request, delivery.user_id) for request in submit.requests]
         artifacts = await self._artifacts(drafts)
         user = delivery.user_id
@@ -472,12 +541,15 @@ class Scheduler:
         wanted = {number for draft in drafts for number in draft.inputs}
         if not wanted:
             return {}
-        return await self._in_ledger_thread(lambda: self._ledger.artifacts_by_id(wanted))
+        return await self._in_ledger_thread(lambda: self._ledger.artifacts_briefly(wanted))
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
         """Keep what does not count for the operator, as it came, and tell who sent it if it can be told."""
         if isinstance(error, Impostor):
             self._metrics.impostors.inc()
+            if self._said_lately(delivery.exchange, str(error)):
+                self._reading.ack(delivery)  # whoever means it says it again and again, and has it
+                return
             logger.warning("an impostor's message went to %s", self._topology.rejected, extra={"reason": str(error)})
         else:
             self._metrics.unreadable.labels(source=delivery.exchange.rpartition(".")[2]).inc()
@@ -490,6 +562,16 @@ class Scheduler:
             self._reading.requeue(delivery)
         else:
             self._reading.ack(delivery)
+
+    def _said_lately(self, exchange: str, text: str) -> bool:
+        """Tell whether the like of an impostor's message was just put aside: one every few seconds fills disks."""
+        now = self._now().steady
+        if now - self._put_aside.get((exchange, text), -inf) < IMPOSTOR_SECONDS:
+            return True
+        if len(self._put_aside) >= MOST_IMPOSTORS:
+            self._put_aside.clear()
+        self._put_aside[exchange, text] = now
+        return False
 
     def _answer(self, delivery: Delivery, message: msgspec.Struct) -> None:
         # Any other name would have us write, with our rights, where whoever asks may not: into a class's queue, say.
@@ -516,7 +598,9 @@ class Scheduler:
         except PeerError as error:
             self._metrics.unreadable.labels(source="api").inc()
             answer = Problem(kind="unreadable", text=str(error))
-        if len(encode(answer)) > MAX_MESSAGE_BYTES:
+        except TooLarge as error:
+            answer = Problem(kind="too_large", text=str(error))
+        if longer_than(answer, MAX_MESSAGE_BYTES):
             text = f"expected a question with an answer of at most {MAX_MESSAGE_BYTES} bytes; ask for fewer at a time"
             answer = Problem(kind="too_large", text=text)
         self._answer(delivery, answer)
@@ -673,6 +757,12 @@ class Scheduler:
                 f"expected bytes in the store {self._store_id}, got the store {query.store}: use the scheduler's store"
             )
             return Problem(kind="store_mismatch", text=text)
+        if (size := len(encode(query.artifact))) > MAX_DESCRIBED_BYTES:
+            text = (
+                f"expected an artifact that is described in at most {MAX_DESCRIBED_BYTES} bytes, got {size}: put large"
+                " data into files"
+            )
+            return Problem(kind="artifact_invalid", text=text)
         number = await self._settled(partial(self._pool.import_artifact, query.key, query.artifact, self._now()))
         if isinstance(number, ImportRefused):
             return Problem(kind="artifact_invalid", text=number.reason)
@@ -690,6 +780,11 @@ class Scheduler:
         self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
+
+
+def _tell_refusal(future: asyncio.Future[None]) -> None:
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("what the broker should have was not declared again", extra={"reason": str(error)})
 
 
 async def run(
@@ -732,6 +827,8 @@ async def run(
             if ledger is None:
                 return
             doors.callback(ledger.close)
+            if ledger.upgraded_from is not None:
+                logger.info("the ledger's schema was brought up to date", extra={"before": ledger.upgraded_from})
             scheduler = Scheduler(
                 amqp_url=amqp_url,
                 topology=Topology(prefix),
@@ -753,6 +850,11 @@ async def run(
                 await scheduler.run()
             except LedgerLost as error:
                 logger.warning("another scheduler was elected, this one stands by", extra={"reason": str(error)})
+            except LedgerUnavailable as error:
+                if not stopping.is_set():
+                    raise
+                logger.warning("scheduler has stopped before it could begin", extra={"reason": str(error)})
+                return
             else:
                 logger.info("scheduler has stopped")
                 return

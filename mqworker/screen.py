@@ -330,7 +330,7 @@ def _after(view: RequestView) -> Iterator[str]:
 
 
 def _how_long(view: RequestView, now: float) -> str:
-    on = f" on {view.worker}" if view.worker else ""
+    on = f" on {printable(view.worker)}" if view.worker else ""
     if view.ended is not None and view.granted is not None:
         return f"{on}, ran {duration(view.ended - view.granted)}"
     if view.state == "running" and view.granted is not None:

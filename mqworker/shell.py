@@ -17,6 +17,7 @@ import typer
 from rich.console import RenderableType
 
 from mqworker import requires
+from mqworker.amqp import BLOCKED
 from mqworker.client import Client
 from mqworker.errors import MqworkerError, SettingsError, SubmitterError
 from mqworker.messages import Name, Take
@@ -87,7 +88,13 @@ class Shell:
         else:
             silence_logging()
         settings = loaded.settings
-        return Client(settings.amqp_url, prefix=settings.prefix, store_url=settings.store, timeout=settings.timeout)
+        return Client(
+            settings.amqp_url,
+            prefix=settings.prefix,
+            store_url=settings.store,
+            timeout=settings.timeout,
+            on_blocked=lambda blocked: tell(f"waits: {BLOCKED}" if blocked else "the broker takes messages again"),
+        )
 
 
 def _shown_by_ps(flags: Mapping[str, Any]) -> str:

@@ -27,7 +27,10 @@ import msgspec
 from mqworker import limits, processes
 from mqworker.errors import ArtifactInvalid, HostUnfit, MqworkerError, NotFound, OutsideError, Unreadable
 from mqworker.messages import (
-    MAX_MESSAGE_BYTES,
+    MAX_DESCRIBED_BYTES,
+    MAX_LINE_BYTES,
+    MAX_LISTED,
+    MAX_STAGE,
     SLOT_LAPSED,
     Analysis,
     Artifact,
@@ -46,6 +49,7 @@ from mqworker.messages import (
     SlotReady,
     SlotWord,
     StopRun,
+    bounded,
     decode,
     encode_line,
 )
@@ -56,7 +60,6 @@ CHUNK: Final = 64 * 1024
 LIVE_BYTES_PER_SECOND: Final = 256 * 1024  # of output to the live log; more than anybody can read
 PROGRESS_SECONDS: Final = 0.05  # between two words on the progress of one stage
 LIVE_BURST: Final = 1024 * 1024
-MAX_DESCRIBED: Final = MAX_MESSAGE_BYTES // 4  # bytes; an outcome travels in one message, with others
 MEMORY_KEPT: Final = 256 * 1024 * 1024  # bytes of peak memory; a slot that has needed more makes room for a fresh one
 
 
@@ -257,25 +260,25 @@ class _Context:
         for path, source in files.items():
             sha256, size = self._store.put(source)
             entries.append(FileEntry(path=path, size=size, sha256=sha256))
-        artifact = Artifact(
-            handle=f"a{len(self.artifacts)}",
-            category=category,
-            name=name,
-            data=data,
-            files=entries,
-            relations=list(relations),
-        )
-        line = encode_line(artifact)
-        self._described += len(line)
-        if self._described > MAX_DESCRIBED:
-            raise ArtifactInvalid(
-                f"expected the artifacts of one run to be described in at most {MAX_DESCRIBED} bytes together:"
-                " put large data into files"
-            )
         try:
+            artifact = Artifact(
+                handle=f"a{len(self.artifacts)}",
+                category=category,
+                name=name,
+                data=data,
+                files=entries,
+                relations=list(relations),
+            )
+            line = encode_line(artifact)
             decode(line, Artifact)  # what the scheduler could not read is better refused here
-        except Unreadable as error:
+        except (Unreadable, ValueError, TypeError, RecursionError) as error:
             raise ArtifactInvalid(f"expected an artifact of a known form: {error}") from error
+        self._described += len(line)
+        if self._described > MAX_DESCRIBED_BYTES or len(self.artifacts) >= MAX_LISTED:
+            raise ArtifactInvalid(
+                f"expected at most {MAX_LISTED} artifacts of one run, described in at most {MAX_DESCRIBED_BYTES} bytes"
+                " together: put large data into files"
+            )
         self.artifacts.append(artifact)
         return artifact.handle
 
@@ -284,6 +287,7 @@ class _Context:
         if stage == self._told[0] and fraction != 1 and now - self._told[1] < PROGRESS_SECONDS:
             return
         self._told = (stage, now)
+        stage = None if stage is None else stage[:MAX_STAGE]
         self._mouth.say(SlotProgress(stage=stage, fraction=fraction))
 
     def write_log(self, text: str) -> None:
@@ -350,7 +354,7 @@ class Slot:
                 self._die()
             *lines, pending = (pending + chunk).split(b"\n")
             for line in lines:
-                self._obey(decode(line, SlotOrder))  # type: ignore[arg-type]  # a union of structs
+                self._obey(decode(line, SlotOrder, limit=MAX_LINE_BYTES))  # type: ignore[arg-type]  # a union of structs
 
     def _obey(self, order: SlotOrder) -> None:
         match order:
@@ -436,7 +440,7 @@ class Slot:
             self._busy = False
         return SlotEnded(
             result=result,  # type: ignore[arg-type]  # one of the four words
-            reason=_with_logs_problem(reason, task),
+            reason=_with_logs_problem(None if reason is None else bounded(reason), task),
             again=result in {"failure", "error"} and (again or (task is not None and task.try_again)),
             artifacts=[] if context is None else context.artifacts,
             left=left,

@@ -43,7 +43,7 @@ class SqliteDatabase(Database):
         database = cls._take(url)
         try:
             with database.transaction() as connection:
-                migrations.bring_up(connection, database.name)
+                database.found = migrations.bring_up(connection, database.name)
                 database.term = connection.execute(select(leader.c.term)).scalar_one() + 1
                 connection.execute(update(leader).values(term=database.term))
         except BaseException:

@@ -5,14 +5,15 @@ Knows files only. What is here lets a worker that was killed deliver what it had
 
 import fcntl
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from mqworker.errors import PeerError, StateLocked
-from mqworker.messages import Outcome, RunRef, decode, encode
+from mqworker.errors import PeerError, StateLocked, Unreadable
+from mqworker.messages import MAX_MESSAGE_BYTES, Outcome, RunRef, decode, encode
 from mqworker.processes import Process
 
 MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))  # machine-id(5)
@@ -89,8 +90,9 @@ class WorkerState:
     def _next_incarnation(self) -> int:
         """Return a number above all earlier ones of this directory."""
         file = self._directory / "incarnation"
-        before = int(file.read_text()) if file.exists() else 0
-        number = max(before + 1, int(time.time() * 1000))
+        before = file.read_bytes() if file.exists() else b""
+        known = int(before) if re.fullmatch(rb"[0-9]{1,15}", before) else 0  # what is none of ours counts for nothing
+        number = max(known + 1, int(time.time() * 1000))
         self._write(file, str(number).encode())
         return number
 
@@ -107,11 +109,11 @@ class WorkerState:
         file = self._directory / "slots"
         if not file.exists():
             return []
-        boot, *lines = file.read_text().splitlines() or [""]
+        boot, *lines = file.read_text(errors="replace").splitlines() or [""]
         if boot != _boot_id():
             return []  # start times count from the boot: these may be anybody's by now
-        pairs = [line.split() for line in lines]
-        return [Process(pid=int(pid), start=int(start)) for pid, start in pairs]
+        pairs = [re.fullmatch(r"([1-9][0-9]{0,9}) ([0-9]{1,19})", line, re.ASCII) for line in lines]
+        return [Process(pid=int(pair[1]), start=int(pair[2])) for pair in pairs if pair is not None]
 
     # ------------------------------------------------------------ the spool
 
@@ -129,11 +131,26 @@ class WorkerState:
         """Read what a predecessor left; a file that cannot be read is put aside, for a person."""
         for file in sorted(self._spool.glob("*.json")):
             try:
-                yield decode(file.read_bytes(), Outcome)
+                outcome = self._read(file)
             except PeerError:
                 file.rename(file.with_suffix(".unreadable"))
+            else:
+                yield outcome
         for file in self._spool.glob("*.new"):
             file.unlink()  # it was not finished, so nothing was said about it
+
+    def _read(self, file: Path) -> Outcome:
+        """Read an outcome from the file that has its name.
+
+        Raises:
+            PeerError: it is none, or another's; that could not be removed by its name once it is answered.
+        """
+        if not file.is_file() or file.stat().st_size > MAX_MESSAGE_BYTES:
+            raise Unreadable(f"expected a file of at most {MAX_MESSAGE_BYTES} bytes, got {file}")
+        outcome = decode(file.read_bytes(), Outcome)
+        if self._file(outcome) != file:
+            raise Unreadable(f"expected the outcome that {file} is named after, got {self._file(outcome).name}")
+        return outcome
 
     def _file(self, ref: RunRef) -> Path:
         return self._spool / f"{ref.request}.{ref.attempt}.{ref.token}.json"

@@ -1,5 +1,6 @@
 """Exchanges, queues, arguments and names, as data. Knows no broker: amqp declares what stands here."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -114,7 +115,12 @@ class Topology:
             Queue(
                 name=self.api,
                 lasting=True,
-                arguments={"x-message-ttl": API_TTL_MS},
+                # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
+                arguments={
+                    "x-queue-type": "quorum",
+                    "x-delivery-limit": DELIVERY_LIMIT,
+                    "x-message-ttl": API_TTL_MS,
+                },
                 bindings=((self.api, self.api), (self.command, self.command)),
             ),
         )
@@ -138,6 +144,10 @@ class Topology:
         """Describe the queue of a capability class: classic, since a lost ticket is issued again from the ledger."""
         name = f"{self.work}.{capability_class}"
         return Queue(name=name, arguments={"x-expires": CLASS_QUEUE_EXPIRES_MS}, bindings=((self.work, name),))
+
+    def is_class_queue(self, name: str) -> bool:
+        """Say whether a name is one that this pool's schedulers give to class queues: <work>.<term>-<number>."""
+        return re.fullmatch(rf"{re.escape(self.work)}\.[0-9]+-[0-9]+", name) is not None
 
     def report_queue(self, epoch: str) -> Queue:
         """Describe the active scheduler's report queue: an outage leaves no stale flood in it."""

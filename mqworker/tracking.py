@@ -46,6 +46,7 @@ Ask = Callable[[Mapping[str, Any], Mapping[str, Any]], object]
 
 MISSING: Final = ""  # the token of what is not there
 WHOLE: Final[Key] = ("whole", ())
+LONGEST_KEPT: Final = 1000  # characters of an operand that is remembered
 MAX_CHANGES: Final = 4  # keys that an advice may change
 BEAM: Final = 12  # half-way states of metadata that a search for advice follows up
 SAMPLES: Final = (["?"], "?", 1, True)  # what a missing value is tried as, to hear what would be asked of it
@@ -108,7 +109,12 @@ def value_of(text: str) -> Any:
     return json.loads(text)
 
 
-_operand = lru_cache(maxsize=4096)(value_of)  # of comparisons: never a list or an object, so that it can be shared
+_short_operand = lru_cache(maxsize=4096)(value_of)
+
+
+def _operand(text: str) -> Any:
+    """Return the operand of a comparison: never a list or an object, so that it can be shared."""
+    return _short_operand(text) if len(text) <= LONGEST_KEPT else value_of(text)
 
 
 def _found(document: Mapping[str, Any], path: Iterable[str]) -> Any:

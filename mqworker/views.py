@@ -194,7 +194,7 @@ class Views:
             classes.append(
                 Capability(
                     name=name,
-                    queue=self._topology.class_queue(name).name,
+                    queue=self._topology.class_queue(self._held.queue_name(name)).name,
                     workers=len(members),
                     examples=members[: explain.MAX_SHOWN],
                     shared=explain.shared([one.metadata for one in facts]),

@@ -43,12 +43,14 @@ from mqworker.agent import (
     Unspool,
     check_task_names,
 )
-from mqworker.amqp import Consumer, Delivery, Link, Plan
+from mqworker.amqp import BLOCKED, Consumer, Delivery, Link, Plan
 from mqworker.cgroup import Cgroup, Cgroups
-from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked
+from mqworker.errors import HostUnfit, NotPublished, PeerError, StateLocked, Unreadable
 from mqworker.limits import Watch
 from mqworker.messages import (
+    MAX_LINE_BYTES,
     Analysis,
+    Assign,
     Limits,
     Outcome,
     Outfit,
@@ -73,6 +75,7 @@ from mqworker.topology import Topology
 logger = logging.getLogger(__name__)
 
 TICK: Final = 0.25  # seconds between looks at what is due; deadlines are held by the slots as well
+DEAF_SECONDS: Final = 30.0  # without a word of the scheduler, who answers each heartbeat
 ANALYSIS_SECONDS: Final = 120.0  # a look at the host that takes longer is given up
 SETTLE_SECONDS: Final = 10.0  # for the ledger's answers, before the worker leaves its spool to its successor
 STOP_NOW_SECONDS: Final = 3.0  # the same, when the worker is told twice
@@ -81,7 +84,7 @@ DISK_SECONDS: Final = 5.0  # between two looks at free room
 FEW_INODES: Final = 1000  # a file system that counts its files, and has fewer left, is full
 LAST_WORDS: Final = 64 * 1024  # bytes: what a pipe holds
 LAST_LINES: Final = 500  # characters of them, for an operator
-LINE_LIMIT: Final = 16 * 1024 * 1024  # bytes of one word of a slot
+DISCARDED_AT_ONCE: Final = 64 * 1024  # bytes of what a slot says when it is not understood any more
 KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may read of ours: no URL with a password
 
 
@@ -162,6 +165,7 @@ class Worker:
         self._children: dict[int, _Child] = {}
         self._directories: dict[str, Path] = {}  # of runs, by token
         self._analyzing = False
+        self._heard_at = 0.0
         self._analyzed_at = 0.0
         self._analyst: int | None = None  # its pid
         self._spawning = asyncio.Lock()  # who ends orphans must not meet a child that is not known yet
@@ -194,7 +198,7 @@ class Worker:
             plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
-            on_blocked=self._metrics.broker_blocked.set,
+            on_blocked=self._blocked,
         )
 
     async def run(self) -> None:
@@ -258,6 +262,8 @@ class Worker:
         for link in (self._reading, self._writing):
             if link.epoch is None:
                 return Health(well=False, text=f"no connection to the broker: {link.last_error or 'connecting'}")
+        if self._writing.blocked:
+            return Health(well=False, text=BLOCKED)
         if not self._agent.heard:
             return Health(well=False, text="no scheduler has answered yet")
         if self._agent.held is not None:
@@ -351,9 +357,18 @@ class Worker:
             self._reading.cancel(self._agent.consuming)  # only the publishing link may be down
         self._agent.disconnected()
 
+    def _blocked(self, blocked: bool) -> None:  # noqa: FBT001  # the broker's word is a bool
+        self._metrics.broker_blocked.set(blocked)
+        if blocked:
+            logger.warning("the broker takes nothing: a memory or disk alarm; what runs goes on until its lease ends")
+        self._agent.blocked(blocked=blocked)
+        self._act()
+
     def _take_verdict(self, delivery: Delivery) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
         try:
             verdict = decode(delivery.body, Verdict)
+            self._check_queues(verdict)
         except PeerError as error:
             self._metrics.unreadable.labels(source="verdict").inc()
             logger.warning(
@@ -362,6 +377,16 @@ class Worker:
             return
         self._agent.verdict(verdict, self._clock())
         self._act()
+
+    def _check_queues(self, verdict: Verdict) -> None:
+        """Refuse to consume what is no class's queue: whoever can write verdicts must not have this worker eat others'.
+
+        Raises:
+            Unreadable: the verdict names another queue.
+        """
+        for part in verdict.parts:
+            if isinstance(part, Assign) and part.queue is not None and not self._topology.is_class_queue(part.queue):
+                raise Unreadable(f"expected a queue {self._topology.work}.<class> to consume, got {part.queue!r}")
 
     def _take_ticket(self, delivery: Delivery) -> None:
         try:
@@ -409,8 +434,16 @@ class Worker:
             for state, number in self._agent.slot_states().items():
                 self._metrics.slots.labels(state=state).set(number)
             self._metrics.unsettled.set(self._agent.unsettled())
+            self._listen_anew()
             if not self._analyzing and asyncio.get_running_loop().time() - self._analyzed_at >= self._metadata_interval:
                 self._start(self._analyze())
+
+    def _listen_anew(self) -> None:
+        """Declare our own queue once more, after a silence: an exchange that was deleted took its bindings along."""
+        now = asyncio.get_running_loop().time()
+        if self._reading.epoch is not None and now - self._heard_at > DEAF_SECONDS:
+            self._heard_at = now
+            self._reading.refresh()  # a refusal changes nothing: there may be no scheduler to hear
 
     def _act(self) -> None:
         for act in self._agent.take_acts(self._clock()):
@@ -454,7 +487,8 @@ class Worker:
             case PublishOutcomes(outcomes):
                 self._publish(self._topology.outcome, self._topology.outcome, outcomes, lasting=True)
             case PublishLog(message):
-                self._publish(self._topology.logs, message.request, message, lasting=False)
+                if not self._writing.blocked:  # it would only pile up here
+                    self._publish(self._topology.logs, message.request, message, lasting=False)
             case CountRefusal(task):
                 self._metrics.refusals.labels(task=task).inc()
             case Analyze():
@@ -737,8 +771,18 @@ class Worker:
         """Pass on what a slot says, until its process ends."""
         was_ready = False
         stream = child.process.stdout
-        while stream is not None and (line := await stream.readline()):
-            word: SlotWord = decode(line, SlotWord)  # type: ignore[arg-type]  # a union of structs
+        while stream is not None:
+            try:
+                line = await stream.readline()
+                if not line.endswith(b"\n"):
+                    break  # its process has ended, perhaps in the middle of a word
+                word: SlotWord = decode(line, SlotWord, limit=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union of structs
+            except (PeerError, ValueError) as error:  # ValueError: a line without an end, by the stream's limit
+                self._agent.slot_babbled(number, str(error))
+                self._act()
+                while await stream.read(DISCARDED_AT_ONCE):
+                    pass
+                break
             was_ready = was_ready or isinstance(word, SlotReady)
             self._agent.slot_said(number, word)
             self._act()
@@ -813,7 +857,7 @@ class Worker:
             stdin=stdin,
             stdout=asyncio.subprocess.PIPE,
             stderr=stderr,
-            limit=LINE_LIMIT,
+            limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             pass_fds=pass_fds,
             env=_child_environment(),
@@ -844,7 +888,7 @@ class Worker:
         identity = processes.identify(process.pid)
         try:
             output, _ = await asyncio.wait_for(process.communicate(), ANALYSIS_SECONDS)
-            analysis = decode(output, Analysis)
+            analysis = decode(output, Analysis, limit=MAX_LINE_BYTES)
         except TimeoutError:
             raise HostUnfit(f"expected analyze_worker() of all tasks to end within {ANALYSIS_SECONDS:g} s") from None
         except PeerError as error:

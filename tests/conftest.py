@@ -29,7 +29,7 @@ from mqworker import task as task_room
 from mqworker.amqp import remove
 from mqworker.errors import HostUnfit, OutsideError
 from mqworker.ledger import Ledger
-from mqworker.privatenode import PrivateNode, find_programs
+from mqworker.privatenode import PrivateNode
 from mqworker.schema import REVISION, schema
 from mqworker.task import Task
 from mqworker.topology import Topology
@@ -72,6 +72,7 @@ SPREAD = {
         "live/test_farm",
         "live/test_pool",
         "live/test_privatenode",
+        "live/test_standby",
         "tasks/test_sbuild",
     )
 }
@@ -101,20 +102,6 @@ class Broker:
     url: str
     management_url: str | None
     ours: bool
-
-
-def _root() -> Path | None:
-    """Return where the RabbitMQ is that tests are to run with; None: on this machine itself.
-
-    MQWORKER_TEST_RABBITMQ is a version (4.0, 4.3) or a folder.
-
-    Raises:
-        HostUnfit: it is not there.
-    """
-    what = os.environ.get("MQWORKER_TEST_RABBITMQ")
-    root = roots.find(what) if what else None
-    find_programs(root)
-    return root
 
 
 class Lacking(Exception):
@@ -176,7 +163,7 @@ class Brokers:
 
     def _node(self, otherwise: str) -> Broker:
         try:
-            root = _root()
+            root = roots.chosen()
         except HostUnfit as error:
             raise Lacking("rabbitmq-server", f"{error} ({otherwise})") from error
         directory = self._new_directory()
@@ -318,7 +305,7 @@ def private_node(tmp_path) -> Iterator[Callable[..., PrivateNode]]:
 
 @pytest.fixture(scope="module")
 def nodes_of_module(tmp_path_factory) -> Iterator[Callable[..., PrivateNode]]:
-    """Start nodes for all tests of a file; takes what PrivateNode takes, but for the directory."""
+    """Start nodes for all tests of a file; takes what PrivateNode takes, with `own` for a directory of the test's."""
     with _private_nodes(tmp_path_factory.mktemp("nodes")) as start:
         yield start
 
@@ -372,13 +359,13 @@ def as_own_user(own_amqp_url, manage, prefix) -> Iterator[Callable[..., str]]:
 @contextmanager
 def _private_nodes(directory: Path) -> Iterator[Callable[..., PrivateNode]]:
     try:
-        root = _root()
+        root = roots.chosen()
     except HostUnfit as error:
         missing("rabbitmq-server", str(error))
     with ExitStack() as stack:
 
         def start(**arguments) -> PrivateNode:
-            own = directory / f"node-{uuid.uuid4().hex[:8]}"
+            own = arguments.pop("own", directory / f"node-{uuid.uuid4().hex[:8]}")
             node = PrivateNode(own, **{"root": root, **arguments})
             stack.callback(shutil.rmtree, own, ignore_errors=True)  # it may not have come to be
             stack.callback(node.kill)

@@ -24,6 +24,20 @@ SECONDS: Final = 600.0
 SOURCES: Final = Path("/etc/apt/sources.list"), Path("/etc/apt/sources.list.d")
 
 
+def chosen() -> Path | None:
+    """Return where the RabbitMQ is that tests are to run with; None: on this machine itself.
+
+    MQWORKER_TEST_RABBITMQ is a version (4.0, 4.3) or a folder.
+
+    Raises:
+        HostUnfit: it is not there.
+    """
+    what = os.environ.get("MQWORKER_TEST_RABBITMQ")
+    root = find(what) if what else None
+    find_programs(root)
+    return root
+
+
 def find(what: str) -> Path:
     """Return the root of a version, or of a path, if it is there.
 

@@ -371,6 +371,14 @@ def test_the_doctor_says_of_each_thing_ok_or_what_to_do(cli):
     assert all(check["state"] == "ok" or check["finding"] for check in checks.values())
 
 
+def test_the_doctor_shows_no_password_of_the_ledger(cli):
+    cli.environment["MQWORKER_LEDGER"] = "postgresql://mqworker:geheim@127.0.0.1:1/pool?password=geheim"
+    done = cli("--amqp-url", "amqp://guest:guest@127.0.0.1:1/", "doctor")
+
+    assert "postgresql://mqworker:***@127.0.0.1:1/pool" in "".join(done.stdout.split())
+    assert "geheim" not in done.stdout + done.stderr
+
+
 @pytest.mark.live
 def test_the_doctor_tries_the_rights_on_the_broker(cli, amqp_url, prefix):
     flags = ("--prefix", prefix, "--store", f"file://{cli.home}/store")

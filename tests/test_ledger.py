@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from contextlib import ExitStack, closing
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from mqworker.facts import (
     Moved,
     Need,
     Offer,
+    Own,
     Pause,
     Rekey,
     RequirementRow,
@@ -368,6 +370,16 @@ def test_a_request_without_a_requirement_class_can_only_be_rejected(ledger):
 
 
 # ---------------------------------------------------------------- moves
+
+
+def test_a_look_at_a_ledger_does_not_raise_its_term(url):
+    Ledger.open(url).close()
+
+    for _ in range(2):
+        assert Ledger.check(url).startswith("the ledger ")
+
+    with closing(Ledger.open(url)) as ledger:
+        assert (ledger.term, ledger.upgraded_from) == (2, None)
 
 
 @pytest.mark.parametrize("state", State)
@@ -1725,3 +1737,24 @@ def test_a_damaged_file_is_told_as_such(path):
 
     with pytest.raises(LedgerInvalid, match="backup"), closing(Ledger.open(f"sqlite:///{path}")) as ledger:
         alive(ledger)
+
+
+# ---------------------------------------------------------------- whose is what
+
+
+def test_a_workers_name_is_kept_for_its_user_until_it_is_given_away(ledger):
+    def own(name, user):
+        return Own(name=name, user=user, at=1.0)
+
+    assert ledger.commit([own("anna", "u1"), own("bert", "u1"), own("anna", "u2")]) == [False, False, True]
+    assert ledger.worker_names() == {"anna": "u2", "bert": "u1"}
+    assert ledger.commit([own("anna", None), own("carl", None)]) == [True, False]
+    assert ledger.worker_names() == {"bert": "u1"}
+
+
+def test_a_request_stays_its_first_submitters(ledger):
+    first, again = replace(accept(), submitter="anna"), replace(accept(seq=2), submitter="bert")
+
+    assert [result.status for result in ledger.commit([need(1), first, again])[1:]] == ["accepted", "known"]
+    [view], _ = ledger.view([an_id(1)])
+    assert view.submitter == "anna"

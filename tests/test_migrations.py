@@ -91,7 +91,7 @@ def test_a_ledger_of_the_first_schema_is_brought_up_to_date_with_all_that_it_hol
     assert Ledger.check(url).endswith(f"has the schema 0001; the next scheduler brings it up to {REVISION}")
 
     with closing(Ledger.open(url)) as ledger:
-        assert ledger.term == 42
+        assert (ledger.term, ledger.upgraded_from) == (42, "0001")
         views = {view.seq: view for view in ledger.list(ListRequests(limit=100))}
         assert [views[seq].state for seq in range(1, 11)] == [
             *("success", "failure", "error", "aborted", "rejected", "running", "offered"),

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import pytest
 
 from mqworker import dispatch, pool
-from mqworker.messages import After, Pause, Void
+from mqworker.messages import After, Assign, GetCapabilities, Pause, Void
 from mqworker.task import Task
-from tests.driving import A_SECOND, Peer, restart
+from tests.driving import A_SECOND, LEASE, Peer, restart
 
 
 @pytest.fixture(autouse=True)
@@ -435,3 +435,44 @@ def test_requires_sees_the_metadata_as_they_are_whatever_the_task_has_done_to_it
     anna = Peer(driven, tasks={"changing": None}, mem=4).join()
 
     anna.run(one)
+
+
+def test_a_class_whose_queue_is_lost_gets_another_and_what_was_in_it_is_offered_anew(driven):
+    anna = Peer(driven).join()
+    request = driven.request()
+    [(queue, ticket)] = driven.take_tickets()
+    assert anna.queue == queue
+
+    driven.pool.queue_lost(queue)
+    driven.turn()
+    [assign] = anna.hear(Assign)
+    assert assign.queue not in {queue, None}
+    assert assign.queue in driven.queues
+    [(other, again)] = driven.take_tickets()
+    assert (other, again.request.id, again.attempt) == (assign.queue, request, ticket.attempt)
+    driven.pool.queue_lost(queue)  # said twice: it has another
+    driven.turn()
+    assert anna.hear(Assign) == []
+    [shown] = driven.pool.views.capabilities(GetCapabilities(), driven.steady).classes
+    assert shown.queue == other
+
+    anna.queue = other
+    anna.say(anna.beat())
+    driven.turn()
+    assert anna.end(anna.run(request)) == "recorded"
+
+
+def test_when_the_broker_takes_messages_again_leases_and_silences_begin_anew(driven):
+    anna = Peer(driven).join()
+    request = driven.request()
+    anna.run(request)
+    driven.pass_time(LEASE + 10)  # a probe is under way
+    assert driven.probes
+    driven.pool.unblocked(driven.moment)
+    driven.pass_probes()
+    assert driven.states(request) == ["running"]
+    assert driven.worker("anna").state == "online"
+    driven.pass_time(LEASE + 10)
+    driven.pass_probes()
+    assert driven.worker("anna").state == "offline"
+    assert driven.view(request).attempts[0].result == "lost"

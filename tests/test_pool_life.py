@@ -104,6 +104,7 @@ def test_a_request_that_has_a_time_and_needs_another_waits_for_both(driven, anna
     else:
         driven.pass_time(10)
     assert driven.pool._held.blocked == 1
+    assert one not in driven.pool._entries
     anna.end(ref)
     anna.say(anna.beat())
     driven.turn()
@@ -262,6 +263,20 @@ def test_a_request_that_expires_before_it_may_begin_is_rejected_with_a_word(driv
     assert "expires_at behind not_before" in view.reason.text
 
 
+def test_what_has_expired_takes_nothing_from_its_group(driven, anna):
+    first, second = an_id(701), an_id(702)
+    driven.submit(
+        Request(id=an_id(700), task="noop", group="a", expires_at=at(driven, -1)),
+        Request(id=first, task="noop", group="a"),
+        Request(id=second, task="noop", group="b"),
+    )
+    driven.turn()
+
+    assert offered(driven) == [first]
+    assert driven.states(an_id(700), second) == ["aborted", "pending"]
+    assert anna.run(first)
+
+
 # ---------------------------------------------------------------- tried again
 
 
@@ -418,6 +433,16 @@ def test_a_worker_that_goes_on_after_a_pause_begins_anew():
     farm.fail_on("anna", "bert")
 
     assert len(farm.paused()) == 2
+
+
+def test_a_resume_forgets_what_speaks_against_a_worker():
+    farm = Farm(pause_after=2)
+    farm.fail_on("anna", "bert")
+    farm.driven.pool.resume("worker", "anna", lambda _: None)
+    farm.driven.turn()
+    farm.fail_on("anna", "bert")
+
+    assert not farm.paused()
 
 
 def test_nobody_is_paused_where_that_is_not_wanted():

@@ -8,7 +8,7 @@ import pytest
 
 from mqworker import scheduler as scheduler_room
 from mqworker.access import Access
-from mqworker.errors import LedgerUnavailable
+from mqworker.errors import LedgerLost, LedgerUnavailable
 from mqworker.ledger import Ledger
 from mqworker.messages import Request
 from mqworker.metrics import SchedulerMetrics
@@ -91,3 +91,32 @@ def test_a_command_that_comes_while_a_set_is_committed_is_judged_with_the_next(s
         return await waits
 
     assert asyncio.run(command()) == "done"
+
+
+def test_nothing_is_said_while_another_scheduler_may_have_been_elected(scheduler):
+    class Lost:
+        sure = False
+
+        def commit(self, writes):
+            assert writes == []
+            raise LedgerLost("another one was elected")
+
+    asyncio.run(scheduler._record())  # what it asks at first
+    scheduler._ledger = Lost()
+    with pytest.raises(LedgerLost):
+        asyncio.run(scheduler._record())
+
+    assert scheduler._writing.published == []
+
+
+def test_a_question_to_a_ledger_that_is_away_is_asked_again(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler_room, "COMMIT_RETRY", 0.0)
+    failures = [LedgerUnavailable("the session was cut")] * 2
+
+    def count():
+        if failures:
+            raise failures.pop()
+        return 3
+
+    assert asyncio.run(scheduler._in_ledger_thread(count)) == 3
+    assert scheduler._ledger_well

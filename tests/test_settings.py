@@ -159,11 +159,12 @@ def test_a_wrong_value_names_its_key_its_source_and_itself(tmp_path, flags, envi
         load(flags, environ, config=config)
 
 
-def test_a_wrong_url_is_not_shown_with_its_password():
+@pytest.mark.parametrize("key", ["AMQP_URL", "LEDGER", "STORE"])
+def test_a_wrong_url_is_not_shown_with_its_password(key):
     with pytest.raises(SettingsError) as caught:
-        load({}, {"MQWORKER_AMQP_URL": "//me:secret@host"})
+        load({}, {f"MQWORKER_{key}": "//me:secret@host"})
 
-    assert "amqp_url (from MQWORKER_AMQP_URL)" in str(caught.value)
+    assert f"{key.lower()} (from MQWORKER_{key})" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

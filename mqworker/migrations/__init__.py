@@ -3,6 +3,7 @@
 Works in the transaction that it is given, so that a half-made schema is none. Knows no engine but by its name.
 """
 
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -11,6 +12,9 @@ from sqlalchemy.dialects import sqlite
 
 from mqworker import schema
 from mqworker.errors import LedgerInvalid
+
+# What it does is told by who asked for it, once and in our words.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 EVER: Final = frozenset({"requests", "attempts", "artifacts", "imports"})  # tables of every version
 FIRST: Final = EVER | {"meta"}  # of the time before Alembic

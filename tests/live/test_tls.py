@@ -75,12 +75,13 @@ def encrypted(nodes_of_module, tmp_path_factory) -> Encrypted:
     certificate, key = ours.certify("server", "DNS:localhost")
     [port] = privatenode._free_ports(1)
     node = nodes_of_module(
+        own=files,
         plugins=("rabbitmq_auth_mechanism_ssl",),
         settings={
             "listeners.ssl.1": f"127.0.0.1:{port}",
-            "ssl_options.cacertfile": str(ours.file),
-            "ssl_options.certfile": str(certificate),
-            "ssl_options.keyfile": str(key),
+            "ssl_options.cacertfile": f"{{directory}}/{ours.file.name}",
+            "ssl_options.certfile": f"{{directory}}/{certificate.name}",
+            "ssl_options.keyfile": f"{{directory}}/{key.name}",
             "ssl_options.verify": "verify_peer",
             "ssl_options.fail_if_no_peer_cert": "true",
             "auth_mechanisms.1": "PLAIN",

@@ -65,6 +65,7 @@ class Broker:
         self.running = True
         self.blocked = False
         self.queues = {}
+        self.down = set()  # names of queues whose node is down
         self.bindings = {}
         self.connections = []
         self.echo = 0.0  # the share of messages that come a second time
@@ -129,8 +130,10 @@ class Broker:
             for call, args in stalled:
                 connection.arrive_up(call, args)
 
-    def lose_queue(self, name):
-        """Lose a queue with all that is in it: its node is down."""
+    def lose_queue(self, name, *, down):
+        """Lose a queue with all that is in it; if its node is down, nobody can declare it again."""
+        if down:
+            self.down.add(name)
         queue = self.queues.get(name)
         if queue is None:
             return
@@ -143,6 +146,8 @@ class Broker:
     # ------------------------------------------------------------ what connections ask
 
     def declare(self, connection, spec):
+        if spec.name in self.down:
+            return False
         if spec.name not in self.queues:
             ttl = spec.arguments.get("x-message-ttl")
             self.queues[spec.name] = Queue(
@@ -154,6 +159,7 @@ class Broker:
             bound = self.bindings.setdefault(binding, [])
             if spec.name not in bound:
                 bound.append(spec.name)
+        return True
 
     def delete(self, name):
         """Delete a queue that is neither used nor filled; say whether it is gone."""
@@ -584,7 +590,17 @@ class Link:
         return future
 
     def _declare(self, connection, queue, future):
-        self.broker.declare(connection, queue)
+        connection.down(self._answer, connection, future, self.broker.declare(connection, queue))
+
+    def refresh(self):
+        connection, future = self._question()
+        if connection is not None:
+            connection.up(self._refresh, connection, self._plan(connection.epoch), future)
+        return future
+
+    def _refresh(self, connection, plan, future):
+        for queue in plan.queues:
+            self.broker.declare(connection, queue)
         connection.down(self._answer, connection, future, True)
 
     def delete(self, queue):
@@ -611,7 +627,7 @@ class Link:
         if well:
             _resolve(future)
         else:
-            _fail(future, BrokerRefused("expected the queue to be unused and empty"))
+            _fail(future, BrokerRefused("expected the queue to be unused and empty, or its node to be up"))
 
     def publish(
         self,

@@ -99,6 +99,7 @@ class Check:
         self.alive = {}  # request to {token: host's name} of its runs
         self.began = {}  # token to when its run began
         self.killed = set()  # tokens of runs that did not end by themselves, nor by their lease
+        self.aborts = set()  # requests that somebody has wanted to be stopped
         self.alone = set()  # (request, attempt) that nothing may run beside
         self.outcomes = {}  # token to the outcome that was spooled
         self.claims = {}  # token to the metadata versions it was claimed with
@@ -462,6 +463,8 @@ class Check:
     def spooled(self, outcome):
         self.outcomes[outcome.token] = outcome
         request = self.requests[outcome.request]
+        if outcome.result == "aborted" and outcome.request not in self.aborts:
+            self.fail("P3", f"{outcome} was aborted, and nobody has asked for that")
         if outcome.reason is not None and outcome.reason.status == "timeout":
             ran = self.loop.now - self.began[outcome.token]
             if outcome.result != "error" or request.timeout is None or ran < request.timeout * 0.99:

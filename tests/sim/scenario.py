@@ -242,7 +242,7 @@ class _Drawing:
                 case "echo":
                     self.add(at, kind, seconds=long, share=chance.choice([0.1, 0.5]))
                 case "lose-queue":
-                    self.add(at, kind, worker=chance.choice(workers))
+                    self.add(at, kind, worker=chance.choice(workers), down=chance.random() < 0.5)
                 case "disk":
                     self.add(at, kind, worker=chance.choice(workers), seconds=short)
                 case "wall":

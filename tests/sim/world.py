@@ -242,6 +242,7 @@ class World:
             case "submit":
                 self.client.submit(given["requests"])
             case "abort":
+                self.check.aborts.add(given["request"])
                 self.client.abort(given["request"])
             case "command":
                 self.client.command(given["query"])
@@ -295,7 +296,7 @@ class World:
                 self._later(seconds, setattr, self.broker, "echo", 0.0)
             case "lose-queue":
                 if host.worker is not None and host.worker._agent.consuming is not None:
-                    self.broker.lose_queue(host.worker._agent.consuming)
+                    self.broker.lose_queue(host.worker._agent.consuming, down=given["down"])
             case "disk":
                 host.disk_full = True
                 self._later(seconds, setattr, host, "disk_full", False)

@@ -196,3 +196,7 @@ class Badly(TaskRunCommandMixin, Task):
     def _environment(self) -> bool:
         Path(self.data["note"]).write_text(json.dumps(dict(os.environ)))
         return True
+
+    def _describe(self) -> bool:
+        self.world.upload_artifact(category="test:large", name="large", data={"text": "x" * 20 * 2**20}, files={})
+        return True

@@ -1,0 +1,146 @@
+"""A pool on a cluster of three nodes, of which one is killed, frozen, or parted from the others."""
+
+import threading
+import uuid
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from mqworker.errors import HostUnfit, MqworkerError, OutsideError
+from mqworker.topology import Topology
+from tests import roots
+from tests.nodes import NAMES, Cluster
+
+pytestmark = [pytest.mark.live, pytest.mark.cluster]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, missing):
+    try:
+        one = Cluster(tmp_path_factory.mktemp("cluster"), roots.chosen())
+    except HostUnfit as error:
+        missing("rabbitmq-server", str(error))
+    with one:
+        yield one
+
+
+@pytest.fixture
+def whole(cluster, prefix, eventually):
+    """The cluster, with a vhost of the test's own, and all of it up again afterwards."""
+    cluster.ctl("add_vhost", prefix)
+    cluster.ctl("set_permissions", "-p", prefix, "mqworker", ".*", ".*", ".*")
+    eventually(lambda: all(prefix in node.ctl("list_vhosts") for node in cluster.nodes.values()), "all have the vhost")
+    return cluster
+
+
+class Flow:
+    """Submit all the time, from a thread, and know what was receipted."""
+
+    def __init__(self, client, data):
+        self.client = client
+        self.data = data
+        self.receipted = []
+        self.unanswered = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._submit)
+
+    def _submit(self):
+        while not self._stop.wait(0.1):
+            try:
+                self.receipted.append(self.client.submit("journal", {**self.data, "label": uuid.uuid4().hex}))
+            except MqworkerError:  # while a node comes and goes
+                self.unanswered += 1
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def goes_on(self, eventually, runs):
+        """Wait until some more were receipted, and some more have run."""
+        receipted, ended = len(self.receipted), runs.count("end")
+        eventually(lambda: len(self.receipted) >= receipted + 5, "more is receipted")
+        eventually(lambda: runs.count("end") >= ended + 5, "more has run")
+
+
+@pytest.fixture
+def at_work(whole, make_pool, prefix, runs, eventually):
+    """Have a pool at work, and see in the end that nothing was lost and nothing ran twice at a time."""
+    return contextmanager(lambda: _at_work(make_pool(whole.url().replace("%2F", prefix), prefix), runs, eventually))
+
+
+def _at_work(pool, runs, eventually):
+    runs.open()
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna", "bert", slots=2)
+        with Flow(client, runs.data) as flow:
+            flow.goes_on(eventually, runs)
+            yield client, flow
+            flow.goes_on(eventually, runs)
+        views = client.wait(flow.receipted, timeout=120)
+        assert {view.state for view in views} == {"success"}
+        assert client.count() >= len(flow.receipted)
+        running = set()
+        for line in runs.lines():  # a run is over at once, so each has come to its end
+            assert (line["label"] in running) == (line["what"] == "end"), line
+            running ^= {line["label"]}
+        ended = {line["label"] for line in runs.lines()}
+        assert ended >= {view.request.data["label"] for view in views}
+        for name, process in pool.processes.items():
+            assert process.poll() is None, name
+
+
+def node_of(cluster, prefix, queue):
+    """Return the name of the node that has a queue (of a quorum queue: its leader); None if nobody knows."""
+    for line in cluster.ctl("list_queues", "-p", prefix, "name", "pid").splitlines():
+        name, _, pid = line.partition("\t")
+        if name == queue:
+            return next((node for node in NAMES if f"{node}@" in pid), None)
+    return None
+
+
+@pytest.mark.parametrize("what", ["class", "submit"])
+def test_a_node_that_is_killed_takes_nothing_along(what, whole, at_work, runs, eventually):
+    with at_work() as (client, flow):
+        before, prefix = client.workers()[0].queue, client._topology.prefix
+        queue = before if what == "class" else Topology(prefix).submit
+        home = eventually(lambda: node_of(whole, prefix, queue), "the queue has a home")
+        whole.nodes[home].kill()
+        try:
+            flow.goes_on(eventually, runs)
+            if what == "class":
+                assert {worker.queue for worker in client.workers()} != {before}
+        finally:
+            whole.nodes[home].start()
+
+
+def test_a_leader_that_is_frozen_stops_work_for_a_while_only(whole, at_work, prefix, runs, eventually):
+    with at_work() as (_, flow):
+        home = eventually(lambda: node_of(whole, prefix, Topology(prefix).outcome), "the queue has a leader")
+        whole.freeze(home)
+        try:
+            flow.goes_on(eventually, runs)
+        finally:
+            whole.thaw(home)
+        eventually(lambda: all(_well(node) for node in whole.nodes.values()), "all nodes are well")
+
+
+def test_work_goes_on_in_the_majority_when_a_node_is_parted_from_it(whole, at_work, prefix, runs, eventually):
+    with at_work() as (client, flow):
+        home = eventually(lambda: node_of(whole, prefix, client.workers()[0].queue), "the queue has a home")
+        whole.part(home)
+        try:
+            flow.goes_on(eventually, runs)
+        finally:
+            whole.join(home)
+        eventually(lambda: all(_well(node) for node in whole.nodes.values()), "all nodes are well")
+
+
+def _well(node):
+    try:
+        return "{true,2}" in node.ctl("eval", "{rabbit:is_running(), length(nodes())}.")
+    except OutsideError:
+        return False
