@@ -113,7 +113,7 @@ class Submitter:
         if rng.random() < 0.03:
             request["not_before"] = time.time() + rng.uniform(0, 5)
         if rng.random() < 0.03:
-            request["expires_at"] = time.time() + rng.uniform(0, 5)
+            request["expires_at"] = request.get("not_before", time.time()) + rng.uniform(0.1, 5)
         if rng.random() < 0.1:
             request["retry_on"] = rng.choice([["failure"], ["error"], ["failure", "error"]])
         return request
