@@ -290,9 +290,9 @@ class Scheduler:
             queues=(*topology.queues(), report),
             consumers=(
                 Consumer(queue=report.name, on_delivery=self._take_report, no_ack=True),
-                consumer(topology.outcome),
-                consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
+                consumer(topology.outcome_queue().name),
+                consumer(topology.submit_queue().name, prefetch=50),
+                Consumer(queue=topology.api_queue().name, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -510,10 +510,8 @@ class Scheduler:
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
             self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
-        elif delivery.exchange == self._topology.submit:
+        else:
             await self._submit(delivery, moment)
-        else:  # whoever may write to a queue's namesake may bind the queue, too: to events and logs, say
-            self._metrics.unreadable.labels(source="elsewhere").inc()
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
