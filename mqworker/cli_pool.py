@@ -194,19 +194,51 @@ def _see_drained(client: Client, events: Iterator[list[Any]], names: Sequence[st
 
 
 @application.command(rich_help_panel=POOL)
-def resume(context: typer.Context, *, kind: PauseKind, name: PauseName, as_json: AsJson = False) -> None:
-    """End a pause."""
+def resume(
+    context: typer.Context,
+    *,
+    kind: PauseKind,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Names.", show_default=False)] = None,
+    of_class: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="CLASS", help="All paused workers of a capability class; may be repeated."),
+    ] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="All of the kind that are paused.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """End pauses and drains."""
+    if bool(names) + bool(of_class) + everybody != 1:
+        raise SubmitterError("expected what to resume: names, or --class, or --all")
+    if of_class and kind is not Kind.WORKER:
+        raise SubmitterError(f"expected --class with workers, got it with {kind.value}")
     shell: Shell = context.obj
     with shell.client() as client:
-        before = client.pauses()
-        left = client.resume(kind.value, name)
+        before = left = client.pauses()
+        chosen = names or [one.name for one in before if one.kind == kind.value]
+        if of_class:
+            members = _members(client, of_class)
+            chosen = [name for name in chosen if name in members]
+        for name in chosen:
+            left = client.resume(kind.value, name)
+            if as_json:
+                continue
+            if _has(before, kind, name):
+                typer.echo(f"{kind.value} {printable(name)} goes on")
+            else:
+                others = ", ".join(f"{one.kind} {one.name}" for one in left)
+                tell(f"{kind.value} {name} was not paused{f'; paused are {others}' if others else ''}")
     if as_json:
         print_json(left)
-    elif _has(before, kind, name):
-        typer.echo(f"{kind.value} {printable(name)} goes on")
-    else:
-        others = ", ".join(f"{one.kind} {one.name}" for one in before)
-        tell(f"{kind.value} {name} was not paused{f'; paused are {others}' if others else ''}")
+    elif not chosen:
+        tell(f"no {kind.value}{' of that class' if of_class else ''} is paused")
+
+
+def _members(client: Client, classes: Sequence[str]) -> set[str]:
+    """Return the workers of capability classes."""
+    known = {one.name for one in client.capabilities().classes}
+    if unknown := [name for name in classes if name not in known]:
+        raise SubmitterError(f"no class {', '.join(unknown)}; `mqworker capabilities` lists them")
+    return {worker.name for worker in client.workers() if worker.capability_class in classes}
 
 
 def _has(pauses: Iterable[PauseView], kind: Kind, name: str) -> bool:

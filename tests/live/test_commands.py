@@ -509,6 +509,45 @@ def test_pauses_are_made_listed_and_ended(run, scheduler):
     assert "worker anna was not paused; paused are task SBuild" in done.errors
 
 
+def named(name: str, arch: str) -> Capability:
+    return Capability(
+        name=name, queue=f"q.{name}", workers=1, examples=["anna"], shared={"arch": arch}, tasks=["noop"],
+        requirements=1, idle=1, lookahead=0, out=0, backlog=0,
+    )  # fmt: skip
+
+
+def test_what_is_paused_goes_on_by_name_by_class_or_all_of_it(run, scheduler):
+    members = {"anna": "c1", "bert": "c2", "carl": "c1", "dora": "c1"}
+    scheduler.workers = [
+        WorkerView(name=name, host="h", state="online", slots=1, capability_class=one) for name, one in members.items()
+    ]
+    scheduler.classes = [named(name, "amd64") for name in ("c1", "c2", "c3")]
+
+    def paused(*kinds_and_names):
+        for kind, name in kinds_and_names:
+            assert run("pause", kind, name).code == 0
+
+    paused(*(("worker", name) for name in ("anna", "bert", "carl", "old")), ("task", "noop"))
+    done = run("resume", "worker", "anna", "dora", "bert")
+    assert (done.code, done.output) == (0, "worker anna goes on\nworker bert goes on\n")
+    assert "worker dora was not paused; paused are " in done.errors
+    paused(("worker", "anna"), ("worker", "bert"))
+    assert run("resume", "worker", "--class", "c1").output == "worker anna goes on\nworker carl goes on\n"
+    assert run("resume", "worker", "--class", "c3") == (0, "", "mqworker: no worker of that class is paused\n")
+    assert run("resume", "worker", "--all").output == "worker bert goes on\nworker old goes on\n"
+    assert [name for _, name in scheduler.pauses] == ["noop"]
+    assert run("resume", "worker", "--all") == (0, "", "mqworker: no worker is paused\n")
+    assert json.loads(run("resume", "task", "--all", "--json").output) == []
+
+    for arguments, said in (
+        (["worker", "--class", "c9"], "no class c9; `mqworker capabilities` lists them"),
+        (["task", "--class", "c1"], "expected --class with workers, got it with task"),
+        (["worker"], "expected what to resume: names, or --class, or --all"),
+        (["worker", "anna", "--all"], "expected what to resume: names, or --class, or --all"),
+    ):
+        assert run("resume", *arguments) == (2, "", f"mqworker: {said}\n")
+
+
 def test_a_pause_of_what_nobody_knows_is_made_with_a_warning(run, scheduler):
     scheduler.workers = [WorkerView(name="anna", host="h", state="online", slots=1, tasks={"sbuild": 1})]
 
@@ -569,12 +608,6 @@ def test_what_is_not_submitted_is_explained_with_its_data_and_requirements(run, 
 
 
 def test_capability_classes_are_listed_and_shown(run, scheduler):
-    def named(name: str, arch: str) -> Capability:
-        return Capability(
-            name=name, queue=f"q.{name}", workers=1, examples=["anna"], shared={"arch": arch}, tasks=["noop"],
-            requirements=1, idle=1, lookahead=0, out=0, backlog=0,
-        )  # fmt: skip
-
     scheduler.classes = [named("c1", "amd64"), named("c2", "arm64")]
     done = run("capabilities")
     assert re.search(r'^c1 +1 +1 +0 +0 +0 +arch="amd64"$', done.output, re.MULTILINE)
