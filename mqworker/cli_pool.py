@@ -3,7 +3,7 @@
 import difflib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 from mqworker.client import Client
 from mqworker.errors import OutsideError, SubmitterError
 from mqworker.messages import Explanation, PauseView, WorkerView, encode_line
-from mqworker.screen import Counting, printable
+from mqworker.screen import Counting, many, printable
 from mqworker.screen_pool import (
     Sight,
     Watching,
@@ -183,14 +183,19 @@ def drain(
 
 def _see_drained(client: Client, events: Iterator[list[Any]], names: Sequence[str], *, stop: bool) -> list[WorkerView]:
     """Wait until nothing runs on workers, or until they have gone."""
-    with Counting("drain", len(names)) as counting:
-        while True:
-            found = [worker for worker in client.workers() if worker.name in names]
-            busy = [one for one in found if one.state == "online" and (stop or one.running or not one.draining)]
-            counting.show(len(found) - len(busy))
-            if not busy:
-                return found
-            next(events)
+    busy: Sized = names
+    try:
+        with Counting("drain", len(names)) as counting:
+            while True:
+                found = [worker for worker in client.workers() if worker.name in names]
+                busy = [one for one in found if one.state == "online" and (stop or one.running or not one.draining)]
+                counting.show(len(found) - len(busy))
+                if not busy:
+                    return found
+                next(events)
+    except KeyboardInterrupt:
+        tell(f"{many(len(busy), 'worker')} of {len(names):,} not done yet; the drain goes on until `mqworker resume`")
+        raise
 
 
 @application.command(rich_help_panel=POOL)

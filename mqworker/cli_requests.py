@@ -369,7 +369,10 @@ class _Ended:
 
     def show(self, sentence: Callable[[Counter[State]], str], *, as_json: bool) -> None:
         if not self._filtered:
-            print_json(self._views) if as_json else show(request_table(self._views, time.time()))
+            if as_json:
+                print_json(self._views)
+            elif self._views:
+                show(request_table(self._views, time.time()))
         elif as_json:
             print_json({"number": len(self._ids), "ids": self._ids})
         else:

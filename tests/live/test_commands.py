@@ -516,6 +516,22 @@ def named(name: str, arch: str) -> Capability:
     )  # fmt: skip
 
 
+def test_who_stops_waiting_for_a_drain_is_told_that_it_goes_on(on_terminal, scheduler):
+    run = RunView(request=NOT_HERE, attempt=1, since=1.0)
+    scheduler.workers = [WorkerView(name="w1", host="h", state="online", slots=1, running=[run], draining=True)]
+
+    with on_terminal("drain", "w1", "--wait") as terminal:
+        terminal.until("drain")
+        terminal.interrupt()
+        assert terminal.end() == 130
+    assert "1 worker of 1 not done yet; the drain goes on until `mqworker resume`" in terminal.drawn
+
+
+def test_an_abort_of_what_nobody_knows_shows_no_empty_table(run):
+    said = f"mqworker: nobody knows {NOT_HERE} yet: it is aborted when it comes within a day\n"
+    assert run("abort", NOT_HERE) == (0, "", said)
+
+
 def test_what_is_paused_goes_on_by_name_by_class_or_all_of_it(run, scheduler):
     members = {"anna": "c1", "bert": "c2", "carl": "c1", "dora": "c1"}
     scheduler.workers = [
@@ -532,9 +548,9 @@ def test_what_is_paused_goes_on_by_name_by_class_or_all_of_it(run, scheduler):
     assert (done.code, done.output) == (0, "worker anna goes on\nworker bert goes on\n")
     assert "worker dora was not paused; paused are " in done.errors
     paused(("worker", "anna"), ("worker", "bert"))
-    assert run("resume", "worker", "--class", "c1").output == "worker anna goes on\nworker carl goes on\n"
+    assert run("resume", "worker", "--class", "c1").output == "worker carl goes on\nworker anna goes on\n"
     assert run("resume", "worker", "--class", "c3") == (0, "", "mqworker: no worker of that class is paused\n")
-    assert run("resume", "worker", "--all").output == "worker bert goes on\nworker old goes on\n"
+    assert run("resume", "worker", "--all").output == "worker old goes on\nworker bert goes on\n"
     assert [name for _, name in scheduler.pauses] == ["noop"]
     assert run("resume", "worker", "--all") == (0, "", "mqworker: no worker is paused\n")
     assert json.loads(run("resume", "task", "--all", "--json").output) == []
@@ -545,7 +561,7 @@ def test_what_is_paused_goes_on_by_name_by_class_or_all_of_it(run, scheduler):
         (["worker"], "expected what to resume: names, or --class, or --all"),
         (["worker", "anna", "--all"], "expected what to resume: names, or --class, or --all"),
     ):
-        assert run("resume", *arguments) == (2, "", f"mqworker: {said}\n")
+        assert run("resume", *arguments) == (2, "", f"mqworker: error: {said}\n")
 
 
 def test_a_pause_of_what_nobody_knows_is_made_with_a_warning(run, scheduler):
