@@ -357,8 +357,8 @@ class FakeScheduler:
 
     def _plan(self, _epoch: str) -> Plan:
         consumers = (
-            Consumer(queue=self.topology.submit, on_delivery=self._on_submit),
-            Consumer(queue=self.topology.api, on_delivery=self._on_query),
+            Consumer(queue=self.topology.submit_queue().name, on_delivery=self._on_submit),
+            Consumer(queue=self.topology.api_queue().name, on_delivery=self._on_query),
         )
         return Plan(exchanges=self.topology.exchanges(), queues=self.topology.queues(), consumers=consumers)
 

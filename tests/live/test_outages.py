@@ -164,14 +164,14 @@ def test_who_is_not_heard_any_more_since_an_exchange_was_deleted_binds_anew(whic
 
 
 def test_submissions_in_a_queue_that_is_deleted_are_sent_again_until_the_receipt(governed, manage, eventually, final):
-    pool, prefix, names = governed, governed.prefix, Topology(governed.prefix)
+    pool, prefix, queue = governed, governed.prefix, Topology(governed.prefix).submit_queue().name
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         pool.end("scheduler", 9)
         future = client._start(client._submit([Request(id="6d0d1c44-5f27-4f3c-9b43-2b9b1f9b8a11", task="noop")]))
-        waiting = f"queues/{prefix}/{names.submit}"
+        waiting = f"queues/{prefix}/{queue}"
         with pool.channel() as channel:
-            eventually(lambda: channel.queue_declare(names.submit, passive=True).method.message_count, "it waits there")
+            eventually(lambda: channel.queue_declare(queue, passive=True).method.message_count, "it waits there")
         manage("DELETE", waiting)
         pool.scheduler()
         [receipt] = future.result(120)
