@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from mqworker.errors import Rejected, Unanswered
+from mqworker.errors import ArtifactInvalid, Rejected, Unanswered
 from mqworker.messages import Request
 from mqworker.topology import Topology
 
@@ -220,7 +220,7 @@ def test_what_is_too_large_is_refused_before_it_goes_out(pool, final, tmp_path):
             client.submit("noop", {"label": large})
         file = tmp_path / "file"
         file.write_bytes(b"x")
-        with pytest.raises(Rejected, match="bytes"):
+        with pytest.raises(ArtifactInvalid, match="bytes"):
             client.import_artifact("mqworker:noop-output", "name", {"text": large}, {"file": file})
         [view] = final(client, client.submit("badly", {"how": "describe"}))
         assert view.state == "error"
