@@ -914,18 +914,18 @@ def test_what_the_broker_never_answers_ends_this_life_and_the_next_one_asks_anew
     monkeypatch.setattr(amqp, "UNCONFIRMED_SECONDS", 0.5)
     monkeypatch.setattr(amqp, "UNCONFIRMED_LOOK", 0.1)
     kind = {"BasicConsumeOk": spec.Basic.ConsumeOk, "BasicCancelOk": spec.Basic.CancelOk, "BasicAck": spec.Basic.Ack}
-    deliver = Connection._deliver_frame_to_channel
+    process = Connection._process_frame
 
     def swallow(connection, frame):
         if not isinstance(getattr(frame, "method", None), kind[silent]):
-            deliver(connection, frame)
+            process(connection, frame)
 
     async def scenario():
         got = asyncio.Queue()
         consumer = Consumer(queue=names.queue, on_delivery=got.put_nowait)
         plan = names.plan(consumer) if silent == "BasicCancelOk" else names.plan()
         async with running(amqp_url, plan) as watch:
-            monkeypatch.setattr(Connection, "_deliver_frame_to_channel", swallow)
+            monkeypatch.setattr(Connection, "_process_frame", swallow)
             sent = None
             if silent == "BasicConsumeOk":
                 watch.link.consume(consumer)
@@ -938,7 +938,7 @@ def test_what_the_broker_never_answers_ends_this_life_and_the_next_one_asks_anew
             if sent:
                 with pytest.raises(NotPublished, match="has not confirmed"):
                     await sent
-            monkeypatch.setattr(Connection, "_deliver_frame_to_channel", deliver)
+            monkeypatch.setattr(Connection, "_process_frame", process)
             await soon(watch.link.wait_up())
             watch.link.consume(consumer)
             await soon(names.publish(watch.link))
