@@ -333,6 +333,7 @@ class AbortResult:
     before: State | None
     after: State | None
     marked: bool = False  # it is kept for a request that nobody knows yet
+    full: bool = False  # it is not: its user has as many of these as one may
     task: str | None = None
     attempt: int | None = None
     before_lane: LaneRow | None = None  # where it stood, if it was pending

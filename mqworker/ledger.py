@@ -94,6 +94,7 @@ from mqworker.sqlite import SqliteDatabase
 
 PAGE: Final = 1000  # the most values in one IN (...)
 SHORTEST_BEGINNING: Final = 4  # characters of an id
+MOST_MARKS: Final = 10_000  # of one user: aborts of requests that may never come
 FILE_LENGTH: Final = 200  # characters of a file's entry, about
 
 _Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one that it comes after
@@ -251,7 +252,8 @@ _move = _of_seq.values(priority=bindparam("to_priority"))
 _rekey = _of_seq.where(schema.IS_LIVE).values(requirement=bindparam("to_requirement"))
 
 _mark = insert(_abort_marks)
-_marked = select(_abort_marks.c.id, _abort_marks.c.reason, _abort_marks.c.user).where(_abort_marks.c.id.in_(_ids))
+_marked = select(_abort_marks).where(_abort_marks.c.id.in_(_ids)).order_by(_abort_marks.c.at, _abort_marks.c.user)
+_marks_of = select(func.count()).select_from(_abort_marks).where(_abort_marks.c.user == bindparam("user"))
 _take_marks = delete(_abort_marks).where(_abort_marks.c.id.in_(_ids))
 _unmark = delete(_abort_marks).where(_abort_marks.c.at < bindparam("before"))
 
@@ -914,17 +916,18 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
     new = [write for write in writes if write.request.id not in known]
     standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
     made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
-    marks = {row.id: row for row in _rows(connection, _marked, [write.request.id for write in new])}
+    marks = defaultdict(list)
+    for mark in _rows(connection, _marked, [write.request.id for write in new]):
+        marks[mark.id].append((mark.user or None, mark.reason))
     results: dict[str, Accepted] = {}
     rows = []
     dependencies = []
     for write in new:
         request = write.request
         beginning = _begin(write, needs[request.id], standing, made)
-        mark = marks.get(request.id)
-        heeded = mark is not None and (write.heeds is None or mark.user in write.heeds)
-        if mark is not None and heeded and beginning.state not in FINAL:
-            reason = Reason(text=mark.reason, stage="abort")
+        heeded = [why for user, why in marks.get(request.id, ()) if write.heeds is None or user in write.heeds]
+        if heeded and beginning.state not in FINAL:
+            reason = Reason(text=heeded[0], stage="abort")
             beginning = _Beginning(state=move(beginning.state, Event.ABORT), reason=reason)
         standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
         row = _new_request(write, contents[request.id], beginning)
@@ -1258,13 +1261,14 @@ def _do_aborts(connection: Connection, writes: Sequence[AbortAsked]) -> list[Res
 
 def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortResult]:
     rows = {row.id: row for row in _rows(connection, _places, [write.request for write in writes])}
-    _keep_marks(connection, [write for write in writes if write.mark and write.request not in rows])
+    marked = _keep_marks(connection, [write for write in writes if write.mark and write.request not in rows])
     results: list[AbortResult] = []
     now, later, blocked = [], [], []
     for write in writes:
         row = rows.get(write.request)
         if row is None:
-            results.append(AbortResult(before=None, after=None, marked=write.mark))
+            kept = write.request in marked
+            results.append(AbortResult(before=None, after=None, marked=kept, full=write.mark and not kept))
             continue
         before = after = State(row.state)
         lane = None
@@ -1308,16 +1312,24 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
     return results
 
 
-def _keep_marks(connection: Connection, writes: Sequence[AbortAsked]) -> None:
-    """Keep what is to be aborted once it comes; what was asked first stays."""
-    known = {row.id for row in _rows(connection, _marked, [write.request for write in writes])}
-    rows = [
-        {"id": write.request, "reason": write.reason, "user": write.user, "at": write.at}
-        for write in writes
-        if write.request not in known
-    ]
+def _keep_marks(connection: Connection, writes: Sequence[AbortAsked]) -> set[str]:
+    """Keep what is to be aborted once it comes, and return it; what a user asked first stays, up to so many."""
+    known = {(row.id, row.user) for row in _rows(connection, _marked, [write.request for write in writes])}
+    users = {write.user or "" for write in writes}
+    numbers = {user: connection.scalar(_marks_of, {"user": user}) or 0 for user in users}
+    kept = set()
+    rows = []
+    for write in writes:
+        user = write.user or ""
+        if (write.request, user) not in known:
+            if numbers[user] >= MOST_MARKS:
+                continue
+            numbers[user] += 1
+            rows.append({"id": write.request, "reason": write.reason, "user": user, "at": write.at})
+        kept.add(write.request)
     if rows:
         connection.execute(_mark, rows)
+    return kept
 
 
 def _do_unmarks(connection: Connection, writes: Sequence[Unmark]) -> list[Result]:

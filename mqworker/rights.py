@@ -1,8 +1,8 @@
 """What each role may do on the broker: regular expressions over names, as commands or definitions to give it.
 
-The least that a role needs. It rests on these: only named exchanges are written to; who may write to an exchange may
-write to the queue of the same name too (and bind it), but neither read nor delete it; exclusive queues are their
-connection's alone.
+The least that a role needs. It rests on these: only named exchanges are written to; who may write to a name may bind
+what has it, queue or exchange, to what he may read, so no lasting queue has an exchange's name, and no key of events or
+logs is one that the direct exchanges know; exclusive queues are their connection's alone.
 """
 
 import shlex
@@ -45,17 +45,18 @@ def rights_of(role: Role, topology: Topology) -> Rights:
     events, logs = (t.events, t.logs)
     match role:
         case "scheduler":
-            lasting = [*(one.name for one in t.exchanges()), *(one.name for one in t.queues())]
+            queues = [one.name for one in t.queues()]
+            bound = [exchange for one in t.queues() for exchange, _ in one.bindings]
             return Rights(
-                configure=_names(t, *lasting, below=(t.work, t.report)),
+                configure=_names(t, *(one.name for one in t.exchanges()), *queues, below=(t.work, t.report)),
                 write=_names(
                     t,
                     *(t.work, t.verdict, t.events, t.rejected, t.report),  # to write there, ...
-                    *(one.name for one in t.queues()),  # ... and these to bind them
+                    *queues,  # ... and these to bind them
                     below=(t.work, t.report),
                     also=("amq.default",),  # answers
                 ),
-                read=_names(t, t.work, t.command, *(one.name for one in t.queues()), t.report, below=(t.report,)),
+                read=_names(t, t.work, t.report, *bound, *queues, below=(t.report,)),
                 topics=(TopicRights(exchange=events, write=_EVENT, read=NOTHING),),
             )
         case "worker":

@@ -39,7 +39,7 @@ from mqworker.errors import (
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
 from mqworker.hearing import Hearing
-from mqworker.ledger import Ledger
+from mqworker.ledger import MOST_MARKS, Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
     FULL_ID,
@@ -293,9 +293,9 @@ class Scheduler:
             queues=(*topology.queues(), report),
             consumers=(
                 Consumer(queue=report.name, on_delivery=self._take_report, no_ack=True),
-                consumer(topology.outcome),
-                consumer(topology.submit, prefetch=50),
-                Consumer(queue=topology.api, on_delivery=self._take_query, prefetch=50, priority=priority),
+                consumer(topology.outcome_queue().name),
+                consumer(topology.submit_queue().name, prefetch=50),
+                Consumer(queue=topology.api_queue().name, on_delivery=self._take_query, prefetch=50, priority=priority),
             ),
         )
 
@@ -543,10 +543,8 @@ class Scheduler:
                 self._hearing.back(delivery.exchange, outcomes)
             else:
                 self._pool.outcomes(outcomes, moment, delivery.user_id)
-        elif delivery.exchange == self._topology.submit:
+        else:
             await self._submit(delivery, moment)
-        else:  # whoever may write to a queue's namesake may bind the queue, too: to events and logs, say
-            self._metrics.unreadable.labels(source="elsewhere").inc()
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
@@ -732,12 +730,14 @@ class Scheduler:
         to_come = [one for one in answer.missing if FULL_ID.fullmatch(one)]
         asks = (partial(abort(one), user=user, known=False) for one in to_come)
         results = await asyncio.gather(*(self._settled(ask) for ask in asks))
-        came = [one for one, result in zip(to_come, results, strict=True) if not result.marked]
+        came = [one for one, result in zip(to_come, results, strict=True) if not (result.marked or result.full)]
+        text = f"expected at most {MOST_MARKS} aborts a day of requests that nobody knows from one user, got one more"
+        full = {one: text for one, result in zip(to_come, results, strict=True) if result.full}
         late = await self._each(came, user, abort)
         return RequestList(
             requests=[*answer.requests, *late.requests],
             missing=[one for one in answer.missing if one not in to_come],
-            forbidden={**answer.forbidden, **late.forbidden},
+            forbidden={**answer.forbidden, **late.forbidden, **full},
             marked=[one for one, result in zip(to_come, results, strict=True) if result.marked],
         )
 

@@ -189,14 +189,16 @@ pauses = Table(
     sqlite_with_rowid=False,
 )
 
-# Requests that were to be aborted before anybody knew them: the submission behind the abort arrives aborted.
+# Requests that were to be aborted before anybody knew them: the submission behind the abort arrives aborted, if one of
+# those who asked may do that. Each user has a mark of its own, so that no stranger's takes the place of a rightful one.
 abort_marks = Table(
     "abort_marks",
     schema,
     Column("id", _TEXT, primary_key=True),
+    Column("user", _TEXT, primary_key=True),  # the broker's user that asked; "": the broker did not say
     Column("reason", _TEXT, nullable=False),
-    Column("user", _TEXT),  # the broker's user that asked; None: the broker did not say
     Column("at", Float, nullable=False),
+    Index("abort_marks_of_user", "user"),  # to count them
     sqlite_with_rowid=False,
 )
 

@@ -38,7 +38,7 @@ class Topology:
 
     @property
     def submit(self) -> str:
-        """Where clients publish requests; exchange, queue and key have one name."""
+        """Where clients publish requests; the key is the exchange's name."""
         return f"{self.prefix}.submit"
 
     @property
@@ -53,7 +53,7 @@ class Topology:
 
     @property
     def outcome(self) -> str:
-        """Where workers publish outcomes; exchange, queue and key have one name."""
+        """Where workers publish outcomes; the key is the exchange's name."""
         return f"{self.prefix}.outcome"
 
     @property
@@ -63,7 +63,7 @@ class Topology:
 
     @property
     def api(self) -> str:
-        """Where clients publish questions; exchange, queue and key have one name."""
+        """Where clients publish questions; the key is the exchange's name."""
         return f"{self.prefix}.api"
 
     @property
@@ -83,7 +83,7 @@ class Topology:
 
     @property
     def rejected(self) -> str:
-        """Where unreadable messages go; exchange, queue and key have one name."""
+        """Where unreadable messages go; the key is the exchange's name."""
         return f"{self.prefix}.rejected"
 
     def exchanges(self) -> tuple[Exchange, ...]:
@@ -103,31 +103,42 @@ class Topology:
 
     def queues(self) -> tuple[Queue, ...]:
         """List the lasting queues; whoever may declares all of them, so that no first publisher meets a void."""
-        return (
-            Queue(
-                name=self.rejected,
-                lasting=True,
-                arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT},
-                bindings=((self.rejected, self.rejected),),
-            ),
-            self._quorum(self.submit),
-            self._quorum(self.outcome),
-            Queue(
-                name=self.api,
-                lasting=True,
-                # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
-                arguments={
-                    "x-queue-type": "quorum",
-                    "x-delivery-limit": DELIVERY_LIMIT,
-                    "x-message-ttl": API_TTL_MS,
-                },
-                bindings=((self.api, self.api), (self.command, self.command)),
-            ),
+        return (self.rejected_queue(), self.submit_queue(), self.outcome_queue(), self.api_queue())
+
+    def submit_queue(self) -> Queue:
+        """Describe the queue of requests."""
+        return self._quorum("submit", self.submit)
+
+    def outcome_queue(self) -> Queue:
+        """Describe the queue of outcomes."""
+        return self._quorum("outcome", self.outcome)
+
+    def rejected_queue(self) -> Queue:
+        """Describe the queue of what could not be read, for the operator."""
+        return Queue(
+            name=self._lasting("rejected"),
+            lasting=True,
+            arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT},
+            bindings=((self.rejected, self.rejected),),
         )
 
-    def _quorum(self, name: str) -> Queue:
+    def api_queue(self) -> Queue:
+        """Describe the queue of questions and commands."""
         return Queue(
-            name=name,
+            name=self._lasting("api"),
+            lasting=True,
+            # A quorum queue too: while a classic one's node is down nobody can declare it, and so nobody gets in.
+            arguments={"x-queue-type": "quorum", "x-delivery-limit": DELIVERY_LIMIT, "x-message-ttl": API_TTL_MS},
+            bindings=((self.api, self.api), (self.command, self.command)),
+        )
+
+    def _lasting(self, name: str) -> str:
+        """Return a name that is no exchange's: whoever may write to an exchange may bind a queue of the same name."""
+        return f"{self.prefix}.queue.{name}"
+
+    def _quorum(self, name: str, exchange: str) -> Queue:
+        return Queue(
+            name=self._lasting(name),
             lasting=True,
             arguments={
                 "x-queue-type": "quorum",
@@ -137,7 +148,7 @@ class Topology:
                 "x-dead-letter-strategy": "at-least-once",
                 "x-overflow": "reject-publish",  # without it at-least-once is silently at-most-once
             },
-            bindings=((name, name),),
+            bindings=((exchange, exchange),),
         )
 
     def class_queue(self, capability_class: str) -> Queue:

@@ -218,7 +218,7 @@ def test_only_names_that_schedulers_of_this_pool_give_are_class_queues():
     topology = Topology("a.b")
     assert topology.is_class_queue(topology.class_queue("12-3").name)
     for name in (
-        "a.b.submit",
+        "a.b.queue.submit",
         "a.b.work.submit",
         "aXb.work.1-1",
         "c.work.1-1",
@@ -279,7 +279,7 @@ def test_whatever_a_slot_says_does_not_end_the_agent(data, expected):
         assert one == wanted if not isinstance(wanted, str) else re.search(wanted, one)
 
 
-@pytest.mark.parametrize("queue", ["t.submit", "t.work.submit", "other.work.1-1"])
+@pytest.mark.parametrize("queue", ["t.queue.submit", "t.work.submit", "other.work.1-1"])
 def test_a_worker_consumes_no_queue_that_is_no_class_of_its_pool(queue):
     counted = []
     worker = listening()

@@ -431,6 +431,37 @@ def test_an_abort_of_an_unknown_request_says_so(ledger):
     assert ledger.commit([abort()]) == [AbortResult(before=None, after=None)]
 
 
+def mark(number, user, reason="not needed", at=7.0):
+    return AbortAsked(request=an_id(number), reason=reason, at=at, mark=True, user=user)
+
+
+def test_each_user_has_a_mark_of_its_own_and_the_first_of_those_that_count_does(ledger):
+    marks = [mark(1, "mallory"), mark(1, "anna", "hers"), mark(1, "anna", "again"), mark(1, None, at=1.0)]
+    assert all(result.marked for result in ledger.commit([*marks, mark(1, "chief", "his", at=9.0), mark(2, "mallory")]))
+
+    heeds = frozenset({"anna", "chief"})
+    ledger.commit([replace(accept(1), heeds=heeds), replace(accept(2), heeds=heeds)])
+
+    assert (only(ledger, 1).state, only(ledger, 1).reason.text) == ("aborted", "hers")
+    assert only(ledger, 2).state == "pending"
+    with ledger._database.transaction() as connection:
+        assert connection.execute(schema.abort_marks.select()).all() == []
+
+
+def test_a_user_has_so_many_marks_and_takes_nobody_elses_place(ledger, monkeypatch):
+    monkeypatch.setattr("mqworker.ledger.MOST_MARKS", 2)
+    full = AbortResult(before=None, after=None, full=True)
+
+    first = ledger.commit([mark(number, "mallory") for number in range(1, 4)])
+    assert [one.marked for one in first] == [True, True, False]
+    assert ledger.commit([mark(3, "mallory"), mark(2, "mallory"), mark(3, "anna"), mark(4, None)]) == [
+        full,
+        *[AbortResult(before=None, after=None, marked=True)] * 3,
+    ]
+    ledger.commit([accept(1)])
+    assert ledger.commit([mark(4, "mallory")])[0].marked, "there is room again"
+
+
 def test_the_first_reason_of_an_abort_stays(ledger):
     ledger.commit(BRINGING[State.RUNNING])
     ledger.commit([abort()])

@@ -102,6 +102,22 @@ def test_an_abort_that_came_first_counts_only_if_it_is_of_who_may_command_the_re
         assert (driven.states(request.id), driven.view(request.id).submitter) == ([state], "anna")
 
 
+def test_the_mark_of_a_stranger_does_not_take_the_place_of_a_rightful_one(driven):
+    rightful = [("anna", "hers"), ("chief", "his")]
+    for number, marks in enumerate(([("mallory", "spite"), *rightful], [*reversed(rightful), ("mallory", "spite")])):
+        request = Request(id=an_id(600 + number), task="noop")
+        for user, reason in marks:
+            driven.pool.abort(request.id, reason, driven.moment, lambda _: None, user=user)
+            driven.pass_time(1)
+        drafts = [driven.pool.examine(request)]
+        heeds = partial(Access(operators={"chief"}).commanders, "anna")
+        driven.pool.submit(drafts, {}, driven.moment, driven.receipts.append, submitter="anna", heeds=heeds)
+        driven.turn()
+
+        assert driven.states(request.id) == ["aborted"]
+        assert driven.view(request.id).reason.text == ("hers", "his")[number], "what was asked first"
+
+
 def test_an_abort_of_what_nobody_knew_leaves_alone_what_came_meanwhile(driven):
     results = []
     one = driven.request()

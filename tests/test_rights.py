@@ -12,7 +12,9 @@ from mqworker.topology import Topology
 POOL = Topology("mq.w")
 OTHER = Topology("mq-w")
 EXCHANGES = [exchange.name for exchange in POOL.exchanges()]
+LASTING = [queue.name for queue in POOL.queues()]
 OWN = [
+    *LASTING,
     POOL.class_queue("1-1").name,
     POOL.report_queue("e").name,
     POOL.worker_queue("anna", "e").name,
@@ -28,6 +30,7 @@ STRANGE = [
     "mq.w.submitted",
     "xmq.w.submit",
     "mq.w.work.",
+    "mq.w.queue.more",
     "mq.w.worker.",
 ]
 
@@ -49,21 +52,15 @@ def matched(expression, names=NAMES):
         ("observer", {"follow.e"}, {"api", "follow.e"}, {"events", "logs", "follow.e"}),
         (
             "scheduler",
-            {name.removeprefix("mq.w.") for name in EXCHANGES} | {"work.1-1", "report.e"},
+            {name.removeprefix("mq.w.") for name in [*EXCHANGES, *LASTING]} | {"work.1-1", "report.e"},
             {
-                "work",
-                "verdict",
-                "events",
-                "rejected",
-                "report",
-                "submit",
-                "outcome",
-                "api",
-                "work.1-1",
-                "report.e",
-                "amq.default",
+                *("work", "verdict", "events", "rejected", "report", "work.1-1", "report.e", "amq.default"),
+                *("queue.rejected", "queue.submit", "queue.outcome", "queue.api"),
             },
-            {"work", "command", "rejected", "submit", "outcome", "api", "report", "report.e"},
+            {
+                *("work", "command", "rejected", "submit", "outcome", "api", "report", "report.e"),
+                *("queue.rejected", "queue.submit", "queue.outcome", "queue.api"),
+            },
         ),
     ],
 )

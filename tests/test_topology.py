@@ -30,6 +30,10 @@ def test_every_name_carries_the_prefix_and_no_name_is_used_twice(topology):
     assert len(set(queues)) == len(queues)
 
 
+def test_no_queue_has_the_name_of_an_exchange_since_who_may_write_there_could_bind_it():
+    assert {exchange.name for exchange in POOL.exchanges()} & {queue.name for queue in all_queues(POOL)} == set()
+
+
 def test_pools_of_two_prefixes_share_nothing():
     def names(topology):
         return {one.name for one in (*topology.exchanges(), *all_queues(topology))}
@@ -51,10 +55,10 @@ def test_the_names_are_those_of_the_wire():
         "mqworker.rejected": "direct",
     }
     assert [queue.name for queue in all_queues(POOL)] == [
-        "mqworker.rejected",
-        "mqworker.submit",
-        "mqworker.outcome",
-        "mqworker.api",
+        "mqworker.queue.rejected",
+        "mqworker.queue.submit",
+        "mqworker.queue.outcome",
+        "mqworker.queue.api",
         "mqworker.work.c1",
         "mqworker.report.e1",
         "mqworker.worker.w1.e1",
@@ -75,7 +79,8 @@ def test_what_is_published_reaches_its_queue():
     reached = {binding: queue.name for queue in all_queues(POOL) for binding in queue.bindings}
 
     for name in (POOL.submit, POOL.outcome, POOL.api, POOL.rejected):
-        assert reached[name, name] == name
+        assert reached[name, name] == name.replace("mqworker.", "mqworker.queue.")
+    assert reached[POOL.command, POOL.command] == POOL.api_queue().name
     assert reached[POOL.work, POOL.class_queue("c1").name] == "mqworker.work.c1"
     assert reached[POOL.report, POOL.report] == "mqworker.report.e1"
     assert reached[POOL.verdict, POOL.verdict_key("w1", "e1")] == "mqworker.worker.w1.e1"
@@ -89,12 +94,12 @@ def test_two_connections_of_one_worker_have_a_queue_and_a_key_each():
 
 
 def test_what_must_not_be_lost_and_what_all_declare_is_in_quorum_queues():
-    assert {queue.name for queue in all_queues(POOL) if is_quorum(queue)} == {
-        POOL.submit,
-        POOL.outcome,
-        POOL.rejected,
-        POOL.api,
-    }
+    assert [queue for queue in all_queues(POOL) if is_quorum(queue)] == [
+        POOL.rejected_queue(),
+        POOL.submit_queue(),
+        POOL.outcome_queue(),
+        POOL.api_queue(),
+    ]
     assert all(is_quorum(queue) for queue in POOL.queues())
 
 
@@ -116,15 +121,13 @@ def test_quorum_queues_are_declared_as_every_broker_takes_them():
 
 
 def test_what_cannot_be_delivered_is_dead_lettered_at_least_once_to_a_queue_that_lasts():
-    lasting = {queue.name: queue for queue in POOL.queues()}
-
-    for name in (POOL.submit, POOL.outcome):
-        arguments = lasting[name].arguments
+    for queue in (POOL.submit_queue(), POOL.outcome_queue()):
+        arguments = queue.arguments
         assert arguments["x-dead-letter-strategy"] == "at-least-once"
         assert arguments["x-overflow"] == "reject-publish"  # without it the broker silently does at most once
         target = (arguments["x-dead-letter-exchange"], arguments["x-dead-letter-routing-key"])
-        assert target in lasting[POOL.rejected].bindings
-    assert "x-dead-letter-exchange" not in lasting[POOL.rejected].arguments  # nothing goes in circles
+        assert target in POOL.rejected_queue().bindings
+    assert "x-dead-letter-exchange" not in POOL.rejected_queue().arguments  # nothing goes in circles
 
 
 def test_queues_that_do_not_last_are_exclusive_since_newer_brokers_deny_the_others():
@@ -147,9 +150,7 @@ def test_a_class_queue_lasts_through_a_restart_and_goes_when_nobody_has_used_it_
 
 
 def test_questions_that_nobody_waits_for_any_more_are_dropped():
-    [api] = [queue for queue in POOL.queues() if queue.name == POOL.api]
-
-    assert api.arguments["x-message-ttl"] == API_TTL_MS
+    assert POOL.api_queue().arguments["x-message-ttl"] == API_TTL_MS
 
 
 def test_names_and_arguments_are_such_that_the_broker_takes_them():

@@ -272,21 +272,21 @@ def freeze_broker(world, dice, doing):
 def _delete(world, doing, name):
     doing.harm(name)
     world.delete_queue(name)
-    if name in {world.topology.submit, world.topology.outcome}:
+    if name in world.quorum_queues:
         world.await_quorum_queues()
     doing.heal()
 
 
 def delete_submit_queue(world, _dice, doing):
-    _delete(world, doing, world.topology.submit)
+    _delete(world, doing, world.topology.submit_queue().name)
 
 
 def delete_outcome_queue(world, _dice, doing):
-    _delete(world, doing, world.topology.outcome)
+    _delete(world, doing, world.topology.outcome_queue().name)
 
 
 def delete_api_queue(world, _dice, doing):
-    _delete(world, doing, world.topology.api)
+    _delete(world, doing, world.topology.api_queue().name)
 
 
 def _delete_one(world, dice, doing, beginning):

@@ -263,7 +263,7 @@ class _Fire:
             _await(lambda work=work: {path.name for path in work.iterdir()} == {"lock"}, 10)
             left += [f"in the work directory of {name}: {path.name}" for path in work.iterdir() if path.name != "lock"]
         topology = world.topology
-        known = {topology.submit, topology.outcome, topology.api, topology.rejected}
+        known = {queue.name for queue in topology.queues()}
         assigned = set()
         with suppress(MqworkerError), self._client() as client:
             assigned = {worker.queue for worker in client.workers()}

@@ -135,6 +135,7 @@ class World:
         self.over = threading.Event()  # everything that waits, stops waiting
         self.prefix = "fire"
         self.topology = Topology(self.prefix)
+        self.quorum_queues = {queue.name for queue in self.topology.queues()}
         self.box = directory / "box"
         self.mounted = False
         self._stack = ExitStack()
@@ -405,7 +406,7 @@ class World:
         return {one["name"]: one for one in self.manage("GET", "queues/%2F")}
 
     def delete_queue(self, name):
-        if name in {self.topology.submit, self.topology.outcome, self.topology.rejected}:
+        if name in self.quorum_queues:
             self._quorum_deleted = time.monotonic() + 60  # until it is seen to be there again
         # The management API would refuse to delete what belongs to one connection alone.
         resource = f'rabbit_misc:r(<<"/">>, queue, <<"{name}">>)'
@@ -418,11 +419,10 @@ class World:
 
     def await_quorum_queues(self):
         """Wait until the quorum queues are there again, for a kill must not meet a young one."""
-        wanted = {self.topology.submit, self.topology.outcome, self.topology.rejected}
         deadline = time.monotonic() + 60
         while not self.over.is_set() and time.monotonic() < deadline:
             with suppress(Missed):
-                if wanted <= {*self.queues()}:
+                if self.quorum_queues <= {*self.queues()}:
                     break
             self.over.wait(0.2)
         self._quorum_deleted = time.monotonic()

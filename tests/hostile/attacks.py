@@ -155,7 +155,7 @@ def all_slots_there_are(house):
     return _report(
         "dora",
         _hello(slots=10_000),
-        _beat(slots=10_000, queue="mqworker.submit", assigned=house.random.choice(house.known["queue"])),
+        _beat(slots=10_000, queue="mqworker.queue.submit", assigned=house.random.choice(house.known["queue"])),
         seq=house.random.randrange(10**9),
     )
 
@@ -334,7 +334,7 @@ def the_last_term(house):
 
 def eat_the_submissions(house):
     queue = house.random.choice(
-        ["mqworker.submit", "mqworker.work.submit", "other.work.1-1", "mqworker.work.1-1.x", "mqworker.outcome"]
+        ["mqworker.queue.submit", "mqworker.work.submit", "other.work.1-1", "mqworker.work.1-1.x", "mqworker.report"]
     )
     return _verdict({"type": "assign", "queue": queue})
 

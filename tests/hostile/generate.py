@@ -38,6 +38,7 @@ TEXTS = [
     "[bold]markup[/bold]",
     "\U0001f4a9" * 10,
     "mqworker.submit",
+    "mqworker.queue.submit",
     "mqworker.work.1-1",
     "amq.gen-x",
     "#",

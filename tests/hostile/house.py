@@ -278,7 +278,7 @@ class House:
         await self.link.run()
 
     def _plan(self, _epoch):
-        rejected = Consumer(queue=TOPOLOGY.rejected, on_delivery=self.link.ack, prefetch=1000)
+        rejected = Consumer(queue=TOPOLOGY.rejected_queue().name, on_delivery=self.link.ack, prefetch=1000)
         return Plan(
             exchanges=TOPOLOGY.exchanges(), queues=TOPOLOGY.queues(), consumers=(rejected,), replies=self._replied
         )

@@ -188,16 +188,20 @@ class LivePool:
         return process.wait(PATIENCE)
 
     def close(self) -> None:
-        for process in self.processes.values():
-            process.send_signal(signal.SIGCONT)
-            process.terminate()
-        time_left = time.monotonic() + 20
-        for process in self.processes.values():
-            try:
-                process.wait(max(0.1, time_left - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        # The workers first, since they wait for a scheduler's answer to what they hand back; told twice, not for long.
+        schedulers = [process for name, process in self.processes.items() if name.startswith("scheduler")]
+        workers = [process for process in self.processes.values() if process not in schedulers]
+        for group, signals in ((workers, (signal.SIGTERM, signal.SIGINT)), (schedulers, (signal.SIGTERM,))):
+            for process in group:
+                for number in (signal.SIGCONT, *signals):
+                    process.send_signal(number)
+            time_left = time.monotonic() + 20
+            for process in group:
+                try:
+                    process.wait(max(0.1, time_left - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 @pytest.fixture
@@ -353,8 +357,8 @@ class FakeScheduler:
 
     def _plan(self, _epoch: str) -> Plan:
         consumers = (
-            Consumer(queue=self.topology.submit, on_delivery=self._on_submit),
-            Consumer(queue=self.topology.api, on_delivery=self._on_query),
+            Consumer(queue=self.topology.submit_queue().name, on_delivery=self._on_submit),
+            Consumer(queue=self.topology.api_queue().name, on_delivery=self._on_query),
         )
         return Plan(exchanges=self.topology.exchanges(), queues=self.topology.queues(), consumers=consumers)
 

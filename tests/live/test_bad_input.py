@@ -41,7 +41,7 @@ def in_rejected(pool, eventually) -> tuple[bytes, dict]:
     with pool.channel() as channel:
 
         def take():
-            method, properties, body = channel.basic_get(f"{pool.prefix}.rejected", auto_ack=True)
+            method, properties, body = channel.basic_get(f"{pool.prefix}.queue.rejected", auto_ack=True)
             return method and (body, properties.headers)
 
         return eventually(take, "the message is in the queue of what was rejected")

@@ -106,7 +106,7 @@ def node_of(cluster, prefix, queue):
 def test_a_node_that_is_killed_takes_nothing_along(what, whole, at_work, runs, eventually):
     with at_work() as (client, flow):
         before, prefix = client.workers()[0].queue, client._topology.prefix
-        queue = before if what == "class" else Topology(prefix).submit
+        queue = before if what == "class" else Topology(prefix).submit_queue().name
         home = eventually(lambda: node_of(whole, prefix, queue), "the queue has a home")
         whole.nodes[home].kill()
         try:
@@ -119,7 +119,9 @@ def test_a_node_that_is_killed_takes_nothing_along(what, whole, at_work, runs, e
 
 def test_a_leader_that_is_frozen_stops_work_for_a_while_only(whole, at_work, prefix, runs, eventually):
     with at_work() as (_, flow):
-        home = eventually(lambda: node_of(whole, prefix, Topology(prefix).outcome), "the queue has a leader")
+        home = eventually(
+            lambda: node_of(whole, prefix, Topology(prefix).outcome_queue().name), "the queue has a leader"
+        )
         whole.freeze(home)
         try:
             flow.goes_on(eventually, runs)

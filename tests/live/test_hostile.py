@@ -88,7 +88,7 @@ def test_headers_that_nobody_can_read_end_no_connection(pool, final, headers):
         with pool.channel() as channel:
             kept = Counter()
             while kept.total() < len(keys) - 1:  # who asks the api is told
-                _, properties, _ = channel.basic_get(f"{pool.prefix}.rejected", auto_ack=True)
+                _, properties, _ = channel.basic_get(f"{pool.prefix}.queue.rejected", auto_ack=True)
                 if properties is not None:
                     kept[properties.headers["x-mqworker-exchange"].rpartition(".")[2]] += 1
         assert kept == dict.fromkeys(["submit", "report", "outcome", "work"], 1)

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from mqworker.errors import Rejected, Unanswered
+from mqworker.errors import ArtifactInvalid, Rejected, Unanswered
 from mqworker.messages import Request
 from mqworker.topology import Topology
 
@@ -159,7 +159,7 @@ def test_a_queue_that_is_deleted_and_made_again_at_once_is_heard_again(which, go
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         final(client, *(client.submit("noop") for _ in range(3)))
-        [queue] = [queue for queue in names.queues() if queue.name == getattr(names, which)]
+        queue = getattr(names, f"{which}_queue")()
         with pool.channel() as channel:
             channel.queue_delete(queue.name)
             channel.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
@@ -182,14 +182,14 @@ def test_who_is_not_heard_any_more_since_an_exchange_was_deleted_binds_anew(whic
 
 
 def test_submissions_in_a_queue_that_is_deleted_are_sent_again_until_the_receipt(governed, manage, eventually, final):
-    pool, prefix, names = governed, governed.prefix, Topology(governed.prefix)
+    pool, prefix, queue = governed, governed.prefix, Topology(governed.prefix).submit_queue().name
     with ExitStack() as stack:
         client = pool.up(stack, "anna")
         pool.end("scheduler", 9)
         future = client._start(client._submit([Request(id="6d0d1c44-5f27-4f3c-9b43-2b9b1f9b8a11", task="noop")]))
-        waiting = f"queues/{prefix}/{names.submit}"
+        waiting = f"queues/{prefix}/{queue}"
         with pool.channel() as channel:
-            eventually(lambda: channel.queue_declare(names.submit, passive=True).method.message_count, "it waits there")
+            eventually(lambda: channel.queue_declare(queue, passive=True).method.message_count, "it waits there")
         manage("DELETE", waiting)
         pool.scheduler()
         [receipt] = future.result(120)
@@ -238,7 +238,7 @@ def test_what_is_too_large_is_refused_before_it_goes_out(pool, final, tmp_path):
             client.submit("noop", {"label": large})
         file = tmp_path / "file"
         file.write_bytes(b"x")
-        with pytest.raises(Rejected, match="bytes"):
+        with pytest.raises(ArtifactInvalid, match="bytes"):
             client.import_artifact("mqworker:noop-output", "name", {"text": large}, {"file": file})
         [view] = final(client, client.submit("badly", {"how": "describe"}))
         assert view.state == "error"

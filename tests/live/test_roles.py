@@ -272,7 +272,7 @@ def test_a_client_may_submit_ask_command_and_follow_and_nothing_else(farm, users
         for exchange in private
     }
     attacks |= {
-        "unbind": lambda channel: channel.queue_unbind(topology.submit, topology.submit, topology.submit),
+        "unbind": lambda channel: channel.queue_unbind(topology.submit_queue().name, topology.submit, topology.submit),
         "delete": lambda channel: channel.exchange_delete(topology.submit),
     }
     undone = {name: refusal(mallory, act) for name, act in attacks.items()}
@@ -319,7 +319,7 @@ def test_the_scheduler_answers_no_queue_that_a_stranger_names(farm, users):
     topology = users.topology
     mallory = users.make("client", "mallory")
     [class_queue] = [queue for queue in users.queues() if queue.startswith(f"{topology.work}.")]
-    for name in (topology.rejected, class_queue, topology.outcome):
+    for name in (topology.rejected_queue().name, class_queue, topology.outcome_queue().name):
         for exchange, body in ((topology.api, encode(GetPool())), (topology.submit, b"{"), (topology.api, b"{")):
             assert refusal(mallory, publishing(exchange, body=body, reply_to=name, headers={"CC": [name]})) is None
 
@@ -332,24 +332,53 @@ def rejected(users, number):
     """Take what was put aside, as an operator does."""
     bodies = []
     with channel_of(users.url) as channel:
-        for _, _, body in channel.consume(users.topology.rejected, auto_ack=True, inactivity_timeout=30):
+        for _, _, body in channel.consume(users.topology.rejected_queue().name, auto_ack=True, inactivity_timeout=30):
             bodies.append(body)
             if len(bodies) == number:
                 return bodies
     return bodies
 
 
-def test_events_that_somebody_leads_into_the_queue_of_submissions_are_dropped(farm, users, eventually):
-    _, client = farm
-    topology = users.topology
-    mallory = users.make("client", "mallory")
-    assert refusal(mallory, lambda channel: channel.queue_bind(topology.submit, topology.events, "#")) is None
+LED = {  # the exchanges to which each may bind others, and those others
+    "client": (("submit", "command", "api"), ("events", "logs")),
+    "observer": (("api",), ("events", "logs")),
+    "worker": (("report", "outcome", "rejected"), ("verdict",)),
+}
 
-    [view] = client.wait([client.submit("noop")])
-    assert view.state == "success"
+
+@pytest.mark.parametrize("role", LED)
+def test_nobody_binds_a_lasting_queue_or_leads_anything_into_it(role, users):
+    users.declare()
+    topology = users.topology
+    mallory = users.make(role, "mallory")
+    exchanges = [*(exchange.name for exchange in topology.exchanges()), "amq.topic"]
+    queues = [queue.name for queue in topology.queues()]
+
+    def bound(bind, names):
+        """Say what it could bind to what, with keys that everything has."""
+        done = set()
+        for name, exchange, key in ((one, other, key) for one in names for other in exchanges for key in ("#", one)):
+            code = refusal(mallory, lambda channel, given=(name, exchange, key): bind(channel, *given))
+            assert code in {None, 403}
+            if code is None:
+                done.add((name, exchange))
+        return done
+
+    assert bound(lambda channel, *given: channel.queue_bind(*given), queues) == set()
+    own = [name for name in exchanges if name not in {topology.logs, topology.events}]
+    to, what = ({f"{topology.prefix}.{name}" for name in names} for names in LED[role])
+    assert bound(lambda channel, *given: channel.exchange_bind(*given), own) == {(a, b) for a in to for b in what}
+
     with channel_of(users.url) as channel:
-        eventually(lambda: channel.queue_declare(topology.submit, passive=True).method.message_count == 0, "read")
-        assert channel.queue_declare(topology.rejected, passive=True).method.message_count == 0
+        for exchange, key in (
+            (topology.events, topology.request_event_key("noop", "success")),
+            (topology.events, topology.worker_event_key("online")),
+            (topology.logs, str(uuid.uuid4())),
+            (topology.verdict, topology.verdict_key("anna", "e")),
+        ):
+            channel.basic_publish(exchange, key, b"{}")
+        for queue in queues:  # what is confirmed is in its queues
+            assert channel.queue_declare(queue, passive=True).method.message_count == 0
 
 
 # ---------------------------------------------------------------- names of workers
@@ -393,7 +422,9 @@ def test_what_is_said_in_another_workers_name_counts_for_nothing(farm, users, ru
         say(mallory, topology, Outcomes(worker="anna", epoch=epoch, outcomes=[outcome]), **named)
     with channel_of(users.url) as channel:
         put_aside = []
-        for _, properties, body in channel.consume(topology.rejected, auto_ack=True, inactivity_timeout=30):
+        for _, properties, body in channel.consume(
+            topology.rejected_queue().name, auto_ack=True, inactivity_timeout=30
+        ):
             put_aside.append((properties.headers["x-mqworker-reason"], properties.headers.get("x-mqworker-user"), body))
             if len(put_aside) == 4:
                 break
@@ -401,7 +432,7 @@ def test_what_is_said_in_another_workers_name_counts_for_nothing(farm, users, ru
     assert [who for _, who, _ in put_aside].count(user) == 2
     assert client.status(running).state == "running"
     assert client.workers()[0].host == anna.host
-    assert run.token == "", "nobody is told what would let him speak for the run"
+    assert "token" not in run.__struct_fields__, "nobody is told what would let him speak for the run"
 
     runs.open()
     assert [view.state for view in final(client, running)] == ["success"]

@@ -19,11 +19,12 @@ def upgrade() -> None:
     op.create_table(
         "abort_marks",
         sa.Column("id", _TEXT, primary_key=True),
+        sa.Column("user", _TEXT, primary_key=True),
         sa.Column("reason", _TEXT, nullable=False),
-        sa.Column("user", _TEXT),
         sa.Column("at", sa.Float, nullable=False),
         sqlite_with_rowid=False,
     )
+    op.create_index("abort_marks_of_user", "abort_marks", ["user"])
     op.create_table(
         "worker_names",
         sa.Column("name", _TEXT, primary_key=True),
