@@ -30,8 +30,8 @@ checks it.
                      rights (what each role may do on the broker)
                    lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
-                     dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what):
-                     pure; told the time, given facts
+                     dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what),
+                     hearing (whether a queue still gives what is in it): pure; told the time, given facts
       its eyes     tracking (what a predicate reads of two documents)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)

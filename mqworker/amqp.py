@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from pika import BasicProperties, spec
-from pika.adapters.asyncio_connection import AsyncioConnection
+from pika.adapters.asyncio_connection import AsyncioConnection, _AsyncioIOServicesAdapter
 from pika.adapters.utils.connection_workflow import AMQPConnectionWorkflowFailed, AMQPConnectorPhaseErrorBase
 from pika.channel import Channel
 from pika.connection import ConnectionParameters, SSLOptions
@@ -53,6 +53,10 @@ CONNECT_SECONDS: Final = 10.0  # for name, TCP, TLS, AMQP and the plan together
 SOCKET_SECONDS: Final = 5.0  # for TCP, each address
 TEARDOWN_SECONDS: Final = 2.0  # for a good-bye that the broker answers
 ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
+ANSWER_SECONDS: Final = 15.0  # for an answer on the one channel: behind one that never comes, all others wait
+UNCONFIRMED_SECONDS: Final = 30.0  # for a confirm, alarms aside: three times what a leader's election takes
+UNCONFIRMED_LOOK: Final = 5.0  # seconds between two looks whether one is that late
+MOST_MUTE: Final = 100  # questions that were not answered, before a new connection is to ask them
 ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
 REFRESH_SECONDS: Final = 1.0  # between two declarations of the plan because messages are returned
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024  # RabbitMQ 4.x closes the channel that publishes more
@@ -102,6 +106,20 @@ def _without_headers(encoded: bytes) -> bytes:
 
 
 spec.props[BasicProperties.INDEX] = _Properties  # where pika looks for who reads them
+
+
+class _Services(_AsyncioIOServicesAdapter):  # type: ignore[misc]  # pika's has no type here
+    """Tell who connects of a peer that resets the connection when it has just been made.
+
+    pika raises that into the loop, where nobody hears it: the try would hang until its deadline.
+    """
+
+    def create_streaming_connection(self, *, on_done: Callable[[BaseException], None], **how: Any) -> Any:
+        try:
+            return super().create_streaming_connection(on_done=on_done, **how)
+        except ValueError:  # it has no address of a peer any more; the socket is closed
+            error = ConnectionResetError("the connection was reset as soon as it was made")
+            return self.call_later(0, lambda: on_done(error))
 
 
 def _text(value: str | bytes | None) -> str | None:
@@ -401,6 +419,11 @@ class Link:
             self._life.end(BrokerUnavailable(f"the link to {self._where} is closed"))
         await self._idle.wait()
 
+    def renew(self, why: str) -> None:
+        """End this life of the connection, since its owner knows that it does not do; nothing happens while down."""
+        if self._life is not None and self._life.up:
+            self._life.end(BrokerUnavailable(f"the connection to {self._where} is built anew: {why}"))
+
     def ack(self, delivery: Delivery) -> None:
         """Tell the broker that a delivery is settled; nothing happens if it is from another epoch."""
         if delivery.tag and delivery.epoch == self.epoch and self._life is not None:
@@ -588,6 +611,7 @@ def _parameters(
     return parameters
 
 
+_Unconfirmed = tuple[asyncio.Future[None], str, str, str, float]  # its id, exchange and key, and when it was published
 _Begin = Callable[[Channel, Callable[[Any], None]], None]  # asks on a channel, and names who takes the last answer
 
 
@@ -622,22 +646,25 @@ class _Life:
         self._closed: asyncio.Future[None] = loop.create_future()
         self._tags: dict[str, str] = {}  # queue -> consumer tag
         self._early: list[Callable[[], None]] = []  # deliveries that came before all of the plan was carried out
-        self._unconfirmed: OrderedDict[int, tuple[asyncio.Future[None], str, str, str]] = OrderedDict()
+        self._unconfirmed: OrderedDict[int, _Unconfirmed] = OrderedDict()
+        self._unblocked_at = 0.0
         self._returned: dict[tuple[str, str, str], list[str]] = {}
         self._published = 0
         self._asked: set[asyncio.Future[None]] = set()
         self._asides: deque[tuple[asyncio.Future[None], str, _Begin]] = deque()  # questions for throw-away channels
         self._aside = 0  # of them, under way
+        self._mute: set[asyncio.Future[None]] = set()  # given up, while their channels wait for answers still
         self._made = Plan()
         self._refreshed = 0.0
         self._connect_seconds = connect_seconds
         self._deadline = loop.call_later(connect_seconds, self._too_slow)
+        self._timers: set[asyncio.TimerHandle] = set()  # deadlines of answers on the channel
         self._connection = AsyncioConnection(
             parameters,
             on_open_callback=self._on_connection,
             on_open_error_callback=self._on_closed,
             on_close_callback=self._on_closed,
-            custom_ioloop=loop,
+            custom_ioloop=_Services(loop),
         )
 
     # ---- from the first try to the plan carried out
@@ -669,6 +696,7 @@ class _Life:
 
     def _on_ready(self, _frame: Any) -> None:
         self._deadline.cancel()
+        self._deadline = self._loop.call_later(UNCONFIRMED_LOOK, self._look_for_confirms)
         if not self.opened.done():
             self.opened.set_result(True)
 
@@ -685,12 +713,14 @@ class _Life:
         if self.ended.done():
             return
         self.up = False
-        self._deadline.cancel()
+        for timer in (self._deadline, *self._timers):
+            timer.cancel()
+        self._timers.clear()
         self._early.clear()
         self.ended.set_result(error)
         if not self.opened.done():
             self.opened.set_result(False)
-        for future, _, exchange, key in self._unconfirmed.values():
+        for future, _, exchange, key, _ in self._unconfirmed.values():
             if isinstance(error, BrokerRefused) and f"access to exchange '{exchange}'" in str(error):
                 _fail(future, BrokerRefused(str(error)))  # in vain however often
                 continue
@@ -729,6 +759,36 @@ class _Life:
             )
         )
 
+    def _answered(self, what: str) -> Callable[[Any], None]:
+        """Return who takes an answer on the channel; this life ends if it does not come in time."""
+        if not self.opened.done():  # the plan has a deadline as a whole
+            return _ignore
+
+        def too_late() -> None:
+            text = f"the broker at {self._where} has not answered within {ANSWER_SECONDS:g} s: {what}"
+            self.end(BrokerUnavailable(text))
+
+        def on_answer(_frame: Any) -> None:
+            timer.cancel()
+            self._timers.discard(timer)
+
+        timer = self._loop.call_later(ANSWER_SECONDS, too_late)
+        self._timers.add(timer)
+        return on_answer
+
+    def _look_for_confirms(self) -> None:
+        now = self._loop.time()
+        for entry in self._unconfirmed.values():  # the oldest is the first
+            if not self.blocked and now - max(entry[4], self._unblocked_at) > UNCONFIRMED_SECONDS:
+                text = (
+                    f"the broker at {self._where} has not confirmed a message to exchange {entry[2]!r} with key "
+                    f"{entry[3]!r} within {UNCONFIRMED_SECONDS:g} s: has a queue there no leader?"
+                )
+                self.end(BrokerUnavailable(text))
+                return
+            break
+        self._deadline = self._loop.call_later(UNCONFIRMED_LOOK, self._look_for_confirms)
+
     def _on_closed(self, _connection: AsyncioConnection, error: BaseException) -> None:
         if not self._closed.done():
             self._closed.set_result(None)
@@ -759,6 +819,7 @@ class _Life:
 
     def _set_blocked(self, *, blocked: bool) -> None:
         self.blocked = blocked
+        self._unblocked_at = self._loop.time()
         with self._owners_code():
             self._on_blocked(blocked)
 
@@ -776,14 +837,16 @@ class _Life:
         """Start a consumer with its own prefetch."""
         if consumer.queue not in self._tags:
             if not consumer.no_ack:
-                self.channel.basic_qos(prefetch_count=consumer.prefetch)  # for consumers started after it
+                answered = self._answered(f"a prefetch of {consumer.prefetch}")
+                self.channel.basic_qos(prefetch_count=consumer.prefetch, callback=answered)  # for consumers after it
             self._consume(consumer)
 
     def cancel(self, queue: str) -> None:
         """Stop a consumer; pika gives back what still arrives for it."""
         tag = self._tags.pop(queue, None)
         if tag is not None:
-            self.channel.basic_cancel(tag, callback=_ignore)  # with a callback pika waits for the broker's answer
+            # With a callback pika waits for the broker's answer.
+            self.channel.basic_cancel(tag, callback=self._answered(f"the end of a consumer of queue {queue!r}"))
 
     def _consume(self, consumer: Consumer) -> None:
         def on_message(_channel: Channel, method: Basic.Deliver, properties: BasicProperties, body: bytes) -> None:
@@ -814,6 +877,7 @@ class _Life:
             consumer.queue,
             on_message,
             auto_ack=consumer.no_ack,
+            callback=self._answered(f"a consumer of queue {consumer.queue!r}"),
             arguments={"x-priority": consumer.priority} if consumer.priority else None,
         )
 
@@ -879,17 +943,22 @@ class _Life:
             begin(channel, lambda _frame: on_answer(channel))
 
         def on_answer(channel: Channel) -> None:
+            self._mute.discard(future)
             self._answer(future)
             if channel.is_open:
                 channel.close()
 
         def on_closed(_channel: Channel, error: Exception) -> None:
+            self._mute.discard(future)
             told = error.reply_text if isinstance(error, ChannelClosedByBroker) else repr(error)
             refuse(BrokerRefused(f"expected {expected}, but: {told}"))
 
         def too_slow() -> None:  # the channel stays as it is: it has to wait for this answer
             text = f"expected {expected}, but the broker at {self._where} does not answer within {ASK_SECONDS:g} s"
             refuse(BrokerUnavailable(text))
+            self._mute.add(future)
+            if len(self._mute) >= MOST_MUTE:
+                self.end(BrokerUnavailable(f"{text}; {MOST_MUTE} channels wait for such answers"))
 
         def refuse(error: MqworkerError) -> None:
             if future in self._asked:  # else it is answered, or this life has ended
@@ -911,12 +980,18 @@ class _Life:
     def remove(self, queues: Iterable[str], exchanges: Iterable[str]) -> asyncio.Future[None]:
         """Delete in order; the answer to the last deletion stands for all."""
         future = self._ask()
+        in_time = self._answered("the removal of queues and exchanges")
+
+        def answered(frame: Any) -> None:
+            in_time(frame)
+            self._answer(future)
+
         for queue in queues:
             self.channel.queue_delete(queue, callback=_ignore)
         *most, last = exchanges
         for exchange in most:
             self.channel.exchange_delete(exchange, callback=_ignore)
-        self.channel.exchange_delete(last, callback=lambda _frame: self._answer(future))
+        self.channel.exchange_delete(last, callback=answered)
         return future
 
     def _ask(self) -> asyncio.Future[None]:
@@ -946,7 +1021,7 @@ class _Life:
             )
         self._published += 1  # as the broker counts them
         future: asyncio.Future[None] = self._loop.create_future()
-        self._unconfirmed[self._published] = (future, properties.message_id, exchange, key)
+        self._unconfirmed[self._published] = (future, properties.message_id, exchange, key, self._loop.time())
         return future
 
     async def settle(self, seconds: float) -> None:
@@ -971,8 +1046,8 @@ class _Life:
         while self._unconfirmed and next(iter(self._unconfirmed)) <= method.delivery_tag:  # they are in their order
             self._confirm(self._unconfirmed.popitem(last=False)[1], refused=refused)
 
-    def _confirm(self, entry: tuple[asyncio.Future[None], str, str, str], *, refused: bool) -> None:
-        future, message_id, exchange, key = entry
+    def _confirm(self, entry: _Unconfirmed, *, refused: bool) -> None:
+        future, message_id, exchange, key, _ = entry
         if refused:
             _fail(
                 future,

@@ -920,7 +920,11 @@ class Client:
                     reply_to=REPLY_TO,
                 )
                 news: set[asyncio.Future[Any]] = {sent, answer, over}
-                await asyncio.wait(news, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(news, timeout=min(left(), pause), return_when=asyncio.FIRST_COMPLETED)
+                while not done and line.link.blocked and left() > 0:  # another copy would only wait behind this one
+                    done, _ = await asyncio.wait(news, timeout=min(left(), pause), return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    pause *= 2  # a queue that was deleted meanwhile, or lost its leader, may never confirm it
                 if line.link.blocked:
                     trouble = BLOCKED
                 if sent.done() and not answer.done():

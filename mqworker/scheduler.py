@@ -38,6 +38,7 @@ from mqworker.errors import (
 )
 from mqworker.examiner import NOBODY, Draft
 from mqworker.facts import ImportRefused, Wanted
+from mqworker.hearing import Hearing
 from mqworker.ledger import MOST_MARKS, Ledger
 from mqworker.lifecycle import FINAL, State
 from mqworker.messages import (
@@ -193,6 +194,8 @@ class Scheduler:
             no_worker_after=no_worker_after,
             pause_after=pause_after,
         )
+        # Nothing else tells that the broker has forgotten us.
+        self._hearing = Hearing(term=ledger.term, queues=(topology.submit, topology.outcome, topology.api))
         self._inbox: list[Delivery] = []
         self._waiting_bytes = 0  # of reports in it
         self._flooded = False  # some were dropped
@@ -300,6 +303,7 @@ class Scheduler:
         return Plan(exchanges=self._topology.exchanges(), queues=self._topology.queues())
 
     def _take(self, delivery: Delivery) -> None:
+        self._hearing.heard(delivery.exchange, self._now().steady)
         self._inbox.append(delivery)
         self._awake.set()
 
@@ -313,6 +317,7 @@ class Scheduler:
         self._take(delivery)
 
     def _take_query(self, delivery: Delivery) -> None:
+        self._hearing.heard(self._topology.api, self._now().steady)
         task = asyncio.get_running_loop().create_task(self._serve(delivery))
         self._serving.add(task)
         task.add_done_callback(self._served)
@@ -333,6 +338,7 @@ class Scheduler:
         self._metrics.broker_up.set(0)
 
     def _reading_up(self, epoch: str) -> None:
+        self._hearing.anew()
         self._pool.declare += self._pool.class_queues()  # not by the plan: one that cannot be had must not stop all
         self._link_changed(epoch)
 
@@ -415,6 +421,7 @@ class Scheduler:
             self._publish(send)
         for delivery in settled:
             self._reading.ack(delivery)
+        self._listen()
         if moment.steady - self._shown >= SHOW:
             self._shown = moment.steady
             self._pool.views.show(moment.steady)
@@ -469,6 +476,28 @@ class Scheduler:
         if self._reading.epoch is not None:
             self._reading.refresh().add_done_callback(_tell_refusal)
 
+    def _listen(self) -> None:
+        """Send probes through the queues that we consume; where one stays away, build the connection anew."""
+        steady = self._now().steady
+        # As many questions as the broker may hand out at a time may wait for the ledger.
+        deaf = self._hearing.deaf(steady, busy=(self._topology.api,) if self._serving else ())
+        if deaf:
+            self._hearing.anew()
+            self._reading.renew(f"nothing comes any more from {', '.join(deaf)}, though something waits there")
+        if self._reading.epoch is None or self._writing.epoch is None or self._writing.blocked:
+            return
+        for queue, probe in self._hearing.due(steady):
+            future = self._writing.publish(
+                exchange=queue, key=queue, body=encode(probe), kind=tag_of(probe), persistent=False
+            )
+            future.add_done_callback(partial(self._probed, queue, probe))
+
+    def _probed(self, queue: str, probe: Probe, future: asyncio.Future[None]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._hearing.confirmed(queue, probe, self._now().steady)
+        else:
+            self._hearing.not_published(queue, probe)
+
     def _publish(self, send: Send) -> None:
         body = encode(send.message)
         if len(body) > MAX_MESSAGE_BYTES and isinstance(send.message, Verdict) and len(send.message.parts) > 1:
@@ -509,13 +538,20 @@ class Scheduler:
                 self._pool.report(report, moment, delivery.user_id)
             return False  # consumed without acknowledgement
         if delivery.exchange == self._topology.outcome:
-            self._pool.outcomes(decode(delivery.body, Outcomes), moment, delivery.user_id)
+            outcomes = decode(delivery.body, Outcomes | Probe)  # type: ignore[arg-type]  # a union of structs
+            if isinstance(outcomes, Probe):
+                self._hearing.back(delivery.exchange, outcomes)
+            else:
+                self._pool.outcomes(outcomes, moment, delivery.user_id)
         else:
             await self._submit(delivery, moment)
         return True
 
     async def _submit(self, delivery: Delivery, moment: Moment) -> None:
-        submit = decode(delivery.body, Submit)
+        submit = decode(delivery.body, Submit | Probe)  # type: ignore[arg-type]  # a union of structs
+        if isinstance(submit, Probe):
+            self._hearing.back(delivery.exchange, submit)
+            return
         if len(delivery.body) > MAX_REQUEST_BYTES:
             for request in submit.requests:
                 if (size := len(encode(request))) > MAX_REQUEST_BYTES:
@@ -590,7 +626,11 @@ class Scheduler:
     async def _serve(self, delivery: Delivery) -> None:
         """Answer one query; reads and writes take their turn among the ledger's sets."""
         try:
-            query: Query = decode(delivery.body, cast("Any", Query))  # a union of structs
+            query: Query | Probe = decode(delivery.body, cast("Any", Query | Probe))  # a union of structs
+            if isinstance(query, Probe):
+                self._hearing.back(delivery.exchange, query)
+                self._reading.ack(delivery)
+                return
             refused = self._refused(query, delivery)
             answer = await self._respond(query, delivery.user_id) if refused is None else refused
         except PeerError as error:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import select
 import signal
 import socket
 import ssl
@@ -12,12 +13,16 @@ from contextlib import asynccontextmanager, suppress
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import pytest
+from pika import spec
+from pika.adapters.asyncio_connection import _AsyncioIOServicesAdapter
+from pika.connection import Connection
 
 from mqworker import amqp
 from mqworker.amqp import REPLY_TO, Consumer, Link, Plan
 from mqworker.brokerurl import check_url, read_url, redact
 from mqworker.errors import BrokerRefused, BrokerUnavailable, NotPublished, SettingsError
 from mqworker.topology import Exchange, Queue, Topology
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.live
 
@@ -900,6 +905,72 @@ def test_a_broker_that_hangs_up_is_tried_again_and_again():
         await server.wait_closed()
 
     asyncio.run(asyncio.wait_for(scenario(), SOON))
+
+
+@pytest.mark.parametrize("silent", ["BasicConsumeOk", "BasicCancelOk", "BasicAck"])
+def test_what_the_broker_never_answers_ends_this_life_and_the_next_one_asks_anew(silent, amqp_url, names, monkeypatch):
+    """Of the questions on a channel, pika asks one at a time: behind a missing answer, all others would wait."""
+    monkeypatch.setattr(amqp, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(amqp, "UNCONFIRMED_SECONDS", 0.5)
+    monkeypatch.setattr(amqp, "UNCONFIRMED_LOOK", 0.1)
+    kind = {"BasicConsumeOk": spec.Basic.ConsumeOk, "BasicCancelOk": spec.Basic.CancelOk, "BasicAck": spec.Basic.Ack}
+    process = Connection._process_frame
+
+    def swallow(connection, frame):
+        if not isinstance(getattr(frame, "method", None), kind[silent]):
+            process(connection, frame)
+
+    async def scenario():
+        got = asyncio.Queue()
+        consumer = Consumer(queue=names.queue, on_delivery=got.put_nowait)
+        plan = names.plan(consumer) if silent == "BasicCancelOk" else names.plan()
+        async with running(amqp_url, plan) as watch:
+            monkeypatch.setattr(Connection, "_process_frame", swallow)
+            sent = None
+            if silent == "BasicConsumeOk":
+                watch.link.consume(consumer)
+            elif silent == "BasicCancelOk":
+                watch.link.cancel(names.queue)
+            else:
+                sent = names.publish(watch.link)
+            why = await soon(watch.downs.get())
+            assert ("has not confirmed" if sent else "has not answered within") in why
+            if sent:
+                with pytest.raises(NotPublished, match="has not confirmed"):
+                    await sent
+            monkeypatch.setattr(Connection, "_process_frame", process)
+            await soon(watch.link.wait_up())
+            watch.link.consume(consumer)
+            await soon(names.publish(watch.link))
+            watch.link.ack(await soon(got.get()))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_a_peer_that_resets_at_once_costs_a_try_and_not_its_whole_time(tls, amqp_url, monkeypatch):
+    connect = _AsyncioIOServicesAdapter.create_streaming_connection
+
+    def late(services, *, sock, **how):
+        """Go on when the reset has come: in between, pika looks no more."""
+        poll = select.poll()
+        poll.register(sock, select.POLLHUP)
+        assert poll.poll(SOON * 1000)
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return connect(services, sock=sock, **how)
+
+    async def scenario(proxy):
+        url = f"{proxy.url(amqp_url)}?connection_timeout=600000"
+        url = url.replace("amqp://", "amqps://") if tls else url
+        async with running(url, wait=False) as watch:
+            while proxy.accepted < 4:  # noqa: ASYNC110  # the proxy counts in a thread of its own
+                await asyncio.sleep(0.02)
+            assert "reset" in str(watch.link.last_error)
+
+    monkeypatch.setattr(_AsyncioIOServicesAdapter, "create_streaming_connection", late)
+    with Proxy.before(amqp_url) as proxy:
+        proxy.refuse()
+        asyncio.run(asyncio.wait_for(scenario(proxy), SOON))
 
 
 def test_who_waits_to_be_let_in_is_told_what_is_in_the_way(amqp_url, monkeypatch):

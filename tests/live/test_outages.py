@@ -125,7 +125,6 @@ def test_a_run_whose_lease_ends_in_an_alarm_ends_with_it_and_runs_again_once(ful
 # ---------------------------------------------------------------- what an operator deletes
 
 
-@pytest.mark.cluster  # one run in three, on a busy machine, stalls: README, limits
 def test_a_pool_survives_the_loss_of_each_of_its_queues_and_exchanges(governed, manage, runs, final):
     pool, prefix, names = governed, governed.prefix, Topology(governed.prefix)
     runs.open()
@@ -151,6 +150,25 @@ def test_a_pool_survives_the_loss_of_each_of_its_queues_and_exchanges(governed, 
         for process in pool.processes.values():
             assert process.poll() is None
         assert runs.count("start") == len(done)
+
+
+@pytest.mark.parametrize("which", ["submit", "outcome", "api"])
+def test_a_queue_that_is_deleted_and_made_again_at_once_is_heard_again(which, governed, final):
+    """RabbitMQ 3.10 tells the scheduler nothing, and drops the first messages that the new queue has for it."""
+    pool, names = governed, Topology(governed.prefix)
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        final(client, *(client.submit("noop") for _ in range(3)))
+        queue = getattr(names, f"{which}_queue")()
+        with pool.channel() as channel:
+            channel.queue_delete(queue.name)
+            channel.queue_declare(queue.name, durable=True, arguments=dict(queue.arguments))
+            for exchange, key in queue.bindings:
+                channel.queue_bind(queue.name, exchange, key)
+        [view] = final(client, client.submit("noop"))
+        assert [attempt.result for attempt in view.attempts] == ["success"]
+        assert client.count() == 4
+        assert pool.log("scheduler").count("connection to the broker lost") == 1
 
 
 @pytest.mark.parametrize("which", ["report", "verdict"])

@@ -550,6 +550,10 @@ class Link:
         connection.blocked = blocked
         self._on_blocked(blocked)
 
+    def renew(self, why):
+        if self.epoch is not None:
+            self.connection.lost(why)
+
     # ------------------------------------------------------------ what is asked
 
     def _tag(self, connection, consumer):
