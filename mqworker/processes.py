@@ -283,7 +283,7 @@ def kill_descendants(pid: int | None = None, *, spare: Collection[int] = (), tim
         timeout: seconds.
 
     Raises:
-        HostUnfit: some are still there at the timeout, or may not be signalled.
+        HostUnfit: some are still there at the timeout, or may not be signalled; all others have been ended.
     """
     root = os.getpid() if pid is None else pid
     deadline = time.monotonic() + timeout
@@ -293,14 +293,20 @@ def kill_descendants(pid: int | None = None, *, spare: Collection[int] = (), tim
         if root == os.getpid() and not _has_children():
             return len(killed)
         living = _freeze(root, spare, deadline)
+        forbidden: dict[Process, HostUnfit] = {}
         for process in living:
-            if _signal(process, signal.SIGKILL):
-                killed.add(process)
+            try:
+                if _signal(process, signal.SIGKILL):
+                    killed.add(process)
+            except HostUnfit as error:
+                forbidden[process] = error
         reaped = _reap(spare) if root == os.getpid() else 0
         # What was killed may have another ancestor by now, and is not gone before the kernel says so.
         living += [process for process in killed.difference(living) if identify(process.pid) == process]
         if not living and not reaped:
             return len(killed)
+        if forbidden and forbidden.keys() >= set(living):
+            raise next(iter(forbidden.values()))
         if time.monotonic() > deadline:
             raise HostUnfit(
                 f"expected to end every descendant of process {root} within {timeout:g} s, but "
@@ -311,8 +317,11 @@ def kill_descendants(pid: int | None = None, *, spare: Collection[int] = (), tim
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def kill_tree(process: Process) -> None:
+def kill_tree(process: Process, *, comes_here: bool = False) -> None:
     """Kill a process, if it is still the same, and all its descendants.
+
+    What cannot be ended keeps its ancestor: stopped, that shows whose it is. Not so where orphans come here (this is
+    a subreaper, and the process stems from it): there the process itself ends, whatever is left of it.
 
     Raises:
         HostUnfit: something is still there after 10 s, or may not be signalled.
@@ -325,7 +334,12 @@ def kill_tree(process: Process) -> None:
         if identify(process.pid) != process:
             return
         _signal(process, signal.SIGSTOP)  # it starts no more children, and is still there as their ancestor
-        kill_descendants(process.pid)
+        try:
+            kill_descendants(process.pid)
+        except HostUnfit:
+            if comes_here:
+                _signal(process, signal.SIGKILL)
+            raise
         _signal(process, signal.SIGKILL)
         if not select.select([pidfd], [], [], 10)[0]:
             raise HostUnfit(f"expected to end process {process.pid} within 10 s, but {_describe(process)}")

@@ -808,7 +808,7 @@ class Worker:
             if child.group is not None:
                 child.group.kill()
             if child.identity is not None:
-                await self._in_kill_thread(partial(processes.kill_tree, child.identity))
+                await self._in_kill_thread(partial(processes.kill_tree, child.identity, comes_here=True))
         except HostUnfit as error:
             logger.error("a slot cannot be ended", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
 

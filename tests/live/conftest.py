@@ -102,6 +102,8 @@ class LivePool:
         self.amqp_url = amqp_url
         self.prefix = prefix
         self.processes: dict[str, subprocess.Popen] = {}
+        # Each leads a session of its own, and yet must not outlive tests that are killed.
+        self.launcher = ["setpriv", "--pdeathsig", "KILL"]
         self.store_url = f"file://{directory / 'store'}"
         Store.open(self.store_url, create=True)  # workers may start before their scheduler
         self.environment = {
@@ -126,8 +128,7 @@ class LivePool:
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen:
         log = (self.directory / f"{name}.log").open("ab")
         process = subprocess.Popen(
-            # It leads a session of its own, and yet must not outlive tests that are killed.
-            ["setpriv", "--pdeathsig", "KILL", "--", sys.executable, "-P", "-m", "mqworker", *command],
+            [*self.launcher, "--", sys.executable, "-P", "-m", "mqworker", *command],
             env={**self.environment, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -155,6 +155,40 @@ def test_an_aborted_run_is_confirmed_when_every_descendant_has_gone(pool, final,
         assert identify(slot.pid) == slot  # which takes the next run
 
 
+@pytest.mark.parametrize("how", ["foreign", "foreign_gil"])
+def test_a_child_that_the_worker_may_not_kill_keeps_its_run_going_until_it_is_ended_by_hand(
+    pool, final, eventually, missing, how
+):
+    """P2: whoever is told that a run has ended may start it elsewhere."""
+    if os.geteuid() != 0:
+        missing("root", "another user's process cannot be made")
+    pool.launcher += ["--bounding-set=-kill", "--inh-caps=-kill"]
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one = client.submit("hungry", {"how": how}, lease=5)
+        eventually(lambda: len(sleepers(pool, "anna")) == 2, "both children are there")
+        stray, other = sorted(sleepers(pool, "anna"), key=lambda child: command(child.pid))
+        stack.callback(subprocess.run, ["kill", "-KILL", str(stray.pid)], check=False, capture_output=True)
+        slot = the(pool, "anna", b"mqworker.slot")
+        client.abort([one], reason="not wanted", wait=False)
+
+        def told() -> str:
+            [worker] = client.workers()
+            return next((run.stage or "" for run in worker.running if (run.stage or "").startswith("ending: ")), "")
+
+        assert f"process {stray.pid} ('sleep 1008')" in eventually(told, "what is in the way is told", 60)
+        assert identify(slot.pid) != slot
+        assert identify(other.pid) != other  # the one that could be ended
+        time.sleep(6)  # beyond the lease
+        assert identify(stray.pid) == stray
+        assert client.status(one).state == "running"
+        os.kill(stray.pid, signal.SIGKILL)
+
+        [view] = final(client, one)
+        assert (view.state, len(view.attempts)) == ("aborted", 1)
+        assert final(client, client.submit("noop", {}))[0].state == "success"
+
+
 def test_a_run_that_holds_pythons_lock_ends_at_its_lease_though_its_agent_is_frozen(pool, final, eventually):
     """P2: beside the slot there is somebody who can."""
     with ExitStack() as stack:

@@ -124,7 +124,9 @@ class Hungry(TaskRunCommandMixin, Task):
         "cores": "nproc",
         "strays": "%s wait",
         "deaf": "trap '' TERM HUP; %s while :; do sleep 1000; done",
+        "foreign": "{ $FOREIGN setsid sleep 1008; } & sleep 1009 & wait",
     }
+    FOREIGN: ClassVar[list[str]] = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     # In a session of its own, orphaned twice, stopped, in another namespace, and one that goes with its parent.
     STRAYS: ClassVar[str] = (
         "setsid sleep 1001 & (sh -c 'setsid sleep 1002 &' &) ; sh -c 'kill -STOP $$; sleep 1003' & "
@@ -136,11 +138,13 @@ class Hungry(TaskRunCommandMixin, Task):
         how = self.data["how"]
         if how == "memory_error":
             return len(bytearray(400_000_000)) > 0
-        if how == "gil":
-            subprocess.Popen(["setsid", "sleep", "1000"])
+        if how == "foreign_gil":
+            subprocess.Popen([*self.FOREIGN, "setsid", "sleep", "1008"])
+        if how in {"gil", "foreign_gil"}:
+            subprocess.Popen(["setsid", "sleep", "1009"])
             ctypes.PyDLL(None).sleep(1000)  # in C, and with Python's lock
         script = self.SCRIPTS[how]
-        script = script % self.STRAYS if "%s" in script else script
+        script = script % self.STRAYS if "%s" in script else script.replace("$FOREIGN", " ".join(self.FOREIGN))
         return self.run_cmd(["sh", "-c", script, sys.executable], self.world.work_directory) == 0
 
 
