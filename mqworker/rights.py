@@ -51,7 +51,8 @@ def rights_of(role: Role, topology: Topology) -> Rights:
                 configure=_names(t, *(one.name for one in t.exchanges()), *queues, below=(t.work, t.report)),
                 write=_names(
                     t,
-                    *(t.work, t.verdict, t.events, t.rejected, t.report),  # to write there, ...
+                    # To write there: its probes go the way of what it hears.
+                    *(t.work, t.verdict, t.events, t.rejected, t.report, t.submit, t.outcome, t.api),
                     *queues,  # ... and these to bind them
                     below=(t.work, t.report),
                     also=("amq.default",),  # answers
