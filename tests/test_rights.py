@@ -55,6 +55,7 @@ def matched(expression, names=NAMES):
             {name.removeprefix("mq.w.") for name in [*EXCHANGES, *LASTING]} | {"work.1-1", "report.e"},
             {
                 *("work", "verdict", "events", "rejected", "report", "work.1-1", "report.e", "amq.default"),
+                *("submit", "outcome", "api"),
                 *("queue.rejected", "queue.submit", "queue.outcome", "queue.api"),
             },
             {
