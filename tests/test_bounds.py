@@ -23,6 +23,7 @@ from mqworker.amqp import HEADERS_HEADER, Delivery, _kept_headers
 from mqworker.cli import main
 from mqworker.errors import HostUnfit, Rejected, SettingsError, SubmitterError, TooLarge, Unreadable
 from mqworker.facts import Accept, Import
+from mqworker.hearing import Hearing
 from mqworker.ledger import Ledger, _fault
 from mqworker.messages import (
     MAX_DEPTH,
@@ -558,6 +559,7 @@ def test_reports_that_come_faster_than_the_ledger_commits_are_dropped_and_counte
     one = object.__new__(scheduler.Scheduler)
     one._inbox, one._waiting_bytes, one._flooded = [], 0, False
     one._awake = asyncio.Event()
+    one._hearing, one._now = Hearing(term=1, queues=()), scheduler.now
     one._metrics = type("Metrics", (), {})
     one._metrics.unreadable = type(
         "Counter", (), {"labels": lambda **of: type("One", (), {"inc": lambda: counted.append(of)})}
