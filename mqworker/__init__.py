@@ -17,7 +17,7 @@ checks it.
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
                    views (what the scheduler shows of the pool)
-                   holdings (what it has in memory)
+                   holdings (what it has in memory), outbox (what it has to say)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), limits (what a run may use), watchdog (ends slots that
