@@ -509,7 +509,7 @@ class Pool:
             if worker.state != "online" and not worker.leases and self._steady - worker.seen > FORGET
         ]
         for name in long_gone:
-            del self._workers[name]
+            self._metadata_bytes -= self._workers.pop(name).metadata_bytes
             self._blame.forget(name)
             self._held.drains.pop(name, None)
 
@@ -755,11 +755,9 @@ class Pool:
                 f"expected metadata of at most {MAX_METADATA_BYTES} bytes, and of all workers together of at most"
                 f" {MAX_POOL_METADATA_BYTES}, got {size} beside {others}: have the worker say less"
             )
-            if worker.state != "refused":
-                self._offline(worker, reason, moment, state="refused")
             worker.hello = msgspec.structs.replace(hello, metadata={}, tasks={})  # it is known, and holds no room
             self._metadata_bytes, worker.metadata_bytes = others, 0
-            self._say(worker, Assign(queue=None, reason=reason))
+            self._refuse(worker, reason, moment)
             return
         self._metadata_bytes, worker.metadata_bytes = others + size, size
         worker.hello = hello
@@ -768,14 +766,17 @@ class Pool:
                 f"expected the store {self._store_id} that this scheduler uses, got the store {hello.store}:"
                 " give the worker the scheduler's store URL"
             )
-            if worker.state != "refused":
-                self._offline(worker, reason, moment, state="refused")
-            self._say(worker, Assign(queue=None, reason=reason))
+            self._refuse(worker, reason, moment)
             return
         if not known:
             worker.state, worker.reason = "online", None
         self._outbox.tell_worker(worker.name, "changed" if known else "online", worker.reason, wall=moment.wall)
         self._enter(worker, hello)
+
+    def _refuse(self, worker: KnownWorker, reason: str, moment: Moment) -> None:
+        self._offline(worker, reason, moment, state="refused")
+        worker.reason = reason  # it may have been refused for another one before
+        self._say(worker, Assign(queue=None, reason=reason))
 
     def _enter(self, worker: KnownWorker, hello: Hello) -> None:
         self._change(

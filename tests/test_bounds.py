@@ -65,7 +65,7 @@ from mqworker.messages import (
     longer_than,
 )
 from mqworker.needs import in_order
-from mqworker.pool import SILENCE
+from mqworker.pool import FORGET, SILENCE, SWEEP
 from mqworker.state import WorkerState
 from mqworker.topology import Topology
 from mqworker.worker import Worker
@@ -381,6 +381,18 @@ def test_a_worker_with_more_metadata_than_fit_is_refused_with_the_reason_and_may
     second.say(second.hello(), second.beat())
     driven.turn()
     assert [driven.worker(name).state for name in ("first", "second")] == ["online", "online"]
+
+
+def test_the_metadata_of_a_worker_that_is_long_gone_hold_no_room_any_more(driven, monkeypatch):
+    monkeypatch.setattr("mqworker.pool.MAX_POOL_METADATA_BYTES", 2000)
+    Peer(driven, "gone", blob="x" * 1500).join()
+    driven.pass_time(SILENCE + 1)
+    driven.pass_probes()
+    driven.pass_time(FORGET + SWEEP)
+    assert "gone" not in driven.pool._workers
+    Peer(driven, "next", blob="x" * 1500).join()
+
+    assert driven.worker("next").state == "online"
 
 
 def test_refusals_with_ever_new_metadata_are_remembered_for_the_newest_alone(driven):
