@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mqworker import client
 from mqworker.access import Access
-from mqworker.amqp import Consumer, Delivery, Plan
+from mqworker.amqp import Consumer, Plan
 from mqworker.ledger import Ledger
 from mqworker.messages import (
     Outcomes,
@@ -32,6 +32,7 @@ from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
 from mqworker.topology import Topology
+from tests.driving import a_delivery
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.generate import TASKS, Maker, an_id
 from tests.sim import programs
@@ -318,14 +319,14 @@ class House:
             case "ticket":
                 host = self.random.choice(list(self.hosts.values()))
                 host.process.context.run(
-                    host.worker._take_ticket, _delivery(body, TOPOLOGY.work, sum(self.sent.values()))
+                    host.worker._take_ticket, a_delivery(body, TOPOLOGY.work, sum(self.sent.values()))
                 )
             case "verdict":
                 self._verdict(body)
             case "slot":
                 self._slot(body)
             case "client":
-                item = self.follow._read(_delivery(body))
+                item = self.follow._read(a_delivery(body))
                 self.told["client", "passed over" if item is None else "taken"] += 1
             case _:
                 name = getattr(TOPOLOGY, consumer)
@@ -347,7 +348,7 @@ class House:
         if not isinstance(host.worker._metrics, Counting):
             host.worker._metrics = Counting()
         before = host.worker._metrics.count
-        host.process.context.run(host.worker._take_verdict, _delivery(body))
+        host.process.context.run(host.worker._take_verdict, a_delivery(body))
         unreadable = host.worker._metrics.count > before
         self.told["verdict", "dropped: unreadable" if unreadable else "taken, or of an older term"] += 1
         assert agent.consuming is None or TOPOLOGY.is_class_queue(agent.consuming)
@@ -387,23 +388,6 @@ class Deaf:
     @staticmethod
     def ack(_delivery):
         pass
-
-
-def _delivery(body, exchange="", tag=0):
-    return Delivery(
-        epoch="e",
-        tag=tag,
-        exchange=exchange,
-        key="",
-        redelivered=False,
-        kind=None,
-        message_id=None,
-        correlation_id=None,
-        reply_to=None,
-        user_id=None,
-        headers={},
-        body=body,
-    )
 
 
 class Counting(Silent):
