@@ -24,7 +24,7 @@ from mqworker.amqp import HEADERS_HEADER, _kept_headers
 from mqworker.cli import main
 from mqworker.errors import HostUnfit, Rejected, SettingsError, SubmitterError, TooLarge, Unreadable
 from mqworker.facts import Accept, Import
-from mqworker.ledger import Ledger, _fault
+from mqworker.ledger import MOST_MARKS, Ledger, _fault
 from mqworker.messages import (
     MAX_DEPTH,
     MAX_DESCRIBED_BYTES,
@@ -614,6 +614,7 @@ def test_the_readme_states_each_bound_as_the_code_has_it():
         "each part of a reason": f"{MAX_REASON} characters",
         "outcomes that": f"{agent_room.MAX_UNSETTLED}, or {agent_room.MAX_UNSETTLED_BYTES // mib} MiB",
         "a word of a slot": f"{messages.MAX_LINE_BYTES // mib} MiB",
+        "aborts of requests": f"{MOST_MARKS:,} of one user",
         "reports that wait": f"{scheduler.MAX_WAITING_BYTES // mib} MiB",
         "what is put aside": f"{amqp.MAX_HEADERS_BYTES // 1024} KiB",
     }

@@ -143,7 +143,7 @@ class House:
             self.told["ticket", "put aside" if aside else "claimed or refused" if acked else "given back"] += 1
 
     def put_aside(self, process, delivery, _reason):
-        if delivery.exchange != TOPOLOGY.work:  # a ticket counts when it is acknowledged
+        if delivery.kind == "hostile":  # a ticket counts when it is acknowledged
             self.told[SETTLED_BY[delivery.exchange], "put aside"] += 1
         self._aside.add((process.name, delivery.tag, delivery.epoch))
 
@@ -255,8 +255,8 @@ class House:
                 self.told["report", "taken" if taken else "dropped: older, or of a name that another has"] += 1
 
         def count_outcomes(message, *more):
-            self._to_record += len(message.outcomes)
             outcomes(message, *more)
+            self._to_record += len(message.outcomes)
 
         def count_probe(message, *more):
             if self._hostile:
@@ -269,8 +269,17 @@ class House:
             self._hostile = delivery.kind == "hostile"
             return await read(delivery)
 
+        said_lately = self.scheduler._said_lately
+
+        def count_said_lately(exchange, text):
+            lately = said_lately(exchange, text)
+            if lately and self._hostile:
+                self.told[SETTLED_BY[exchange], "an impostor's, like one that was put aside"] += 1
+            return lately
+
         self._hostile = False
         self.scheduler._read = know_whose
+        self.scheduler._said_lately = count_said_lately
         pool.report, pool.outcomes, pool.probe = count_report, count_outcomes, count_probe
         await self.scheduler.run()
 
@@ -372,7 +381,7 @@ class House:
             told[consumer] += number
         if self._recorded < self._to_record:
             self._failed(f"{self._to_record} outcomes were read, {self._recorded} answered")
-        read = self.sent["outcome"] - self.told["outcome", "put aside"]
+        read = self.sent["outcome"] - told["outcome"]
         self.told["outcome", "read, and each in it answered"] = read
         told["outcome"] = self.sent["outcome"]
         for consumer, number in self.sent.items():
