@@ -676,6 +676,7 @@ class Agent:
             case SlotEnded(left=str()) if run is not None and run.killed is None:
                 slot.ready = False
                 run.ended = word
+                self._progress(run, stage=f"ending: {word.left}", fraction=None)
             case SlotEnded() if run is not None and run.killed is None:
                 slot.ready = False  # until it says so
                 if run.over and word.result == "aborted":  # by us, and not by anybody's wish
@@ -766,12 +767,7 @@ class Agent:
             case "limit":
                 self._end(run, "error", run.exceeded)
             case _ if run.ended is not None:
-                said = "" if run.ended.reason is None else f"{run.ended.reason.text} "
-                reason = msgspec.structs.replace(
-                    run.ended.reason or Reason(text=""),
-                    text=f"{said}(at its end, this was in the way: {run.ended.left})",
-                )
-                self._end(run, run.ended.result, reason, ended=run.ended)
+                self._end_as_said(run, run.ended)
             case "lease":
                 self._end(
                     run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
@@ -785,6 +781,11 @@ class Agent:
         if run.killed is None and exit_code == SLOT_LAPSED:
             return "timeout" if run.slot_ends_ns() < run.deadline_ns else "lease"
         return "timeout" if run.killed is None and run.over else run.killed
+
+    def _end_as_said(self, run: _Run, ended: SlotEnded) -> None:
+        said = "" if ended.reason is None else f"{ended.reason.text} "
+        text = f"{said}(at its end, this was in the way: {ended.left})"
+        self._end(run, ended.result, msgspec.structs.replace(ended.reason or Reason(text=""), text=text), ended=ended)
 
     def _end(self, run: _Run, result: OutcomeResult, reason: Reason | None, *, ended: SlotEnded | None = None) -> None:
         del self._runs[run.token]
@@ -907,6 +908,8 @@ class Agent:
         for run in list(self._runs.values()):
             if run.deadline_ns <= now_ns:
                 self._kill(run, "lease", f"its lease of {run.lease:g} s was not renewed in time")
+            elif run.ended is not None:
+                continue  # nothing can be asked of it, and its slot is there to show what is left
             elif run.kill_ns is not None and run.kill_ns <= now_ns:
                 self._kill(run, "timeout" if run.over else "abort", "it does not stop")
             elif run.slot is not None and run.abort is None and not run.over and now_ns >= (run.timeout_ns or inf):
@@ -931,9 +934,12 @@ class Agent:
                 self._kill(run, "stop", "the worker is stopping")
 
     def stop_runs(self) -> None:
-        """Kill what runs, to hand it back."""
+        """Kill what runs, to hand it back; what has ended beside something that cannot be ended counts as it is."""
         for run in list(self._runs.values()):
-            self._kill(run, "stop", "the worker is stopping")
+            if run.ended is not None and run.killed is None:
+                self._end_as_said(run, run.ended)
+            else:
+                self._kill(run, "stop", "the worker is stopping")
 
     def busy(self) -> bool:
         """Say whether a run is in a slot, or may come into one."""
