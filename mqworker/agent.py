@@ -663,6 +663,8 @@ class Agent:
         """Take a slot's word."""
         slot = self._slots[number]
         run = self._runs.get(slot.run) if slot.run is not None else None
+        if isinstance(word, SlotEnded) and run is not None and run.out_of_memory:
+            word = _with_memory(word)
         match word:
             case SlotReady():
                 slot.ready = True
@@ -691,7 +693,7 @@ class Agent:
             self._progress(run, stage=f"ending: {what}", fraction=None)
 
     def out_of_memory(self, number: int) -> None:
-        """Take what the kernel says: it has ended something on this host for want of memory, when a slot was killed."""
+        """Take what the kernel says: during a run, it has ended something on this host for want of memory."""
         run = self._runs.get(self._slots[number].run or "")
         if run is not None:
             run.out_of_memory = True
@@ -1148,6 +1150,17 @@ def _over(run: _Run, more: str | None = None) -> Reason:
     """Say that a run has taken longer than it may."""
     text = f"ran longer than its timeout of {run.request.timeout:g} s"
     return Reason(text=f"{text} ({more})" if more else text, stage=run.stage, status="timeout")
+
+
+def _with_memory(ended: SlotEnded) -> SlotEnded:
+    """Tell beside a bad end that the kernel was killing: perhaps a child of the run, whose task cannot know that."""
+    if ended.result not in {"failure", "error"}:
+        return ended
+    said = "" if ended.reason is None else f"{ended.reason.text} "
+    text = f"{said}(meanwhile this host was out of memory, and the kernel killed processes, perhaps of this run)"
+    status = None if ended.reason is None else ended.reason.status
+    reason = msgspec.structs.replace(ended.reason or Reason(text=""), text=text, status=status or "memory")
+    return msgspec.structs.replace(ended, reason=reason)
 
 
 def _judge_death(exit_code: int, stage: str | None, tail: str, *, out_of_memory: bool) -> tuple[OutcomeResult, Reason]:

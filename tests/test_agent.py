@@ -1525,6 +1525,23 @@ def test_a_slot_that_is_killed_when_the_host_is_out_of_memory_has_lost_its_run_f
     assert (outcome.result, outcome.reason.status) == ("lost", "memory")
 
 
+@pytest.mark.parametrize(
+    ("result", "status", "told"),
+    [("failure", None, "memory"), ("error", "given-back", "given-back"), ("success", None, None)],
+)
+def test_a_bad_end_while_the_kernel_was_killing_for_want_of_memory_tells_so_and_stays_what_it_is(
+    driven, result, status, told
+):
+    driven.run()
+    driven.agent.out_of_memory(0)
+    driven.agent.slot_said(0, SlotEnded(result=result, reason=Reason(text="cc1 was killed", status=status)))
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.status) == (result, told)
+    assert outcome.reason.text.startswith("cc1 was killed")
+    assert ("this host was out of memory" in outcome.reason.text) == (result != "success")
+
+
 def test_an_outcome_that_cannot_be_spooled_is_sent_without_where_the_worker_leaves(driven):
     driven.run()
     end(driven)
