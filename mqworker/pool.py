@@ -122,7 +122,7 @@ DIVIDED_AT_ONCE: Final = 10  # divided classes whose requests are placed anew be
 PLACED_AT_ONCE: Final = 200  # requests of them all together
 STUCK_SHOWN: Final = 100  # requests that a StuckEvent names
 MAX_POOL_METADATA_BYTES: Final = 512 * 1024 * 1024  # of all workers together; as Python's objects some five times that
-IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again
+IMPOSTORS_TOLD: Final = 1000  # of whom an event has told, and does not again; then all are forgotten
 FORGET: Final = 86400.0  # seconds: of who is offline for so long, and of aborts whose requests did not come
 HOURLY: Final = 3600.0  # seconds between declarations of the classes' queues, and sweeps of such aborts
 DECLARED_AT_ONCE: Final = 20  # of these queues, before other work goes on
@@ -713,7 +713,9 @@ class Pool:
                 self._names.give(name, user)
                 self._write(Own(name=name, user=user, at=moment.wall), lambda _: None)
             return
-        if (name, user) not in self._impostors and len(self._impostors) < IMPOSTORS_TOLD:
+        if (name, user) not in self._impostors:
+            if len(self._impostors) >= IMPOSTORS_TOLD:
+                self._impostors.clear()
             self._impostors[name, user] = None
             self._outbox.tell_worker(name, "impostor", refused, wall=moment.wall)
         raise Impostor(refused)
@@ -795,7 +797,8 @@ class Pool:
         self._say(worker, self._assignment(worker))
 
     def _heartbeat(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> None:
-        if worker.state == "refused":
+        if worker.state == "refused":  # what it runs goes on; it gets nothing more
+            self._renew(worker, beat, moment)
             self._say(worker, Assign(queue=None, reason=worker.reason))
             return
         if worker.state == "offline":  # it was silent, and is back
@@ -805,6 +808,24 @@ class Pool:
                 self._enter(worker, worker.hello)
         worker.heartbeat = beat
         self._tell_to_drain(worker, beat)
+        busy = self._renew(worker, beat, moment)
+        own = self._matching.class_of(worker.name)
+        queue = self._assignment(worker).queue
+        if beat.assigned != queue:
+            worker.former = beat.assigned
+            self._say(worker, self._assignment(worker))
+        elif worker.former is not None:
+            self._retire(worker.former)  # a class of an earlier term; the worker consumes it no more
+            worker.former = None
+        self._dispatch.supply(
+            worker.name,
+            capability_class=own if queue is not None and beat.assigned == queue else None,
+            slots=beat.slots,
+            busy=busy,
+        )
+
+    def _renew(self, worker: KnownWorker, beat: Heartbeat, moment: Moment) -> set[str]:
+        """Renew the leases of what a worker has, and tell it which of its runs do not count; return their tokens."""
         running = {run.token: run for run in beat.running}
         has = {*running, *(ref.token for ref in beat.claiming)}
         settled_soon = {ref.token for ref in beat.unsettled}
@@ -832,20 +853,7 @@ class Pool:
             if ref.token not in mine
         ]
         self._say(worker, Alive(seq=worker.seq, void=void))
-        own = self._matching.class_of(worker.name)
-        queue = self._assignment(worker).queue
-        if beat.assigned != queue:
-            worker.former = beat.assigned
-            self._say(worker, self._assignment(worker))
-        elif worker.former is not None:
-            self._retire(worker.former)  # a class of an earlier term; the worker consumes it no more
-            worker.former = None
-        self._dispatch.supply(
-            worker.name,
-            capability_class=own if queue is not None and beat.assigned == queue else None,
-            slots=beat.slots,
-            busy=busy,
-        )
+        return busy
 
     def _tell_to_drain(self, worker: KnownWorker, beat: Heartbeat) -> None:
         """Repeat that a worker is to take nothing more until it says that it does."""
@@ -881,7 +889,7 @@ class Pool:
             self._void(worker, claim, "the request has ended")
         elif entry.lease is not None and entry.lease.token == claim.token and entry.attempt == claim.attempt:
             self._grants_wanted.update(entry.inputs)
-            self._writes.append((None, lambda _: self._granted(worker, claim, entry)))  # the same answer again
+            self._writes.append((None, lambda _: self._granted_before(worker, claim, entry)))
         elif entry.state is not State.OFFERED:
             self._void(worker, claim, f"the request is {entry.state}, not offered")
         elif has_expired(entry.request, moment.wall):
@@ -941,6 +949,13 @@ class Pool:
             worker=worker.name,
         )
         self._granted(worker, claim, entry)
+
+    def _granted_before(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
+        """Give the same answer again, unless the run has ended since it was asked for."""
+        if entry.lease is not None and entry.lease.token == claim.token:
+            self._granted(worker, claim, entry)
+        else:
+            self._void(worker, claim, "the run has ended")
 
     def _granted(self, worker: KnownWorker, claim: Claim, entry: Entry) -> None:
         inputs = [self._inputs[number] for number in entry.inputs if number in self._inputs]
@@ -1023,21 +1038,24 @@ class Pool:
         Raises:
             Impostor: the worker's name is that of another of the broker's users. They are not answered, so that they
                 stay in the spool of a worker whose user was changed until its name is released. Or a run that one of
-                them is of is another user's.
+                them is of is another user's; the others count.
         """
         self._check_name(message.worker, user, moment)
+        foreign = None
         for outcome in message.outcomes:
-            self._check_holder(outcome, user)
-        for outcome in message.outcomes:
-            self._outcome(message.worker, message.epoch, outcome, moment)
+            holder = self._holder(outcome)
+            if holder is None or holder == user:
+                self._outcome(message.worker, message.epoch, outcome, moment)
+            else:
+                foreign = holder
+        if foreign is not None:
+            raise Impostor(f"expected the outcome of a run of the broker's user {foreign} from that user, got {user}'s")
 
-    def _check_holder(self, outcome: Outcome, user: str | None) -> None:
-        """Let nobody end a run of another user's worker; a worker may have another name than when it was granted."""
+    def _holder(self, outcome: Outcome) -> str | None:
+        """Return the user who alone may end this run; a worker may have another name than when it was granted."""
         entry = self._entries.get(outcome.request)
         lease = None if entry is None else entry.lease
-        holder = None if lease is None or lease.token != outcome.token else self._names.user(lease.worker)
-        if holder is not None and holder != user:
-            raise Impostor(f"expected the outcome of a run of the broker's user {holder} from that user, got {user}'s")
+        return None if lease is None or lease.token != outcome.token else self._names.user(lease.worker)
 
     def _outcome(self, worker: str, epoch: str, outcome: Outcome, moment: Moment) -> None:
         def answer(ended: Ended) -> None:

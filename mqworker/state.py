@@ -72,7 +72,8 @@ class WorkerState:
         """
         file = self._directory / "home"
         place = f"{_machine_id()} {self._directory.stat().st_ino}"
-        home, _, before = file.read_text().strip().partition(" ") if file.exists() else ("", "", "")
+        told = file.read_text(errors="replace").strip() if file.exists() else ""
+        home, _, before = told.partition(" ") if re.match(r"[0-9a-f]{12} ", told) else ("", "", "")  # else none of ours
         if home and before == place:
             return home
         if home:

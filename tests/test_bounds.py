@@ -388,6 +388,26 @@ def test_a_worker_with_more_metadata_than_fit_is_refused_with_the_reason_and_may
     assert [driven.worker(name).state for name in ("first", "second")] == ["online", "online"]
 
 
+def test_what_a_worker_runs_goes_on_when_its_metadata_have_grown_too_large(driven):
+    anna = Peer(driven).join()
+    ref = anna.run(driven.request())
+    anna.say(anna.hello(blob="x" * MAX_METADATA_BYTES))
+    driven.turn()
+    assert driven.worker("anna").state == "refused"
+    anna.hear()
+    for _ in range(30):
+        driven.pass_time(5.0)
+        anna.say(anna.beat(ref))
+        driven.turn()
+    [alive, *_] = anna.hear(Alive)
+    assert alive.void == []
+    other = driven.request()
+    driven.turn()
+
+    assert driven.states(ref.request, other) == ["running", "pending"]
+    assert anna.end(ref) == "recorded"
+
+
 def test_the_metadata_of_a_worker_that_is_long_gone_hold_no_room_any_more(driven, monkeypatch):
     monkeypatch.setattr("mqworker.pool.MAX_POOL_METADATA_BYTES", 2000)
     Peer(driven, "gone", blob="x" * 1500).join()

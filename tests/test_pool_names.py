@@ -4,7 +4,7 @@ from functools import partial
 
 from mqworker.access import Access
 from mqworker.errors import Impostor
-from mqworker.messages import Assign, Outcome, Outcomes, Report, Request
+from mqworker.messages import Assign, Outcome, Outcomes, Recorded, Report, Request
 from tests.driving import Peer, an_id, restart
 
 
@@ -81,8 +81,14 @@ def test_an_outcome_of_another_users_run_is_refused_whatever_name_it_comes_under
     def send(name):
         driven.inbox.append(Outcomes(worker=name, epoch="e", outcomes=[outcome]))
 
-    [refused] = as_user(driven, "u2", lambda: send("mallory"))
+    mine = Outcome(request=an_id(77), attempt=1, token="mine", result="failure", started=1.0, ended=2.0)  # noqa: S106  # a token of a claim
+
+    def send_both():
+        driven.inbox.append(Outcomes(worker="mallory", epoch=mallory.epoch, outcomes=[outcome, mine]))
+
+    [refused] = as_user(driven, "u2", send_both)
     assert "run of the broker's user u1" in refused
+    assert [part.request for part in mallory.hear(Recorded)] == [mine.request], "what is none of theirs is answered"
     assert driven.states(one) == ["running"]
     assert as_user(driven, "u1", lambda: send("anna2")) == [], "the same user, under another name"
     assert driven.states(one) == ["failure"]

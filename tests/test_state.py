@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,16 @@ def test_a_directory_keeps_its_id_and_no_two_have_one(tmp_path):
 
     assert (home(tmp_path / "one"), copied) == ((first, None), None)
     assert home(tmp_path / "two")[0] != first
+
+
+@pytest.mark.parametrize("nonsense", [b"\xff\xfe", b"", b"../../etc 1", b"0123456789ab"])
+def test_a_home_that_says_nothing_of_ours_is_made_anew(tmp_path, nonsense):
+    (tmp_path / "home").write_bytes(nonsense)
+
+    made, copied = home(tmp_path)
+    assert re.fullmatch(r"[0-9a-f]{12}", made)
+    assert copied is None
+    assert home(tmp_path) == (made, None)
 
 
 def test_a_copy_of_a_directory_is_told_gets_an_id_of_its_own_and_keeps_what_is_in_the_spool(tmp_path):

@@ -249,13 +249,16 @@ class _Check:
         for request, runs in self.by_request.items():
             if request is None:
                 continue
-            for before, run in zip(runs, runs[1:], strict=False):
-                longest = max((one for one in runs if one.start_ns < run.start_ns), key=lambda one: one.last_ns)
+            for number, run in enumerate(runs[1:], start=1):
+                earlier = runs[:number]
+                longest = max(earlier, key=lambda one: one.last_ns)
                 if longest.last_ns >= run.start_ns:
                     by = (longest.last_ns - run.start_ns) / 1e6
                     self._find("no two runs overlap", f"{request}: by {by:.1f} ms, {longest} and {run}")
-                elif not run.alone and shared[self._first(request)] == 1 and not self._is_corpse(before, run):
-                    self._find("no two runs overlap", f"{request}: {before} still held the lock when {run} began")
+                elif run.alone or shared[self._first(request)] > 1:
+                    continue
+                elif not any(self._is_corpse(one, run) for one in earlier):
+                    self._find("no two runs overlap", f"{request}: one of {earlier} still held the lock as {run} began")
             if runs and not runs[0].alone and shared[self._first(request)] == 1:
                 self._find("no two runs overlap", f"{request}: somebody unknown held the lock when {runs[0]} began")
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -19,6 +21,17 @@ def test_a_pool_keeps_its_promises_through_everything_that_some_seeds_do_to_it()
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "12 seeds, 0 failed" in run.stdout
+
+
+@pytest.mark.parametrize("folder", ["sim", "chaos"])
+def test_each_way_to_break_a_pool_still_applies(folder):
+    patches = sorted((ROOT / "tests" / folder / "mutants").glob("*.patch"))
+    assert patches
+    for patch in patches:
+        done = subprocess.run(
+            ["git", "apply", "--check", str(patch)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{patch.name}: {done.stderr}"
 
 
 def test_a_seed_does_the_same_each_time():
