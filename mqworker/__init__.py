@@ -17,7 +17,7 @@ checks it.
       their minds  pool (the scheduler's judgement), agent (the worker's): told what came and what time it is,
                      they answer with writes, messages and acts, and open nothing
                    views (what the scheduler shows of the pool)
-                   holdings (what it has in memory)
+                   holdings (what it has in memory), outbox (what it has to say)
       their ears   examiner (what tasks say of requests)
     2 doors        task (the Task API), amqp (pika), ledger (SQL), store (artifact bytes), metrics (Prometheus),
                      state (a worker's spool and lock), limits (what a run may use), watchdog (ends slots that
@@ -27,8 +27,8 @@ checks it.
       the ground   processes (Linux processes and clocks), cgroup (control groups), schema (the ledger's tables),
                      facts (what goes into them), brokerurl (what a broker's URL says)
     1 judgement    explain (why a request waits), blame (which worker fails what passes elsewhere),
-                     rights (what each role may do on the broker)
-                   lifecycle (states and events), needs (what a request needs of others), matching (who can run what),
+                     rights (what each role may do on the broker), needs (what a request needs of others)
+                   lifecycle (states and events), matching (who can run what),
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
                      dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what),
                      hearing (whether a queue still gives what is in it): pure; told the time, given facts

@@ -663,6 +663,8 @@ class Agent:
         """Take a slot's word."""
         slot = self._slots[number]
         run = self._runs.get(slot.run) if slot.run is not None else None
+        if isinstance(word, SlotEnded) and run is not None and run.out_of_memory:
+            word = _with_memory(word)
         match word:
             case SlotReady():
                 slot.ready = True
@@ -676,6 +678,7 @@ class Agent:
             case SlotEnded(left=str()) if run is not None and run.killed is None:
                 slot.ready = False
                 run.ended = word
+                self._progress(run, stage=f"ending: {word.left}", fraction=None)
             case SlotEnded() if run is not None and run.killed is None:
                 slot.ready = False  # until it says so
                 if run.over and word.result == "aborted":  # by us, and not by anybody's wish
@@ -690,7 +693,7 @@ class Agent:
             self._progress(run, stage=f"ending: {what}", fraction=None)
 
     def out_of_memory(self, number: int) -> None:
-        """Take what the kernel says: it has ended something on this host for want of memory, when a slot was killed."""
+        """Take what the kernel says: during a run, it has ended something on this host for want of memory."""
         run = self._runs.get(self._slots[number].run or "")
         if run is not None:
             run.out_of_memory = True
@@ -766,12 +769,7 @@ class Agent:
             case "limit":
                 self._end(run, "error", run.exceeded)
             case _ if run.ended is not None:
-                said = "" if run.ended.reason is None else f"{run.ended.reason.text} "
-                reason = msgspec.structs.replace(
-                    run.ended.reason or Reason(text=""),
-                    text=f"{said}(at its end, this was in the way: {run.ended.left})",
-                )
-                self._end(run, run.ended.result, reason, ended=run.ended)
+                self._end_as_said(run, run.ended)
             case "lease":
                 self._end(
                     run, "lost", Reason(text=f"its lease of {run.lease:g} s was not renewed in time", stage=stage)
@@ -785,6 +783,11 @@ class Agent:
         if run.killed is None and exit_code == SLOT_LAPSED:
             return "timeout" if run.slot_ends_ns() < run.deadline_ns else "lease"
         return "timeout" if run.killed is None and run.over else run.killed
+
+    def _end_as_said(self, run: _Run, ended: SlotEnded) -> None:
+        said = "" if ended.reason is None else f"{ended.reason.text} "
+        text = f"{said}(at its end, this was in the way: {ended.left})"
+        self._end(run, ended.result, msgspec.structs.replace(ended.reason or Reason(text=""), text=text), ended=ended)
 
     def _end(self, run: _Run, result: OutcomeResult, reason: Reason | None, *, ended: SlotEnded | None = None) -> None:
         del self._runs[run.token]
@@ -907,6 +910,8 @@ class Agent:
         for run in list(self._runs.values()):
             if run.deadline_ns <= now_ns:
                 self._kill(run, "lease", f"its lease of {run.lease:g} s was not renewed in time")
+            elif run.ended is not None:
+                continue  # nothing can be asked of it, and its slot is there to show what is left
             elif run.kill_ns is not None and run.kill_ns <= now_ns:
                 self._kill(run, "timeout" if run.over else "abort", "it does not stop")
             elif run.slot is not None and run.abort is None and not run.over and now_ns >= (run.timeout_ns or inf):
@@ -931,9 +936,12 @@ class Agent:
                 self._kill(run, "stop", "the worker is stopping")
 
     def stop_runs(self) -> None:
-        """Kill what runs, to hand it back."""
+        """Kill what runs, to hand it back; what has ended beside something that cannot be ended counts as it is."""
         for run in list(self._runs.values()):
-            self._kill(run, "stop", "the worker is stopping")
+            if run.ended is not None and run.killed is None:
+                self._end_as_said(run, run.ended)
+            else:
+                self._kill(run, "stop", "the worker is stopping")
 
     def busy(self) -> bool:
         """Say whether a run is in a slot, or may come into one."""
@@ -1142,6 +1150,17 @@ def _over(run: _Run, more: str | None = None) -> Reason:
     """Say that a run has taken longer than it may."""
     text = f"ran longer than its timeout of {run.request.timeout:g} s"
     return Reason(text=f"{text} ({more})" if more else text, stage=run.stage, status="timeout")
+
+
+def _with_memory(ended: SlotEnded) -> SlotEnded:
+    """Tell beside a bad end that the kernel was killing: perhaps a child of the run, whose task cannot know that."""
+    if ended.result not in {"failure", "error"}:
+        return ended
+    said = "" if ended.reason is None else f"{ended.reason.text} "
+    text = f"{said}(meanwhile this host was out of memory, and the kernel killed processes, perhaps of this run)"
+    status = None if ended.reason is None else ended.reason.status
+    reason = msgspec.structs.replace(ended.reason or Reason(text=""), text=text, status=status or "memory")
+    return msgspec.structs.replace(ended, reason=reason)
 
 
 def _judge_death(exit_code: int, stage: str | None, tail: str, *, out_of_memory: bool) -> tuple[OutcomeResult, Reason]:

@@ -40,6 +40,7 @@ from mqworker.shell import (
     Shell,
     print_json,
     read_data,
+    read_deadline,
     read_duration,
     read_moment,
     read_name,
@@ -148,7 +149,7 @@ def submit(
         typer.Option(parser=read_moment, metavar="TIME", help="Do not begin before then: 2030-01-31T22:15, or +30m."),
     ] = None,
     expires: Annotated[
-        float | None, typer.Option(parser=read_moment, metavar="TIME", help="Abort it if it has not begun by then.")
+        float | None, typer.Option(parser=read_deadline, metavar="TIME", help="Abort it if it has not begun by then.")
     ] = None,
     memory: Annotated[
         int | None, typer.Option(parser=read_size, metavar="SIZE", help="What a run may use of memory: 512M, 4G.")

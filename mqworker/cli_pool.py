@@ -35,6 +35,7 @@ from mqworker.shell import (
     Shell,
     print_json,
     read_data,
+    read_name,
     read_requires,
     show,
     tell,
@@ -91,7 +92,7 @@ def forget(
     """Release a worker's name, which is that of the broker's user who used it first; what runs there goes on."""
     shell: Shell = context.obj
     with shell.client() as client:
-        client.forget_worker(name, user=give_to)
+        client.forget_worker(read_name(name, "NAME"), user=give_to)
     if as_json:
         print_json({"name": name, "user": give_to})
     else:

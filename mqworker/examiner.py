@@ -63,8 +63,8 @@ class Examiner:
         takes = {} if bound else {LAST_PLACEHOLDER - number: take for number, take in enumerate(request.take)}
         given = request.data
         try:
-            for placeholder, take in takes.items():
-                given = bind(given, take.into, placeholder)
+            if takes:
+                given = bind(given, {take.into: placeholder for placeholder, take in takes.items()})
             task = task_class()
             task.configure(given)
             inputs = task.input_artifact_ids()

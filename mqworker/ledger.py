@@ -10,7 +10,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 from sqlalchemy import (
@@ -89,6 +89,8 @@ from mqworker.messages import (
     RequestView,
     Selection,
 )
+from mqworker.needs import Condition, Made, Standing, fill, not_met, take_from
+from mqworker.needs import needs as needs_of
 from mqworker.postgresql import PostgresqlDatabase
 from mqworker.sqlite import SqliteDatabase
 
@@ -96,8 +98,6 @@ PAGE: Final = 1000  # the most values in one IN (...)
 SHORTEST_BEGINNING: Final = 4  # characters of an id
 MOST_MARKS: Final = 10_000  # of one user: aborts of requests that may never come
 FILE_LENGTH: Final = 200  # characters of a file's entry, about
-
-_Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one that it comes after
 
 # ---------------------------------------------------------------- statements, built once
 
@@ -790,7 +790,7 @@ def _entangled(connection: Connection, writes: Sequence[Write]) -> _Entangled:
     ending = {write.request for write in writes if isinstance(write, End | AbortAsked)}
     if not ending:
         return _Entangled((), ())
-    new = {write.seq: _needs(write.request) for write in writes if isinstance(write, Accept)}
+    new = {write.seq: needs_of(write.request) for write in writes if isinstance(write, Accept)}
     awaited = _awaited(connection, ending).union(*(ending & needs.keys() for needs in new.values()))
     if not awaited:
         return _Entangled((), ())
@@ -861,7 +861,7 @@ def _shared(write: Write, entangled: _Entangled) -> Collection[str]:
     needs: Collection[str] = ()
     match write:
         case Accept():
-            needs = _needs(write.request)
+            needs = needs_of(write.request)
             blocked = bool(needs and entangled.awaited)
         case AbortAsked() | Move():
             blocked = bool(entangled.awaited)
@@ -872,16 +872,6 @@ def _shared(write: Write, entangled: _Entangled) -> Collection[str]:
         case _:
             blocked = False
     return (*needs, _BLOCKED) if blocked else needs
-
-
-def _needs(request: Request) -> dict[str, _Condition]:
-    """Return the requests that one comes after, and what it needs of each; taking from one needs its success."""
-    needs: dict[str, _Condition] = {}
-    for after in request.after:
-        needs[after.request] = "success" if needs.get(after.request) == "success" else after.need
-    for take in request.take:
-        needs[take.request] = "success"
-    return needs
 
 
 # ---------------------------------------------------------------- each kind of write; within one, no request twice
@@ -907,14 +897,14 @@ def _do_needs(connection: Connection, writes: Sequence[Need]) -> list[Result]:
 
 
 def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result]:
-    needs = {write.request.id: _needs(write.request) for write in writes}
+    needs = {write.request.id: needs_of(write.request) for write in writes}
     wanted = dict.fromkeys(needs)
     for named in needs.values():
         wanted.update(dict.fromkeys(named))
     known = {row.id: row for row in _rows(connection, _known, wanted)}
     contents = {write.request.id: _content(write.request) for write in writes}
     new = [write for write in writes if write.request.id not in known]
-    standing = {id_: _Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
+    standing = {id_: Standing(id_, State(row.state), row.attempt, 0.0) for id_, row in known.items()}
     made = _made(connection, {take.request for write in new for take in write.request.take} & standing.keys())
     marks = defaultdict(list)
     for mark in _rows(connection, _marked, [write.request.id for write in new]):
@@ -929,7 +919,7 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
         if heeded and beginning.state not in FINAL:
             reason = Reason(text=heeded[0], stage="abort")
             beginning = _Beginning(state=move(beginning.state, Event.ABORT), reason=reason)
-        standing[request.id] = _Standing(request.id, beginning.state, 1, write.at)
+        standing[request.id] = Standing(request.id, beginning.state, 1, write.at)
         row = _new_request(write, contents[request.id], beginning)
         rows.append(row)
         dependencies += [{"request": write.seq, "after": id_, "need": need} for id_, need in beginning.unmet.items()]
@@ -966,15 +956,15 @@ class _Beginning:
 
     state: State
     reason: Reason | None = None
-    unmet: dict[str, _Condition] = field(default_factory=dict)
+    unmet: dict[str, Condition] = field(default_factory=dict)
     bound: dict[str, int] = field(default_factory=dict)
 
 
 def _begin(
     write: Accept,
-    needs: Mapping[str, _Condition],
-    standing: Mapping[str, "_Standing"],
-    made: "_Made",
+    needs: Mapping[str, Condition],
+    standing: Mapping[str, Standing],
+    made: Made,
 ) -> _Beginning:
     if write.rejected is not None:
         return _Beginning(state=move(None, Event.REJECT), reason=write.rejected)
@@ -994,7 +984,7 @@ def _begin(
         if met is None:
             beginning.unmet[id_] = need
             continue
-        fault = _take(write.request, standing[id_], made, beginning.bound) if met else _not_met(standing[id_])
+        fault = take_from(write.request, standing[id_], made, beginning.bound) if met else not_met(standing[id_])
         if fault is not None:
             return _Beginning(state=move(beginning.state, Event.ABORT), reason=fault)
     return beginning
@@ -1175,7 +1165,7 @@ def _do_ends(connection: Connection, writes: Sequence[End]) -> list[Result]:
     settled = _settle(
         connection,
         [
-            _Standing(writes[number].request, judged[number][0], writes[number].attempt, writes[number].at)
+            Standing(writes[number].request, judged[number][0], writes[number].attempt, writes[number].at)
             for number in final
         ],
     )
@@ -1303,7 +1293,7 @@ def _abort(connection: Connection, writes: Sequence[AbortAsked]) -> list[AbortRe
     settled = _settle(
         connection,
         [
-            _Standing(writes[number].request, State.ABORTED, rows[writes[number].request].attempt, writes[number].at)
+            Standing(writes[number].request, State.ABORTED, rows[writes[number].request].attempt, writes[number].at)
             for number in ended
         ],
     )
@@ -1438,16 +1428,6 @@ def _compare_and_set(connection: Connection, statement: Executable, rows: Sequen
 # ---------------------------------------------------------------- what comes after others
 
 
-class _Standing(NamedTuple):
-    """Where a request stands that others come after."""
-
-    id: str
-    state: State
-    attempt: int
-    at: float
-
-
-_Made: TypeAlias = Mapping[tuple[str, int], Sequence[tuple[str, int]]]  # (request, attempt) to (category, artifact)
 _Settled: TypeAlias = tuple[tuple[Live, ...], tuple[Stranded, ...]]  # freed, stranded
 
 
@@ -1478,7 +1458,7 @@ class _Dependent:
         )
 
 
-def _settle(connection: Connection, ended: Sequence[_Standing]) -> dict[int, _Settled]:
+def _settle(connection: Connection, ended: Sequence[Standing]) -> dict[int, _Settled]:
     """Settle what comes after each of the requests that ended, one after the other.
 
     Return what that did, by number, if anything: who waits for nobody any more, and who was aborted for it. What
@@ -1508,13 +1488,13 @@ def _settle(connection: Connection, ended: Sequence[_Standing]) -> dict[int, _Se
                         continue
                     fulfilled = meets(need, cause.state)
                     dependent.fault = (
-                        _take(dependent.request, cause, made, dependent.bound) if fulfilled else _not_met(cause)
+                        take_from(dependent.request, cause, made, dependent.bound) if fulfilled else not_met(cause)
                     )
                     if dependent.fault is not None:
                         dependent.at = one.at
                         stranded.append(dependent)
                         after = move(State.PENDING, Event.ABORT)
-                        following.append(_Standing(dependent.row.id, after, dependent.row.attempt, one.at))
+                        following.append(Standing(dependent.row.id, after, dependent.row.attempt, one.at))
                         continue
                     dependent.unmet -= 1
                     if dependent.unmet == 0:
@@ -1533,9 +1513,9 @@ def _settle(connection: Connection, ended: Sequence[_Standing]) -> dict[int, _Se
 
 def _waiting_for(
     connection: Connection, ids: Collection[str], met: dict[int, _Dependent]
-) -> dict[str, list[tuple[_Condition, _Dependent]]]:
+) -> dict[str, list[tuple[Condition, _Dependent]]]:
     """Return who waits for each of the requests, if anybody, the oldest first; those met before as they are now."""
-    waiting: defaultdict[str, list[tuple[_Condition, _Dependent]]] = defaultdict(list)
+    waiting: defaultdict[str, list[tuple[Condition, _Dependent]]] = defaultdict(list)
     for row in _rows(connection, _dependents, ids):
         if row.seq not in met:
             met[row.seq] = _Dependent(
@@ -1586,54 +1566,12 @@ def _forget(connection: Connection, statement: Executable, ids: Collection[Any])
         connection.execute(statement, {"ids": wanted[start : start + PAGE]})
 
 
-def _made(connection: Connection, ids: Collection[str]) -> _Made:
+def _made(connection: Connection, ids: Collection[str]) -> Made:
     """Return the artifacts that the attempts of requests made."""
     made: defaultdict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
     for row in _rows(connection, _made_by, ids):
         made[row.request, row.attempt].append((row.category, row.id))
     return made
-
-
-def _not_met(cause: _Standing) -> Reason:
-    how = {State.ABORTED: "was aborted", State.REJECTED: "was rejected"}.get(cause.state, f"ended in {cause.state}")
-    return Reason(text=f"needs {cause.id}, which {how}", stage="after")
-
-
-def _take(request: Request, cause: _Standing, made: _Made, bound: dict[str, int]) -> Reason | None:
-    """Add to `bound` what a request takes from one that has succeeded; return why it cannot, and add nothing."""
-    more = {}
-    for take in request.take:
-        if take.request != cause.id:
-            continue
-        found = [id_ for category, id_ in made.get((cause.id, cause.attempt), ()) if category == take.category]
-        if len(found) != 1:
-            return Reason(
-                text=f"expected one artifact of category {take.category} made by {cause.id}, got {len(found)}",
-                stage="take",
-            )
-        more[take.into] = found[0]
-    if more:
-        in_the_way = _fill(msgspec.json.decode(msgspec.json.encode(request.data)), bound | more)
-        if in_the_way is not None:
-            return Reason(text=in_the_way, stage="take")
-    bound.update(more)
-    return None
-
-
-def _fill(data: dict[str, Any], bound: Mapping[str, int]) -> str | None:
-    """Put each artifact's id at its JSON Pointer (RFC 6901), with the objects on the way; return what is in the way."""
-    for pointer, id_ in bound.items():
-        *parents, name = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
-        place = data
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                return (
-                    f"expected objects in the task data on the way to {pointer}, got {_json(place)} "
-                    f"at {parent!r}; take artifact {id_} into another place"
-                )
-        place[name] = id_
-    return None
 
 
 # ---------------------------------------------------------------- artifacts
@@ -1783,7 +1721,7 @@ def _live(row: Row[Any]) -> Live:
 
 def _filled(live: Live, bound: Mapping[str, int]) -> Live:
     """Put artifacts that a request takes into its data, which nobody else must hold, and among its inputs."""
-    _fill(live.request.data, bound)  # nothing is in the way: that was tried before it was bound
+    fill(live.request.data, bound)  # nothing is in the way: that was tried before it was bound
     return replace(live, inputs=(*dict.fromkeys((*live.inputs, *bound.values())),))
 
 
@@ -1826,12 +1764,12 @@ def _request_view(
 ) -> RequestView:
     request = _request(row)
     if row.bound is not None:  # see _filled
-        _fill(request.data, _read_bound(row.bound))
+        fill(request.data, _read_bound(row.bound))
     return RequestView(
         seq=row.seq,
         request=request,
         requirement=row.requirement,
-        after=[id_ for id_ in _needs(request) if id_ in after],
+        after=[id_ for id_ in needs_of(request) if id_ in after],
         state=row.state,
         attempt=row.attempt,
         submitted=row.submitted,

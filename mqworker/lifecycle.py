@@ -183,8 +183,7 @@ def has_expired(request: Request, now: float) -> bool:
 
 def expiry_text(expires_at: float) -> str:
     """Say why a request that was not granted in time is aborted."""
-    at = datetime.fromtimestamp(expires_at, UTC).isoformat(timespec="seconds")
-    return f"expired: not granted by {at}"
+    return f"expired: not granted by {_time(expires_at)}"
 
 
 def window_problem(request: Request) -> str | None:
@@ -193,9 +192,13 @@ def window_problem(request: Request) -> str | None:
     if begins is None or ends is None or begins < ends:
         return None
     return (
-        f"expected expires_at behind not_before, got not_before {begins:.3f} and expires_at {ends:.3f}: it could never "
-        "be granted; let it expire later, or begin earlier"
+        f"expected expires_at behind not_before, got not_before {_time(begins)} and expires_at {_time(ends)}: it could "
+        "never be granted; let it expire later, or begin earlier"
     )
+
+
+def _time(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="seconds")
 
 
 def lease_seconds(asked: float | None, task_lease: float) -> float:

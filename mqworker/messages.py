@@ -958,7 +958,7 @@ class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot
     reason: Reason | None = None
     again: bool = False
     artifacts: list[Artifact] = []
-    left: str | None = None  # what could not be ended: the slot ends itself, and the run is over when that has gone
+    left: str | None = None  # what could not be ended: when that has gone, the slot ends itself, and the run is over
 
 
 class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):

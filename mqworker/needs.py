@@ -1,25 +1,31 @@
 """What a request needs of other requests: which, in what order, when it is met, and what it takes from them.
 
-Pure; knows requests and states, no ledger and no artifacts but their ids.
+Pure; knows requests and states, no ledger and no artifacts but their ids and categories.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import msgspec
 
 from mqworker.errors import TakeInvalid
-from mqworker.messages import Request
+from mqworker.lifecycle import State
+from mqworker.messages import Reason, Request
 
-Need = Literal["success", "end"]
+Condition: TypeAlias = Literal["success", "end"]  # what a request needs of one that it comes after
+Made: TypeAlias = Mapping[tuple[str, int], Sequence[tuple[str, int]]]  # (request, attempt) to (category, artifact)
+
+MOST_SHOWN: Final = 100  # characters of what is in the way of an artifact's id
 
 CIRCLES_LOOKED_FOR: Final = 1_000_000  # needs looked at, of one message: a tenth of a second; a thousand requests may
 # have two hundred each, and what is left then is refused all the same
 CIRCLE_SHOWN: Final = 10  # requests of a circle that are named
 
 
-def needs(request: Request) -> dict[str, Need]:
+def needs(request: Request) -> dict[str, Condition]:
     """Return the requests that have to end before this one may be offered; taking from one needs its success."""
-    found: dict[str, Need] = {}
+    found: dict[str, Condition] = {}
     for after in request.after:
         if found.get(after.request) != "success":
             found[after.request] = after.need
@@ -106,21 +112,69 @@ def _way_to_circle(start: int, wanted: Sequence[Sequence[int]], missing: Sequenc
         way.append(next(one for one in wanted[way[-1]] if missing[one]))
 
 
-def bind(data: Mapping[str, Any], pointer: str, value: object) -> dict[str, Any]:
-    """Return task data with a value at a JSON Pointer (RFC 6901); objects on the way are made where there are none.
+class Standing(NamedTuple):
+    """Where a request stands that others come after."""
+
+    id: str
+    state: State
+    attempt: int
+    at: float
+
+
+def not_met(cause: Standing) -> Reason:
+    """Say why what needs a request is aborted: this one ended, and not as it had to."""
+    how = {State.ABORTED: "was aborted", State.REJECTED: "was rejected"}.get(cause.state, f"ended in {cause.state}")
+    return Reason(text=f"needs {cause.id}, which {how}", stage="after")
+
+
+def take_from(request: Request, cause: Standing, made: Made, bound: dict[str, int]) -> Reason | None:
+    """Add to `bound` what a request takes from one that has succeeded; return why it cannot, and add nothing."""
+    more = {}
+    for take in request.take:
+        if take.request != cause.id:
+            continue
+        found = [id_ for category, id_ in made.get((cause.id, cause.attempt), ()) if category == take.category]
+        if len(found) != 1:
+            return Reason(
+                text=f"expected one artifact of category {take.category} made by {cause.id}, got {len(found)}",
+                stage="take",
+            )
+        more[take.into] = found[0]
+    if more:
+        try:
+            bind(request.data, bound | more)
+        except TakeInvalid as error:
+            return Reason(text=str(error), stage="take")
+    bound.update(more)
+    return None
+
+
+def bind(data: Mapping[str, Any], bound: Mapping[str, int]) -> dict[str, Any]:
+    """Return a copy of task data with each artifact's id at its JSON Pointer: see `fill`.
 
     Raises:
         TakeInvalid: what is on the way is no object.
     """
-    bound = copy.deepcopy(dict(data))
-    *parents, last = (part.replace("~1", "/").replace("~0", "~") for part in pointer.removeprefix("/").split("/"))
-    place = bound
-    for part in parents:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise TakeInvalid(
-                f"expected an object at {part!r} on the way of {pointer!r} into the task data, got something else; "
-                "name another place in it"
-            )
-    place[last] = value
-    return bound
+    filled = copy.deepcopy(dict(data))
+    fill(filled, bound)
+    return filled
+
+
+def fill(data: dict[str, Any], bound: Mapping[str, int]) -> None:
+    """Put each artifact's id at its JSON Pointer (RFC 6901); objects on the way are made where there are none.
+
+    Raises:
+        TakeInvalid: what is on the way is no object.
+    """
+    for pointer, id_ in bound.items():
+        *parents, last = (part.replace("~1", "/").replace("~0", "~") for part in pointer.removeprefix("/").split("/"))
+        place = data
+        for part in parents:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                got = msgspec.json.encode(place).decode()
+                raise TakeInvalid(
+                    f"expected objects in the task data on the way to {pointer}, got "
+                    f"{got[:MOST_SHOWN]}{'...' * (len(got) > MOST_SHOWN)} at {part!r}; name another place"
+                )
+        place[last] = id_

@@ -96,19 +96,15 @@ from mqworker.messages import (
     Refusal,
     Report,
     Request,
-    RequestEvent,
     RunProgress,
     RunRef,
-    StuckEvent,
-    Ticket,
-    Verdict,
     VerdictPart,
     Void,
-    WorkerEvent,
     bounded,
 )
 from mqworker.metrics import SchedulerMetrics
 from mqworker.needs import in_order, needs
+from mqworker.outbox import Outbox, Send
 from mqworker.requirements import Kind, RequirementClass, reads_from, reads_text
 from mqworker.task import Task
 from mqworker.topology import Queue, Topology
@@ -140,18 +136,6 @@ class Moment(NamedTuple):
 
     steady: float
     wall: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Send:
-    """Ask for a message to be published; `returned` is called if it was not."""
-
-    exchange: str
-    key: str
-    message: msgspec.Struct
-    mandatory: bool = True
-    persistent: bool = True
-    returned: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +179,6 @@ class Kept:
     blocked: int  # requests that wait for others
     pauses: Sequence[PauseView]
     worker_names: Mapping[str, str]  # to the broker's user whose each is
-
-
-class _Named(NamedTuple):
-    """Name a request that is not in memory."""
-
-    id: str
-    task: str
 
 
 class Pool:
@@ -271,8 +248,7 @@ class Pool:
         )
         self._writes: list[tuple[Write | None, Callable[[Any], None]]] = []  # None: only an answer behind the commit
         self._committing: list[tuple[Write | None, Callable[[Any], None]]] = []
-        self._sends: list[Send] = []
-        self._verdicts: dict[tuple[str, str], list[VerdictPart]] = {}
+        self._outbox = Outbox(term=term, topology=topology, metrics=metrics)
         self._grants_wanted: set[int] = set()
         self._inputs: Mapping[int, RecordedArtifact] = {}
         self.views = Views(held, term=term, topology=topology, store_id=store_id, metrics=metrics)
@@ -331,19 +307,7 @@ class Pool:
 
     def take_sends(self) -> list[Send]:
         """Hand over the messages to publish, but for tickets to classes that have gone since: they went back."""
-        sends = [send for send in self._sends if not isinstance(send.message, Ticket) or self._is_class(send.key)]
-        self._sends = []
-        verdicts, self._verdicts = self._verdicts, {}
-        for (worker, epoch), parts in verdicts.items():
-            sends.append(
-                Send(
-                    exchange=self._topology.verdict,
-                    key=self._topology.verdict_key(worker, epoch),
-                    message=Verdict(term=self._term, parts=parts),
-                    persistent=False,
-                )
-            )
-        return sends
+        return self._outbox.take(self._is_class)
 
     def class_queues(self) -> tuple[Queue, ...]:
         """List the queues of the classes that live."""
@@ -545,7 +509,7 @@ class Pool:
             if worker.state != "online" and not worker.leases and self._steady - worker.seen > FORGET
         ]
         for name in long_gone:
-            del self._workers[name]
+            self._metadata_bytes -= self._workers.pop(name).metadata_bytes
             self._blame.forget(name)
             self._held.drains.pop(name, None)
 
@@ -648,12 +612,22 @@ class Pool:
             if behind is not None:
                 self._dispatch.absent(behind.lane, behind.seq)
         if result.status == "accepted":
-            self._tell(request, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
+            self._outbox.tell_move(request.id, request.task, State.PENDING, Event.ACCEPT, attempt=1, wall=moment.wall)
         elif result.status == "rejected":
             reason = Reason(text=result.reason or "")
-            self._tell(request, State.REJECTED, Event.REJECT, attempt=1, wall=moment.wall, reason=reason)
+            self._outbox.tell_move(
+                request.id, request.task, State.REJECTED, Event.REJECT, attempt=1, wall=moment.wall, reason=reason
+            )
         if result.stranded is not None:
-            self._tell(request, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=result.stranded)
+            self._outbox.tell_move(
+                request.id,
+                request.task,
+                State.ABORTED,
+                Event.ABORT,
+                attempt=1,
+                wall=moment.wall,
+                reason=result.stranded,
+            )
         elif result.unmet:
             self._held.blocked += 1
         elif result.status == "accepted" and later is not None:
@@ -685,7 +659,9 @@ class Pool:
         for row in freed:
             self._free(row, moment)
         for gone in stranded:
-            self._tell(gone, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason)
+            self._outbox.tell_move(
+                gone.id, gone.task, State.ABORTED, Event.ABORT, attempt=1, wall=moment.wall, reason=gone.reason
+            )
 
     # ------------------------------------------------------------ reports
 
@@ -702,7 +678,7 @@ class Pool:
             raise
         worker = self._workers.setdefault(report.worker, KnownWorker(name=report.worker))
         if (intrudes := self._intrudes(worker, report, moment)) is not None:
-            self._say_to(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
+            self._outbox.say(worker.name, report.epoch, Assign(queue=None, reason=intrudes))
             return
         late = worker.home == report.home and (report.incarnation, report.seq) <= (worker.incarnation, worker.seq)
         if late and not worker.any_number:
@@ -739,14 +715,14 @@ class Pool:
             return
         if (name, user) not in self._impostors and len(self._impostors) < IMPOSTORS_TOLD:
             self._impostors[name, user] = None
-            self._tell_worker(name, "impostor", moment, refused)
+            self._outbox.tell_worker(name, "impostor", refused, wall=moment.wall)
         raise Impostor(refused)
 
     def _tell_impostor(self, report: Report, error: Impostor) -> None:
         """Answer who speaks in another's name, but never where the rightful one hears."""
         rightful = self._workers.get(report.worker)
         if rightful is None or rightful.epoch != report.epoch:
-            self._say_to(report.worker, report.epoch, Assign(queue=None, reason=str(error)))
+            self._outbox.say(report.worker, report.epoch, Assign(queue=None, reason=str(error)))
 
     @staticmethod
     def _intrudes(worker: KnownWorker, report: Report, moment: Moment) -> str | None:
@@ -779,11 +755,9 @@ class Pool:
                 f"expected metadata of at most {MAX_METADATA_BYTES} bytes, and of all workers together of at most"
                 f" {MAX_POOL_METADATA_BYTES}, got {size} beside {others}: have the worker say less"
             )
-            if worker.state != "refused":
-                self._offline(worker, reason, moment, state="refused")
             worker.hello = msgspec.structs.replace(hello, metadata={}, tasks={})  # it is known, and holds no room
             self._metadata_bytes, worker.metadata_bytes = others, 0
-            self._say(worker, Assign(queue=None, reason=reason))
+            self._refuse(worker, reason, moment)
             return
         self._metadata_bytes, worker.metadata_bytes = others + size, size
         worker.hello = hello
@@ -792,14 +766,17 @@ class Pool:
                 f"expected the store {self._store_id} that this scheduler uses, got the store {hello.store}:"
                 " give the worker the scheduler's store URL"
             )
-            if worker.state != "refused":
-                self._offline(worker, reason, moment, state="refused")
-            self._say(worker, Assign(queue=None, reason=reason))
+            self._refuse(worker, reason, moment)
             return
         if not known:
             worker.state, worker.reason = "online", None
-        self._tell_worker(worker.name, "changed" if known else "online", moment, worker.reason)
+        self._outbox.tell_worker(worker.name, "changed" if known else "online", worker.reason, wall=moment.wall)
         self._enter(worker, hello)
+
+    def _refuse(self, worker: KnownWorker, reason: str, moment: Moment) -> None:
+        self._offline(worker, reason, moment, state="refused")
+        worker.reason = reason  # it may have been refused for another one before
+        self._say(worker, Assign(queue=None, reason=reason))
 
     def _enter(self, worker: KnownWorker, hello: Hello) -> None:
         self._change(
@@ -823,7 +800,7 @@ class Pool:
             return
         if worker.state == "offline":  # it was silent, and is back
             worker.state, worker.reason = "online", None
-            self._tell_worker(worker.name, "online", moment, worker.reason)
+            self._outbox.tell_worker(worker.name, "online", worker.reason, wall=moment.wall)
             if worker.hello is not None:
                 self._enter(worker, worker.hello)
         worker.heartbeat = beat
@@ -954,8 +931,14 @@ class Pool:
         self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
             max(0.0, moment.wall - entry.submitted)
         )
-        self._tell(
-            entry.request, State.RUNNING, Event.GRANT, attempt=entry.attempt, wall=moment.wall, worker=worker.name
+        self._outbox.tell_move(
+            entry.request.id,
+            entry.request.task,
+            State.RUNNING,
+            Event.GRANT,
+            attempt=entry.attempt,
+            wall=moment.wall,
+            worker=worker.name,
         )
         self._granted(worker, claim, entry)
 
@@ -1066,7 +1049,7 @@ class Pool:
                 status=ended.status,
                 reason=ended.reason,
             )
-            self._verdicts.setdefault((worker, epoch), []).append(recorded)
+            self._outbox.say(worker, epoch, recorded)
 
         self._end(
             RunRef(request=outcome.request, attempt=outcome.attempt, token=outcome.token),
@@ -1146,8 +1129,9 @@ class Pool:
                     max(0.0, outcome.ended - outcome.started)
                 )
                 to = result.state  # not always what was judged: an outcome may contradict itself
-                self._tell(
-                    entry.request,
+                self._outbox.tell_move(
+                    entry.request.id,
+                    entry.request.task,
                     to,
                     ending.event if to is ending.to else Event.ERR,
                     attempt=ref.attempt,
@@ -1181,7 +1165,7 @@ class Pool:
                 reason = self._blame.reason(name)
                 logger.warning("a worker is paused", extra={"worker": name, "reason": reason})
                 self.pause(Pause(kind="worker", name=name, reason=reason), moment, lambda _: None)
-                self._tell_worker(name, "paused", moment, reason)
+                self._outbox.tell_worker(name, "paused", reason, wall=moment.wall)
             self._blame.forget(name)
 
     # ------------------------------------------------------------ commands
@@ -1226,9 +1210,10 @@ class Pool:
             stood = result.before_lane
             entry = self._entries.get(request) if stood is None else self._entry_with(request, stood.seq)
             if result.after is State.ABORTED and result.before is not State.ABORTED:
-                one = _Named(id=request, task=result.task or "")
-                attempt = result.attempt or 1
-                self._tell(one, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=reason)
+                task, attempt = result.task or "", result.attempt or 1
+                self._outbox.tell_move(
+                    request, task, State.ABORTED, Event.ABORT, attempt=attempt, wall=moment.wall, reason=reason
+                )
                 if entry is not None:
                     self._forget(entry)
                 elif stood is not None and stood.waiting:
@@ -1412,15 +1397,7 @@ class Pool:
                 lease.probe = self._probes
             for worker in silent:
                 worker.probe = self._probes
-            self._sends.append(
-                Send(
-                    exchange=self._topology.report,
-                    key=self._topology.report,
-                    message=Probe(term=self._term, number=self._probes, secret=self._secret),
-                    persistent=False,
-                    returned=self._forget_probes,
-                )
-            )
+            self._outbox.probe(self._probes, self._secret, self._forget_probes)
 
     def _do_hourly(self, moment: Moment) -> None:
         """Declare the queues of classes anew, since who is busy does not keep its own; forget aborts of nothing."""
@@ -1447,23 +1424,14 @@ class Pool:
             use.stuck_since = moment.steady
         elif not use.told and moment.steady - use.stuck_since > self._no_worker_after:
             use.told = True
-            self._sends.append(
-                Send(
-                    exchange=self._topology.events,
-                    key=self._topology.request_event_key(one.kind.task, "stuck"),
-                    message=StuckEvent(
-                        term=self._term,
-                        time=moment.wall,
-                        task=one.kind.task,
-                        requirement=one.id,
-                        since=moment.wall - (moment.steady - use.stuck_since),
-                        number=number,
-                        requests=self._dispatch.oldest(requirement, STUCK_SHOWN),
-                        reason=one.problem or explain.nobody(self._matching.errors(requirement)),
-                    ),
-                    mandatory=False,
-                    persistent=False,
-                )
+            self._outbox.tell_stuck(
+                one.kind.task,
+                one.id,
+                since=moment.wall - (moment.steady - use.stuck_since),
+                number=number,
+                requests=self._dispatch.oldest(requirement, STUCK_SHOWN),
+                reason=one.problem or explain.nobody(self._matching.errors(requirement)),
+                wall=moment.wall,
             )
 
     def probe(self, probe: Probe, moment: Moment) -> None:
@@ -1536,14 +1504,7 @@ class Pool:
                         self.declare.append(queue)  # it has expired, or its node is down
                     self._return(entry)
 
-            self._sends.append(
-                Send(
-                    exchange=self._topology.work,
-                    key=queue.name,
-                    message=Ticket(term=self._term, attempt=attempt, request=entry.request, alone=alone),
-                    returned=returned,
-                )
-            )
+            self._outbox.offer(queue.name, entry.request, attempt=attempt, alone=alone, returned=returned)
 
         return then
 
@@ -1665,68 +1626,13 @@ class Pool:
         worker.state, worker.reason, worker.probe = state, reason, None
         self._change(self._matching.leave(worker.name))
         self._dispatch.no_supply(worker.name)
-        self._tell_worker(worker.name, state, moment, reason)
+        self._outbox.tell_worker(worker.name, state, reason, wall=moment.wall)
 
     def _say(self, worker: KnownWorker, part: VerdictPart) -> None:
-        self._say_to(worker.name, worker.epoch, part)
-
-    def _say_to(self, name: str, epoch: str, part: VerdictPart) -> None:
-        self._verdicts.setdefault((name, epoch), []).append(part)
+        self._outbox.say(worker.name, worker.epoch, part)
 
     def _void(self, worker: KnownWorker, ref: RunRef, reason: str) -> None:
         self._say(worker, Void(request=ref.request, attempt=ref.attempt, token=ref.token, reason=reason))
-
-    def _tell(
-        self,
-        request: Request | Stranded | _Named,
-        state: State,
-        event: Event,
-        *,
-        attempt: int,
-        wall: float,
-        worker: str | None = None,
-        reason: Reason | None = None,
-    ) -> None:
-        task = (
-            request.task.lower() if Task.is_valid_task_name(request.task) else "unknown"
-        )  # names of strangers are no labels
-        self._metrics.moves.labels(task=task, event=event).inc()
-        self._sends.append(
-            Send(
-                exchange=self._topology.events,
-                key=self._topology.request_event_key(task, state),
-                message=RequestEvent(
-                    term=self._term,
-                    time=wall,
-                    request=request.id,
-                    task=request.task,
-                    state=state.value,
-                    event=event,
-                    attempt=attempt,
-                    worker=worker,
-                    reason=reason,
-                ),
-                mandatory=False,
-                persistent=False,
-            )
-        )
-
-    def _tell_worker(self, worker: str, event: str, moment: Moment, reason: str | None) -> None:
-        self._sends.append(
-            Send(
-                exchange=self._topology.events,
-                key=self._topology.worker_event_key(event),
-                message=WorkerEvent(
-                    term=self._term,
-                    time=moment.wall,
-                    worker=worker,
-                    event=event,  # type: ignore[arg-type]  # one of the five words
-                    reason=reason,
-                ),
-                mandatory=False,
-                persistent=False,
-            )
-        )
 
 
 def _lane_of(row: Live) -> Lane:

@@ -155,9 +155,12 @@ def identify(pid: int) -> Process | None:
     return None if entry is None or entry.zombie else entry.process
 
 
-def descendants(pid: int) -> list[Process]:
-    """List the living descendants of a process, parents before children; zombies are not living."""
-    return _living_below(_table(), pid, ())
+def descendants(pid: int, *, spare: Collection[int] = ()) -> list[Process]:
+    """List the living descendants of a process, parents before children, without those that stem from `spare`.
+
+    Zombies are not living.
+    """
+    return _living_below(_table(), pid, spare)
 
 
 def _entry(pid: int) -> _Entry | None:

@@ -42,7 +42,7 @@ class Rights:
 def rights_of(role: Role, topology: Topology) -> Rights:
     """Return what a role needs, and nothing else."""
     t = topology
-    events, logs = (t.events, t.logs)
+    events, logs = t.events, t.logs
     match role:
         case "scheduler":
             queues = [one.name for one in t.queues()]
@@ -86,7 +86,7 @@ def _names(topology: Topology, *names: str, below: Sequence[str] = (), also: Seq
         return name.removeprefix(f"{topology.prefix}.")
 
     parts = [*dict.fromkeys(bare(name) for name in names)]
-    whole = f"{_one_of(parts)}" if parts else ""
+    whole = _one_of(parts) if parts else ""
     open_ended = rf"{_one_of([bare(name) for name in below])}\..+" if below else ""
     own = rf"{_literal(topology.prefix)}\.{_one_of([one for one in (whole, open_ended) if one])}"
     return f"^{_one_of([own, *map(_literal, also)])}$"

@@ -89,7 +89,8 @@ from mqworker.messages import (
     tag_of,
 )
 from mqworker.metrics import Health, MetricsServer, SchedulerMetrics
-from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool, Send
+from mqworker.outbox import Send
+from mqworker.pool import EXPIRED_AT_ONCE, PLACED_AT_ONCE, Answers, Asks, Kept, Moment, Pool
 from mqworker.processes import boottime_ns
 from mqworker.store import Store
 from mqworker.topology import Topology

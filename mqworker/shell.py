@@ -269,6 +269,18 @@ def read_moment(text: str) -> float:
         ) from error
 
 
+def read_deadline(text: str) -> float:
+    """Read a time, as `read_moment` does, that is still to come.
+
+    Raises:
+        BadParameter: it is none, or has passed.
+    """
+    moment = read_moment(text)
+    if moment <= time.time():
+        raise typer.BadParameter(f"expected a time that is still to come, got {text!r}, which has passed")
+    return moment
+
+
 def read_size(text: str) -> int:
     """Read a number of bytes: 512M, 4G, 1.5T, by powers of 1024.
 

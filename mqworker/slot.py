@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Final
 
 import msgspec
 
-from mqworker import limits, processes
+from mqworker import limits, processes, watchdog
 from mqworker.errors import ArtifactInvalid, HostUnfit, MqworkerError, NotFound, OutsideError, Unreadable
 from mqworker.messages import (
     MAX_DESCRIBED_BYTES,
@@ -379,9 +379,15 @@ class Slot:
 
     @staticmethod
     def _die(exit_code: int = 1) -> None:
-        """End everything that stems from this process, and then itself."""
+        """End everything that stems from this process, and then itself.
+
+        While something cannot be ended, this process stays as its ancestor, for who is to know it; but as another
+        program, so that the task itself goes on in no case.
+        """
         try:
             processes.kill_descendants()
+        except HostUnfit:
+            os.execv(sys.executable, [sys.executable, *watchdog.command("--below", str(exit_code))])  # noqa: S606  # no shell is wanted
         finally:
             os._exit(exit_code)
 

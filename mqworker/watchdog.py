@@ -5,6 +5,7 @@ when the agent is gone. It does not read what the agent and its slots say to eac
 but what it needs itself: it waits for hours beside the slots of a small host.
 
     python -I -S -c <START> <the folder of mqworker>     hears on standard input, says once on standard output: ready
+    ... --below EXIT_CODE     ends what stems from this process, which was a slot, and then itself with this code
 """
 
 import os
@@ -12,6 +13,7 @@ import select
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Final
 
 from mqworker import processes
@@ -28,6 +30,11 @@ MARGIN_NS: Final = 250_000_000  # beyond the deadline, at which a slot that can 
 PAUSE: Final = 1.0  # seconds before the next try, where something does not end
 NO_DEADLINE: Final = 0
 GONE: Final = -1
+
+
+def command(*arguments: str) -> list[str]:
+    """Return what Python is to be told to be this program."""
+    return ["-I", "-S", "-c", START, str(Path(__file__).parent), *arguments]
 
 
 def line(slot: Process, deadline_ns: int) -> bytes:
@@ -93,7 +100,20 @@ def _end_for_good(slot: Process) -> None:
             time.sleep(PAUSE)
 
 
+def _end_below() -> None:
+    while True:
+        try:
+            processes.kill_descendants()
+        except HostUnfit:  # who looks at the slot tells it
+            time.sleep(PAUSE)
+        else:
+            return
+
+
 def main() -> None:
-    """Be the watchdog."""
+    """Be the watchdog, or what a slot becomes that cannot end all that stems from it."""
+    if sys.argv[2:3] == ["--below"]:
+        _end_below()
+        sys.exit(int(sys.argv[3]))
     os.write(1, READY)
     Watchdog(0).watch()

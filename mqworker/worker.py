@@ -56,6 +56,7 @@ from mqworker.messages import (
     Outfit,
     Renew,
     RunTask,
+    SlotEnded,
     SlotOrder,
     SlotReady,
     SlotWord,
@@ -184,6 +185,8 @@ class Worker:
         self._is_spooling = False
         self._watching = asyncio.Event()  # a run with limits has begun
         self._noted = True  # whose processes the slots are
+        self._strays: list[processes.Process] = []  # of slots that have died, and not to be ended
+        self._in_the_way = ""  # what is told of them
         self._lacking: dict[str, str | None] = {}  # room, by what is in the way
         self._reading = link(
             amqp_url,
@@ -206,7 +209,7 @@ class Worker:
 
         Raises:
             BrokerRefused: the broker does not let this worker in.
-            HostUnfit: slots or the look at the host do not start.
+            HostUnfit: slots or the look at the host do not start, or, at the end, something cannot be ended.
         """
         for outcome in self._state.spooled():
             self._agent.spooled(outcome)
@@ -241,8 +244,13 @@ class Worker:
             await asyncio.gather(*links, return_exceptions=True)
             for threads in (self._disk_thread, self._kill_threads, self._look_thread, self._room_thread):
                 threads.shutdown()
-            with contextlib.suppress(OSError):  # they are gone: what a full disk still says of them harms nobody
-                self._state.note_slots([])
+            with contextlib.suppress(OSError):  # those that are gone harm nobody, and those that are not are there
+                self._state.note_slots(self._strays)
+        if self._strays:
+            raise HostUnfit(
+                f"{self._in_the_way} (the worker has stopped beside it; the next one with this state directory does"
+                " not start before it has gone)"
+            )
 
     def signalled(self) -> None:
         """Drain; the second time, stop now."""
@@ -701,7 +709,7 @@ class Worker:
         try:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
-                *("-I", "-S", "-c", watchdog.START, str(Path(watchdog.__file__).parent)),
+                *watchdog.command(),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 start_new_session=True,
@@ -784,13 +792,16 @@ class Worker:
                     pass
                 break
             was_ready = was_ready or isinstance(word, SlotReady)
+            if isinstance(word, SlotEnded) and child.token is not None and processes.oom_kills() > child.ooms:
+                self._agent.out_of_memory(number)
             self._agent.slot_said(number, word)
             self._act()
         return was_ready
 
     def _note_children(self) -> None:
+        slots = [child.identity for child in self._children.values() if child.identity is not None]
         try:
-            self._state.note_slots(child.identity for child in self._children.values() if child.identity is not None)
+            self._state.note_slots([*slots, *self._strays])
         except OSError as error:
             self._agent.hold("state directory", f"expected room in the state directory, got: {error}")
             self._noted = False
@@ -820,7 +831,17 @@ class Worker:
                 spare.append(self._analyst)
             if self._watchdog is not None:
                 spare.append(self._watchdog.process.pid)
-            await self._in_kill_thread(lambda: processes.kill_descendants(spare=spare))
+            strays: list[processes.Process] = []
+            try:
+                await self._in_kill_thread(lambda: processes.kill_descendants(spare=spare))
+            except HostUnfit as error:
+                self._in_the_way = str(error)
+                strays = processes.descendants(os.getpid(), spare=spare)
+                raise
+            finally:
+                if strays != self._strays:  # a successor is to know them: who it is told has ended may run elsewhere
+                    self._strays = strays
+                    self._note_children()
 
     async def _end_children(self) -> None:
         """Close the slots' pipes: each ends its descendants and itself; then make sure."""
@@ -839,9 +860,13 @@ class Worker:
         self._children.clear()
         if self._watchdog is not None and self._watchdog.process.stdin is not None:
             self._watchdog.process.stdin.close()
-            await self._watchdog.process.wait()
+            with contextlib.suppress(TimeoutError):  # it waits for slots that do not die
+                await asyncio.wait_for(self._watchdog.process.wait(), SETTLE_SECONDS)
             self._watchdog = None
-        await self._end_orphans()
+        try:
+            await self._end_orphans()
+        except HostUnfit as error:
+            logger.error("something cannot be ended", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
         for directory in self._directories.values():
             await self._remove(directory)
 
@@ -968,8 +993,16 @@ def _take_work_directory(base: Path, name: str) -> tuple[Path, int]:
 def _sweep(state: WorkerState, work_directory: Path) -> None:
     """End what a predecessor left running, and remove its mounts and its runs' directories, chroots and all."""
     left: Sequence[processes.Process] = [*state.noted_slots(), *processes.inside(work_directory)]
+    problems = []
     for process in left:
-        processes.kill_tree(process)
+        try:
+            processes.kill_tree(process)
+        except HostUnfit as error:
+            problems.append(str(error))
+    if problems:  # the scheduler takes what a predecessor ran as ended when it hears of this worker
+        raise HostUnfit(
+            f"{problems[0]} (a worker that ran here before has left it; this one does not start before it has gone)"
+        )
     for point in processes.unmount_below(work_directory):
         logger.warning("a run has left something mounted, which is unmounted", extra={"path": point})
     for entry in work_directory.iterdir():

@@ -2,6 +2,7 @@
 
 import itertools
 
+from mqworker.amqp import Delivery
 from mqworker.ledger import Ledger
 from mqworker.messages import (
     Assign,
@@ -40,6 +41,24 @@ A_SECOND = 1.0
 
 def an_id(number):
     return f"00000000-0000-4000-8000-{number:012x}"
+
+
+def a_delivery(body, exchange="", tag=0):
+    """Make a message as it comes from a broker."""
+    return Delivery(
+        epoch="e",
+        tag=tag,
+        exchange=exchange,
+        key="",
+        redelivered=False,
+        kind=None,
+        message_id=None,
+        correlation_id=None,
+        reply_to=None,
+        user_id=None,
+        headers={},
+        body=body,
+    )
 
 
 class Driven:

@@ -1489,15 +1489,31 @@ def test_a_run_is_not_over_while_something_of_it_lives_and_then_is_what_its_slot
     driven.agent.slot_said(
         0, SlotEnded(result="aborted", reason=Reason(text="not wanted"), left="process 7 is still there in state D")
     )
-    driven.agent.outlived(0, "process 7 is still there in state D")
     assert driven.take(Spool) == []
     [run] = beat_of(driven.beat()).running
     assert run.stage == "ending: process 7 is still there in state D"
+    driven.agent.outlived(0, "process 8 is still there in state D")
+    [run] = beat_of(driven.beat()).running
+    assert run.stage == "ending: process 8 is still there in state D"
     driven.agent.slot_gone(0, 1)
     [outcome] = driven.spool()
 
     assert outcome.result == "aborted"
     assert outcome.reason.text == "not wanted (at its end, this was in the way: process 7 is still there in state D)"
+
+
+def test_a_run_that_has_ended_beside_what_cannot_be_ended_counts_as_it_is_where_the_worker_leaves(driven):
+    """P4: the slot itself, which waits for the end of what it left, is killed with the others."""
+    driven.run()
+    driven.agent.slot_said(0, SlotEnded(result="success", left="process 7 is still there in state D"))
+    driven.agent.drain()
+    driven.agent.stop_runs()
+    [outcome] = driven.spool()
+    driven.agent.slot_gone(0, -9)
+
+    assert outcome.result == "success"
+    assert not driven.agent.busy()
+    assert (driven.take(KillSlot), driven.take(Spool)) == ([], [])
 
 
 def test_a_slot_that_is_killed_when_the_host_is_out_of_memory_has_lost_its_run_for_that_reason(driven):
@@ -1507,6 +1523,23 @@ def test_a_slot_that_is_killed_when_the_host_is_out_of_memory_has_lost_its_run_f
     [outcome] = driven.spool()
 
     assert (outcome.result, outcome.reason.status) == ("lost", "memory")
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "told"),
+    [("failure", None, "memory"), ("error", "given-back", "given-back"), ("success", None, None)],
+)
+def test_a_bad_end_while_the_kernel_was_killing_for_want_of_memory_tells_so_and_stays_what_it_is(
+    driven, result, status, told
+):
+    driven.run()
+    driven.agent.out_of_memory(0)
+    driven.agent.slot_said(0, SlotEnded(result=result, reason=Reason(text="cc1 was killed", status=status)))
+    [outcome] = driven.spool()
+
+    assert (outcome.result, outcome.reason.status) == (result, told)
+    assert outcome.reason.text.startswith("cc1 was killed")
+    assert ("this host was out of memory" in outcome.reason.text) == (result != "success")
 
 
 def test_an_outcome_that_cannot_be_spooled_is_sent_without_where_the_worker_leaves(driven):

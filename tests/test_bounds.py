@@ -7,6 +7,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,12 +20,11 @@ from rich.console import Console
 from mqworker import agent as agent_room
 from mqworker import amqp, client, examiner, messages, pool, requires, scheduler, screen, screen_pool, settings
 from mqworker.agent import Consume, CountRefusal, KillSlot, PublishLog, Requeue, Spool, Unspool
-from mqworker.amqp import HEADERS_HEADER, Delivery, _kept_headers
+from mqworker.amqp import HEADERS_HEADER, _kept_headers
 from mqworker.cli import main
 from mqworker.errors import HostUnfit, Rejected, SettingsError, SubmitterError, TooLarge, Unreadable
 from mqworker.facts import Accept, Import
-from mqworker.hearing import Hearing
-from mqworker.ledger import Ledger, _fault
+from mqworker.ledger import MOST_MARKS, Ledger, _fault
 from mqworker.messages import (
     MAX_DEPTH,
     MAX_DESCRIBED_BYTES,
@@ -36,7 +36,6 @@ from mqworker.messages import (
     MAX_OUTCOME_BYTES,
     MAX_REASON,
     MAX_STAGE,
-    Abort,
     After,
     Alive,
     Artifact,
@@ -64,12 +63,13 @@ from mqworker.messages import (
     encode_line,
     longer_than,
 )
+from mqworker.metrics import WorkerMetrics
 from mqworker.needs import in_order
-from mqworker.pool import SILENCE
+from mqworker.pool import FORGET, SILENCE, SWEEP
 from mqworker.state import WorkerState
 from mqworker.topology import Topology
 from mqworker.worker import Worker
-from tests.driving import Peer, an_id
+from tests.driving import Peer, a_delivery, an_id
 from tests.test_agent import Driven as DrivenAgent
 from tests.test_agent import analysis
 
@@ -233,6 +233,8 @@ def test_only_names_that_schedulers_of_this_pool_give_are_class_queues():
 class Listening:
     """Take the place of an agent."""
 
+    name = "anna"
+
     def __init__(self):
         self.heard = []
 
@@ -245,12 +247,28 @@ class Listening:
     def verdict(self, verdict, _now):
         self.heard.append(verdict)
 
+    def take_acts(self, _now):
+        return []
 
-def listening(worker_class=Worker):
-    worker = object.__new__(worker_class)
-    worker._agent = Listening()
-    worker._act = lambda: None
-    return worker
+    def wants_to_end(self):
+        return False
+
+
+def listening(metrics=None):
+    """Make a worker that is connected to nothing; in a loop."""
+    return Worker(
+        amqp_url="amqp://nowhere",
+        topology=Topology("t"),
+        agent=Listening(),
+        state=None,
+        store_url="",
+        slots=1,
+        work_directory=None,
+        metadata_interval=60.0,
+        drain_grace=1.0,
+        metrics=metrics or WorkerMetrics(version="0"),
+        link=lambda *_given, **_doors: None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,8 +288,7 @@ def test_whatever_a_slot_says_does_not_end_the_agent(data, expected):
         stream = asyncio.StreamReader(limit=1000)
         stream.feed_data(data)
         stream.feed_eof()
-        child = type("Child", (), {"process": type("Process", (), {"stdout": stream})})
-        await worker._listen(0, child)
+        await worker._listen(0, SimpleNamespace(process=SimpleNamespace(stdout=stream)))
         return worker._agent.heard
 
     heard = asyncio.run(listen())
@@ -282,28 +299,16 @@ def test_whatever_a_slot_says_does_not_end_the_agent(data, expected):
 
 @pytest.mark.parametrize("queue", ["t.queue.submit", "t.work.submit", "other.work.1-1"])
 def test_a_worker_consumes_no_queue_that_is_no_class_of_its_pool(queue):
-    counted = []
-    worker = listening()
-    worker._topology = Topology("t")
-    worker._clock = lambda: 0
-    worker._metrics = type("Metrics", (), {"unreadable": type("Counter", (), {"labels": lambda **_: counted})})
-    counted_inc = type("List", (list,), {"inc": lambda self: self.append(1)})()
-    worker._metrics.unreadable.labels = lambda **_: counted_inc
+    metrics = WorkerMetrics(version="0")
 
-    async def take(name):
-        worker._take_verdict(_delivery(encode(Verdict(term=1, parts=[Assign(queue=name)]))))
+    async def heard(name):
+        worker = listening(metrics)
+        worker._take_verdict(a_delivery(encode(Verdict(term=1, parts=[Assign(queue=name)]))))
+        return len(worker._agent.heard)
 
-    for name, heard in ((queue, 0), ("t.work.1-1", 1)):
-        asyncio.run(take(name))
-        assert len(worker._agent.heard) == heard
-    assert counted_inc == [1]
-
-
-def _delivery(body):
-    return Delivery(
-        epoch="e", tag=0, exchange="", key="", redelivered=False, kind=None, message_id=None, correlation_id=None,
-        reply_to=None, user_id=None, headers={}, body=body,
-    )  # fmt: skip
+    assert asyncio.run(heard(queue)) == 0
+    assert asyncio.run(heard("t.work.1-1")) == 1
+    assert metrics.registry.get_sample_value("mqworker_messages_unreadable_total", {"source": "verdict"}) == 1
 
 
 @pytest.mark.parametrize("number", [b"", b"x", b"-1", b"9" * 5000, b"1e9", b"\xff", b"9" * 16])
@@ -381,6 +386,18 @@ def test_a_worker_with_more_metadata_than_fit_is_refused_with_the_reason_and_may
     second.say(second.hello(), second.beat())
     driven.turn()
     assert [driven.worker(name).state for name in ("first", "second")] == ["online", "online"]
+
+
+def test_the_metadata_of_a_worker_that_is_long_gone_hold_no_room_any_more(driven, monkeypatch):
+    monkeypatch.setattr("mqworker.pool.MAX_POOL_METADATA_BYTES", 2000)
+    Peer(driven, "gone", blob="x" * 1500).join()
+    driven.pass_time(SILENCE + 1)
+    driven.pass_probes()
+    driven.pass_time(FORGET + SWEEP)
+    assert "gone" not in driven.pool._workers
+    Peer(driven, "next", blob="x" * 1500).join()
+
+    assert driven.worker("next").state == "online"
 
 
 def test_refusals_with_ever_new_metadata_are_remembered_for_the_newest_alone(driven):
@@ -553,53 +570,22 @@ def test_headers_that_cannot_be_written_again_are_left_out_and_that_is_told():
         assert _kept_headers(headers).keys() == {HEADERS_HEADER}
 
 
-def test_reports_that_come_faster_than_the_ledger_commits_are_dropped_and_counted(monkeypatch):
-    monkeypatch.setattr(scheduler, "MAX_WAITING_BYTES", 1000)
-    counted = []
-    one = object.__new__(scheduler.Scheduler)
-    one._inbox, one._waiting_bytes, one._flooded = [], 0, False
-    one._awake = asyncio.Event()
-    one._hearing, one._now = Hearing(term=1, queues=()), scheduler.now
-    one._metrics = type("Metrics", (), {})
-    one._metrics.unreadable = type(
-        "Counter", (), {"labels": lambda **of: type("One", (), {"inc": lambda: counted.append(of)})}
-    )
-    for _ in range(100):
-        one._take_report(_delivery(b"x" * 100))
-
-    assert len(one._inbox) == 11
-    assert counted == [{"source": "flood"}] * 89
-    assert one._flooded
-
-
-def test_verdicts_that_are_too_large_together_go_one_by_one():
-    published = []
-    one = object.__new__(scheduler.Scheduler)
-    future = type("Future", (), {"add_done_callback": lambda *_: None})()
-    one._writing = type("Link", (), {"publish": lambda **given: published.append(given["body"]) or future})
-    reason = "x" * 3_000_000
-    parts = [Abort(request=an_id(number), attempt=1, token="t", reason=reason) for number in range(5)]  # noqa: S106  # a token of a claim
-    one._publish(scheduler.Send(exchange="v", key="k", message=Verdict(term=1, parts=parts)))
-
-    assert all(len(body) < MAX_MESSAGE_BYTES for body in published)
-    assert [part for body in published for part in decode(body, Verdict).parts] == parts
-
-
 # ---------------------------------------------------------------- the client
 
 
 def test_an_event_or_a_log_that_cannot_be_read_is_passed_over_as_if_it_were_not_heard():
-    follow = object.__new__(client._Follow)
-    follow._line = type("Line", (), {"link": type("Link", (), {"ack": lambda _: None})})
+    async def read(body):
+        return client._Follow("amqp://nowhere", Topology("t"), ())._read(a_delivery(body))
+
     for body in (b"", b"\xff", b'{"type":"log_text","v":9}', b"[" * 100_000, b'{"type":"log_text"}'):
-        assert follow._read(_delivery(body)) is None
+        assert asyncio.run(read(body)) is None
 
 
 def test_a_client_refuses_what_no_scheduler_would_take_before_it_sends_it():
     deep: list = []
     for _ in range(200):
         deep = [deep]
-    one = object.__new__(client.Client)
+    one = client.Client("amqp://nowhere")
     with pytest.raises(Rejected, match="levels"):
         one.submit("noop", {"x": deep})
     with pytest.raises(Rejected, match="bytes"):
@@ -628,6 +614,7 @@ def test_the_readme_states_each_bound_as_the_code_has_it():
         "each part of a reason": f"{MAX_REASON} characters",
         "outcomes that": f"{agent_room.MAX_UNSETTLED}, or {agent_room.MAX_UNSETTLED_BYTES // mib} MiB",
         "a word of a slot": f"{messages.MAX_LINE_BYTES // mib} MiB",
+        "aborts of requests": f"{MOST_MARKS:,} of one user",
         "reports that wait": f"{scheduler.MAX_WAITING_BYTES // mib} MiB",
         "what is put aside": f"{amqp.MAX_HEADERS_BYTES // 1024} KiB",
     }

@@ -62,7 +62,7 @@ def test_the_task_of_a_kind_is_its_name_however_it_was_spelled(examiner):
         ({"task": "nobody"}, "expected the name of a task that this scheduler has, got 'nobody'"),
         ({"data": {"colour": 7}}, "colour"),
         ({"requires": {"type": "nonsense"}}, "requires: "),
-        ({"data": {"inputs": [1], "at": 3}, "take": taking("/at/x")}, "expected an object at 'at'"),
+        ({"data": {"inputs": [1], "at": 3}, "take": taking("/at/x")}, "got 3 at 'at'"),
     ],
 )
 def test_what_is_wrong_with_a_request_makes_it_unfit_and_is_told(examiner, wrong, told):

@@ -76,10 +76,10 @@ def test_two_circles_that_share_a_member_are_both_refused():
 )
 def test_a_taken_id_is_bound_at_its_place(pointer, bound):
     data = {"input": {"id": 1, "kept": 1}}
-    assert bind(data, pointer, 7) == bound
+    assert bind(data, {pointer: 7}) == bound
     assert data == {"input": {"id": 1, "kept": 1}}, "what was submitted stays as it was"
 
 
 def test_what_is_on_the_way_must_be_an_object():
-    with pytest.raises(TakeInvalid, match="'input' on the way of '/input/id'"):
-        bind({"input": [1]}, "/input/id", 7)
+    with pytest.raises(TakeInvalid, match=r"on the way to /input/id, got \[1\] at 'input'"):
+        bind({"input": [1]}, {"/input/id": 7})

@@ -10,10 +10,11 @@ from mqworker import scheduler as scheduler_room
 from mqworker.access import Access
 from mqworker.errors import LedgerLost, LedgerUnavailable
 from mqworker.ledger import Ledger
-from mqworker.messages import Request
+from mqworker.messages import MAX_MESSAGE_BYTES, Abort, Request, Verdict, decode
 from mqworker.metrics import SchedulerMetrics
+from mqworker.outbox import Send
 from mqworker.scheduler import Scheduler, kept_by
-from tests.driving import TOPOLOGY, an_id
+from tests.driving import TOPOLOGY, a_delivery, an_id
 
 
 class Unplugged:
@@ -120,3 +121,26 @@ def test_a_question_to_a_ledger_that_is_away_is_asked_again(scheduler, monkeypat
 
     assert asyncio.run(scheduler._in_ledger_thread(count)) == 3
     assert scheduler._ledger_well
+
+
+def test_reports_that_come_faster_than_the_ledger_commits_are_dropped_and_counted(scheduler, monkeypatch):
+    monkeypatch.setattr(scheduler_room, "MAX_WAITING_BYTES", 1000)
+    for _ in range(100):
+        scheduler._take_report(a_delivery(b"x" * 100))
+
+    assert len(scheduler._inbox) == 11
+    assert scheduler._metrics.registry.get_sample_value("mqworker_messages_unreadable_total", {"source": "flood"}) == 89
+    assert scheduler._flooded
+
+
+def test_verdicts_that_are_too_large_together_go_one_by_one(scheduler):
+    reason = "x" * 3_000_000
+    parts = [Abort(request=an_id(number), attempt=1, token="t", reason=reason) for number in range(5)]  # noqa: S106  # a token of a claim
+
+    async def publish():
+        scheduler._publish(Send(exchange="v", key="k", message=Verdict(term=1, parts=parts)))
+
+    asyncio.run(publish())
+    published = [message["body"] for message in scheduler._writing.published]
+    assert all(len(body) < MAX_MESSAGE_BYTES for body in published)
+    assert [part for body in published for part in decode(body, Verdict).parts] == parts

@@ -26,7 +26,7 @@ def eventually(met):
 @pytest.fixture
 def dog():
     """A watchdog that has started."""
-    command = [sys.executable, "-I", "-S", "-c", watchdog.START, str(Path(watchdog.__file__).parent)]
+    command = [sys.executable, *watchdog.command()]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == watchdog.READY
         yield process

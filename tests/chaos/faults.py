@@ -337,57 +337,52 @@ def disk_alarm(world, dice, doing):
 # ---------------------------------------------------------------- the network
 
 
-def cut_network(world, dice, doing):
+def _network(world, dice, doing, *, seconds, spoil, mend):
+    """Spoil the network of one party for some time."""
     name = dice.party(world)
     proxy = world.proxies[name]
     doing.harm(name)
-    proxy.refuse()
-    proxy.cut()
+    spoil(proxy)
     try:
-        doing.wait(dice.seconds(0.2, 8))
+        doing.wait(dice.seconds(*seconds))
     finally:
-        proxy.refuse(False)
+        mend(proxy)
     doing.heal()
+
+
+def cut_network(world, dice, doing):
+    def cut(proxy):
+        proxy.refuse()
+        proxy.cut()
+
+    _network(world, dice, doing, seconds=(0.2, 8), spoil=cut, mend=lambda proxy: proxy.refuse(False))
 
 
 def stall_network(world, dice, doing):
     """Hold every byte; what was held arrives when it is over, late."""
-    name = dice.party(world)
-    proxy = world.proxies[name]
-    doing.harm(name)
-    proxy.hold()
-    try:
-        doing.wait(dice.seconds(*(BEYOND if dice.quick else (2, 20))))
-    finally:
-        proxy.release()
-    doing.heal()
+    seconds = BEYOND if dice.quick else (2, 20)
+    _network(world, dice, doing, seconds=seconds, spoil=lambda proxy: proxy.hold(), mend=lambda proxy: proxy.release())
 
 
 def leave_half_open(world, dice, doing):
     """Lose every byte of the connections that are open, without a word to their ends."""
-    name = dice.party(world)
-    proxy = world.proxies[name]
-    doing.harm(name)
-    proxy.deafen()
-    proxy.half_open()
-    try:
-        doing.wait(dice.seconds(*(BEYOND if dice.quick else (2, 25))))
-    finally:
+
+    def lose(proxy):
+        proxy.deafen()
+        proxy.half_open()
+
+    def mend(proxy):
         proxy.deafen(False)
         proxy.cut()  # what the kernel does at last with a connection that nobody answers
-    doing.heal()
+
+    _network(world, dice, doing, seconds=BEYOND if dice.quick else (2, 25), spoil=lose, mend=mend)
 
 
 def slow_network(world, dice, doing):
-    name = dice.party(world)
-    proxy = world.proxies[name]
-    doing.harm(name)
-    proxy.slow(delay=dice.seconds(0.05, 0.5), piece=dice.rng.choice([64, 512, 65536]))
-    try:
-        doing.wait(dice.seconds(2, 8))
-    finally:
-        proxy.slow()
-    doing.heal()
+    def slow(proxy):
+        proxy.slow(delay=dice.seconds(0.05, 0.5), piece=dice.rng.choice([64, 512, 65536]))
+
+    _network(world, dice, doing, seconds=(2, 8), spoil=slow, mend=lambda proxy: proxy.slow())
 
 
 # ---------------------------------------------------------------- disks and the ledger
@@ -544,7 +539,6 @@ class Round:
         return missed
 
     def _one(self, kind, number, seed, delay, missed):
-
         doing = Doing(self._world, kind, number)
         self._world.over.wait(delay)
         if self._world.over.is_set():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mqworker import client
 from mqworker.access import Access
-from mqworker.amqp import Consumer, Delivery, Plan
+from mqworker.amqp import Consumer, Plan
 from mqworker.ledger import Ledger
 from mqworker.messages import (
     Outcomes,
@@ -32,6 +32,7 @@ from mqworker.pool import Moment
 from mqworker.scheduler import Scheduler
 from mqworker.task import load_tasks
 from mqworker.topology import Topology
+from tests.driving import a_delivery
 from tests.hostile.attacks import ATTACKS
 from tests.hostile.generate import TASKS, Maker, an_id
 from tests.sim import programs
@@ -142,7 +143,7 @@ class House:
             self.told["ticket", "put aside" if aside else "claimed or refused" if acked else "given back"] += 1
 
     def put_aside(self, process, delivery, _reason):
-        if delivery.exchange != TOPOLOGY.work:  # a ticket counts when it is acknowledged
+        if delivery.kind == "hostile":  # a ticket counts when it is acknowledged
             self.told[SETTLED_BY[delivery.exchange], "put aside"] += 1
         self._aside.add((process.name, delivery.tag, delivery.epoch))
 
@@ -254,8 +255,8 @@ class House:
                 self.told["report", "taken" if taken else "dropped: older, or of a name that another has"] += 1
 
         def count_outcomes(message, *more):
-            self._to_record += len(message.outcomes)
             outcomes(message, *more)
+            self._to_record += len(message.outcomes)
 
         def count_probe(message, *more):
             if self._hostile:
@@ -268,8 +269,17 @@ class House:
             self._hostile = delivery.kind == "hostile"
             return await read(delivery)
 
+        said_lately = self.scheduler._said_lately
+
+        def count_said_lately(exchange, text):
+            lately = said_lately(exchange, text)
+            if lately and self._hostile:
+                self.told[SETTLED_BY[exchange], "an impostor's, like one that was put aside"] += 1
+            return lately
+
         self._hostile = False
         self.scheduler._read = know_whose
+        self.scheduler._said_lately = count_said_lately
         pool.report, pool.outcomes, pool.probe = count_report, count_outcomes, count_probe
         await self.scheduler.run()
 
@@ -318,14 +328,14 @@ class House:
             case "ticket":
                 host = self.random.choice(list(self.hosts.values()))
                 host.process.context.run(
-                    host.worker._take_ticket, _delivery(body, TOPOLOGY.work, sum(self.sent.values()))
+                    host.worker._take_ticket, a_delivery(body, TOPOLOGY.work, sum(self.sent.values()))
                 )
             case "verdict":
                 self._verdict(body)
             case "slot":
                 self._slot(body)
             case "client":
-                item = self.follow._read(_delivery(body))
+                item = self.follow._read(a_delivery(body))
                 self.told["client", "passed over" if item is None else "taken"] += 1
             case _:
                 name = getattr(TOPOLOGY, consumer)
@@ -347,7 +357,7 @@ class House:
         if not isinstance(host.worker._metrics, Counting):
             host.worker._metrics = Counting()
         before = host.worker._metrics.count
-        host.process.context.run(host.worker._take_verdict, _delivery(body))
+        host.process.context.run(host.worker._take_verdict, a_delivery(body))
         unreadable = host.worker._metrics.count > before
         self.told["verdict", "dropped: unreadable" if unreadable else "taken, or of an older term"] += 1
         assert agent.consuming is None or TOPOLOGY.is_class_queue(agent.consuming)
@@ -371,7 +381,7 @@ class House:
             told[consumer] += number
         if self._recorded < self._to_record:
             self._failed(f"{self._to_record} outcomes were read, {self._recorded} answered")
-        read = self.sent["outcome"] - self.told["outcome", "put aside"]
+        read = self.sent["outcome"] - told["outcome"]
         self.told["outcome", "read, and each in it answered"] = read
         told["outcome"] = self.sent["outcome"]
         for consumer, number in self.sent.items():
@@ -387,23 +397,6 @@ class Deaf:
     @staticmethod
     def ack(_delivery):
         pass
-
-
-def _delivery(body, exchange="", tag=0):
-    return Delivery(
-        epoch="e",
-        tag=tag,
-        exchange=exchange,
-        key="",
-        redelivered=False,
-        kind=None,
-        message_id=None,
-        correlation_id=None,
-        reply_to=None,
-        user_id=None,
-        headers={},
-        body=body,
-    )
 
 
 class Counting(Silent):

@@ -178,6 +178,8 @@ def test_neither_ids_nor_a_filter_or_both_are_refused(run, scheduler, command):
         (["submit", "noop", "--timeout", "90"], "expected a duration like 90s"),
         (["submit", "noop", "--not-before", "tomorrow"], r"expected a time like 2030-01-31T22:15.*or \+30m from now"),
         (["submit", "noop", "--expires", "+x"], "expected a duration"),
+        (["submit", "noop", "--expires", "2001-02-03T04:05"], "expected a time that is still to come, got '2001"),
+        (["forget", "bad name"], "expected NAME to be at most 100 letters"),
         (["submit", "noop", "--memory", "lots"], "expected a size like 512M or 4G, got 'lots'"),
         (["submit", "noop", "--retry-on", "failure,eror"], "expected --retry-on failure, error or failure,error"),
         (["submit", "noop", "--timeout", "0.5s"], r">= 1.*\$\.timeout"),

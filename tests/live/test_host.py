@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -177,7 +177,8 @@ def test_a_child_that_the_worker_may_not_kill_keeps_its_run_going_until_it_is_en
             return next((run.stage or "" for run in worker.running if (run.stage or "").startswith("ending: ")), "")
 
         assert f"process {stray.pid} ('sleep 1008')" in eventually(told, "what is in the way is told", 60)
-        assert identify(slot.pid) != slot
+        if how == "foreign_gil":
+            eventually(lambda: identify(slot.pid) != slot, "its slot has ended")
         assert identify(other.pid) != other  # the one that could be ended
         time.sleep(6)  # beyond the lease
         assert identify(stray.pid) == stray
@@ -187,6 +188,100 @@ def test_a_child_that_the_worker_may_not_kill_keeps_its_run_going_until_it_is_en
         [view] = final(client, one)
         assert (view.state, len(view.attempts)) == ("aborted", 1)
         assert final(client, client.submit("noop", {}))[0].state == "success"
+
+
+@pytest.fixture
+def foreign(pool, missing, eventually) -> Callable:
+    """Start a run with a child that the worker may not kill."""
+    if os.geteuid() != 0:
+        missing("root", "another user's process cannot be made")
+    pool.launcher += ["--bounding-set=-kill", "--inh-caps=-kill"]
+
+    def begin(stack, client, how: str) -> tuple:
+        one = client.submit("hungry", {"how": how})
+        eventually(lambda: len(sleepers(pool, "anna")) == 2, "both children are there")
+        stray, other = sorted(sleepers(pool, "anna"), key=lambda child: command(child.pid))
+        stack.callback(subprocess.run, ["kill", "-KILL", str(stray.pid)], check=False, capture_output=True)
+        return one, stray, other
+
+    return begin
+
+
+@pytest.mark.parametrize("agent", ["frozen", "working", "has_ended_the_slot"])
+def test_after_a_killed_agent_the_next_one_does_not_start_beside_what_nobody_may_kill(
+    pool, foreign, final, eventually, agent
+):
+    """P2: whom a worker names as ended may run elsewhere at once."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one, stray, other = foreign(stack, client, "foreign_gil" if agent == "has_ended_the_slot" else "foreign")
+        slot, dog = the(pool, "anna", b"mqworker.slot"), the(pool, "anna", b"watchdog.main()")
+        if agent == "frozen":
+            pool.processes["anna"].send_signal(signal.SIGSTOP)
+            os.kill(dog.pid, signal.SIGKILL)  # then the slot ends itself
+            eventually(lambda: identify(other.pid) != other, "what can be ended has gone")
+        client.abort([one], reason="not wanted", wait=False)
+        if agent == "has_ended_the_slot":
+            eventually(lambda: identify(slot.pid) != slot, "its slot has ended")
+            eventually(lambda: "a run goes on without its slot" in pool.log("anna"), "the agent knows what is left")
+        pool.end("anna", signal.SIGKILL)
+        eventually(lambda: identify(other.pid) != other, "what can be ended has gone")
+        for _ in range(2):
+            assert pool.worker("anna").wait(60) == 3
+
+        assert f"process {stray.pid} ('sleep 1008')" in pool.log("anna").splitlines()[-1]
+        assert "this one does not start before it has gone" in pool.log("anna").splitlines()[-1]
+        assert "Traceback" not in pool.log("anna")
+        assert (identify(slot.pid) == slot) == (agent != "has_ended_the_slot")
+        assert client.status(one).state == "running"
+        os.kill(stray.pid, signal.SIGKILL)
+        eventually(lambda: identify(stray.pid) != stray and identify(dog.pid) != dog, "both end")
+        pool.worker("anna")
+        [view] = final(client, one)
+        assert identify(slot.pid) != slot
+        assert (view.state, len(view.attempts)) == ("aborted", 1)
+        assert final(client, client.submit("noop", {}))[0].state == "success"
+
+
+def test_a_worker_that_stops_beside_what_it_may_not_kill_takes_leave_and_says_what_is_left(pool, foreign, final):
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna", slots=2)
+        one, stray, other = foreign(stack, client, "foreign")
+        assert pool.end("anna") == 3
+
+        last = pool.log("anna").splitlines()[-1]
+        assert last.startswith("mqworker: error: expected to be allowed to end a process that was started here")
+        assert f"process {stray.pid} ('sleep 1008')" in last
+        assert "the worker has stopped beside it" in last
+        assert "Traceback" not in pool.log("anna")
+        assert (identify(stray.pid), identify(other.pid)) == (stray, None)
+        assert [(worker.state, worker.reason) for worker in client.workers()] == [("offline", "stopped")]
+        assert pool.worker("anna").wait(60) == 3
+        os.kill(stray.pid, signal.SIGKILL)
+        client.abort([one], reason="seen enough", wait=False)
+        pool.worker("anna")
+        assert final(client, one)[0].state == "aborted"
+
+
+def test_an_outcome_beside_what_the_worker_may_not_kill_is_recorded_when_the_worker_stops(
+    pool, foreign, final, eventually
+):
+    """P4."""
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        one, stray, other = foreign(stack, client, "foreign_left")
+        slot = the(pool, "anna", b"mqworker.slot")
+        eventually(lambda: identify(other.pid) != other, "its task has ended")
+        eventually(lambda: (client.workers()[0].running[0].stage or "").startswith("ending: "), "that is told")
+        assert identify(slot.pid) == slot  # as the ancestor of what is left
+        assert client.status(one).state == "running"
+        assert pool.end("anna") == 3
+
+        [view] = final(client, one)
+        assert (view.state, len(view.attempts)) == ("success", 1)
+        assert "at its end, this was in the way: expected to be allowed to end a process" in view.reason.text
+        assert f"process {stray.pid} ('sleep 1008')" in view.reason.text
+        assert (identify(stray.pid), identify(slot.pid)) == (stray, None)
 
 
 def test_a_run_that_holds_pythons_lock_ends_at_its_lease_though_its_agent_is_frozen(pool, final, eventually):

@@ -138,11 +138,14 @@ class Hungry(TaskRunCommandMixin, Task):
         how = self.data["how"]
         if how == "memory_error":
             return len(bytearray(400_000_000)) > 0
-        if how == "foreign_gil":
+        if how in {"foreign_gil", "foreign_left"}:
             subprocess.Popen([*self.FOREIGN, "setsid", "sleep", "1008"])
         if how in {"gil", "foreign_gil"}:
             subprocess.Popen(["setsid", "sleep", "1009"])
             ctypes.PyDLL(None).sleep(1000)  # in C, and with Python's lock
+        if how == "foreign_left":
+            subprocess.Popen(["setsid", "sleep", "1009"])
+            return not self.wait_aborted(3)  # until somebody has seen both
         script = self.SCRIPTS[how]
         script = script % self.STRAYS if "%s" in script else script.replace("$FOREIGN", " ".join(self.FOREIGN))
         return self.run_cmd(["sh", "-c", script, sys.executable], self.world.work_directory) == 0

@@ -1,0 +1,168 @@
+"""What the scheduler has to say, kept until what it rests on is committed: each message, addressed and in words.
+
+Knows where each kind of message goes, and not when there is reason for one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from mqworker.lifecycle import Event, State
+from mqworker.messages import (
+    Probe,
+    Reason,
+    Request,
+    RequestEvent,
+    StuckEvent,
+    Ticket,
+    Verdict,
+    VerdictPart,
+    WorkerEvent,
+)
+from mqworker.metrics import SchedulerMetrics
+from mqworker.task import Task
+from mqworker.topology import Topology
+
+UNKNOWN: Final = "unknown"  # a task whose name is none: names of strangers are no labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Send:
+    """Ask for a message to be published; `returned` is called if it was not."""
+
+    exchange: str
+    key: str
+    message: msgspec.Struct
+    mandatory: bool = True
+    persistent: bool = True
+    returned: Callable[[], None] | None = None
+
+
+class Outbox:
+    """Keep messages until they are taken."""
+
+    def __init__(self, *, term: int, topology: Topology, metrics: SchedulerMetrics) -> None:
+        self._term = term
+        self._topology = topology
+        self._metrics = metrics
+        self._sends: list[Send] = []
+        self._verdicts: dict[tuple[str, str], list[VerdictPart]] = {}  # by worker and its epoch
+
+    def take(self, lives: Callable[[str], bool]) -> list[Send]:
+        """Hand over all messages, but for tickets into queues that do not live."""
+        sends = [send for send in self._sends if not isinstance(send.message, Ticket) or lives(send.key)]
+        self._sends = []
+        verdicts, self._verdicts = self._verdicts, {}
+        for (worker, epoch), parts in verdicts.items():
+            sends.append(
+                Send(
+                    exchange=self._topology.verdict,
+                    key=self._topology.verdict_key(worker, epoch),
+                    message=Verdict(term=self._term, parts=parts),
+                    persistent=False,
+                )
+            )
+        return sends
+
+    def offer(self, queue: str, request: Request, *, attempt: int, alone: bool, returned: Callable[[], None]) -> None:
+        """Send a class a ticket."""
+        self._sends.append(
+            Send(
+                exchange=self._topology.work,
+                key=queue,
+                message=Ticket(term=self._term, attempt=attempt, request=request, alone=alone),
+                returned=returned,
+            )
+        )
+
+    def say(self, worker: str, epoch: str, part: VerdictPart) -> None:
+        """Say something to one worker; what is said in one turn goes in one message."""
+        self._verdicts.setdefault((worker, epoch), []).append(part)
+
+    def probe(self, number: int, secret: str, returned: Callable[[], None]) -> None:
+        """Send a probe through the queue in which workers report."""
+        self._sends.append(
+            Send(
+                exchange=self._topology.report,
+                key=self._topology.report,
+                message=Probe(term=self._term, number=number, secret=secret),
+                persistent=False,
+                returned=returned,
+            )
+        )
+
+    def tell_move(  # the fields of one event
+        self,
+        request: str,
+        task: str,
+        state: State,
+        event: Event,
+        *,
+        attempt: int,
+        wall: float,
+        worker: str | None = None,
+        reason: Reason | None = None,
+    ) -> None:
+        """Tell whoever listens what became of a request, and count it."""
+        label = task.lower() if Task.is_valid_task_name(task) else UNKNOWN
+        self._metrics.moves.labels(task=label, event=event).inc()
+        self._tell(
+            self._topology.request_event_key(label, state),
+            RequestEvent(
+                term=self._term,
+                time=wall,
+                request=request,
+                task=task,
+                state=state.value,
+                event=event,
+                attempt=attempt,
+                worker=worker,
+                reason=reason,
+            ),
+        )
+
+    def tell_stuck(
+        self,
+        task: str,
+        requirement: int,
+        *,
+        since: float,
+        number: int,
+        requests: list[str],
+        reason: str,
+        wall: float,
+    ) -> None:
+        """Tell whoever listens that nobody can run some requests."""
+        self._tell(
+            self._topology.request_event_key(task, "stuck"),
+            StuckEvent(
+                term=self._term,
+                time=wall,
+                task=task,
+                requirement=requirement,
+                since=since,
+                number=number,
+                requests=requests,
+                reason=reason,
+            ),
+        )
+
+    def tell_worker(self, worker: str, event: str, reason: str | None, *, wall: float) -> None:
+        """Tell whoever listens what became of a worker."""
+        self._tell(
+            self._topology.worker_event_key(event),
+            WorkerEvent(
+                term=self._term,
+                time=wall,
+                worker=worker,
+                event=event,  # type: ignore[arg-type]  # one of the five words
+                reason=reason,
+            ),
+        )
+
+    def _tell(self, key: str, event: RequestEvent | StuckEvent | WorkerEvent) -> None:
+        self._sends.append(
+            Send(exchange=self._topology.events, key=key, message=event, mandatory=False, persistent=False)
+        )
