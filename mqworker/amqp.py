@@ -56,6 +56,8 @@ ASKED_AT_ONCE: Final = 16  # questions about queues, each on a channel
 ANSWER_SECONDS: Final = 15.0  # for an answer on the one channel: behind one that never comes, all others wait
 UNCONFIRMED_SECONDS: Final = 30.0  # for a confirm, alarms aside: three times what a leader's election takes
 UNCONFIRMED_LOOK: Final = 5.0  # seconds between two looks whether one is that late
+REFUSED_SECONDS: Final = 2.0  # of nothing but nacks from an exchange before a new connection is to try; doubled ...
+MOST_REFUSED_SECONDS: Final = 60.0  # ... each time, up to this: a queue that is full nacks on each connection
 MOST_MUTE: Final = 100  # questions that were not answered, before a new connection is to ask them
 ASK_SECONDS: Final = 5.0  # for an answer about a queue: one whose node hangs gives none for up to 75 s
 REFRESH_SECONDS: Final = 1.0  # between two declarations of the plan because messages are returned
@@ -261,6 +263,37 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
+class _Refusals:
+    """Judge by nacks, over the lives of a link, when a channel does no more.
+
+    RabbitMQ 3.10 asks the leader of a quorum queue for its version at a channel's first message to it. If the leader's
+    node is down and the next one not elected yet, that message is nacked, and so is each later one on this channel, for
+    as long as the node stays down: the channel never looks for another leader. A new channel does.
+    """
+
+    def __init__(self) -> None:
+        self._since: dict[str, float] = {}  # exchange -> time of the first nack, in this life
+        self._patience: dict[str, float] = {}  # exchange -> seconds
+
+    def anew(self) -> None:
+        """Begin with a new channel."""
+        self._since.clear()
+
+    def taken(self, exchange: str) -> None:
+        """Take it that a queue has a message."""
+        if self._since or self._patience:
+            self._since.pop(exchange, None)
+            self._patience.pop(exchange, None)
+
+    def refused(self, exchange: str, now: float) -> bool:
+        """Take it that a queue refused a message; return whether a new channel is to try."""
+        patience = self._patience.get(exchange, REFUSED_SECONDS)
+        if now - self._since.setdefault(exchange, now) < patience:
+            return False
+        self._patience[exchange] = min(patience * 2, MOST_REFUSED_SECONDS)
+        return True
+
+
 class Link:
     """Keep one AMQP connection, with one channel in confirm mode, and build it anew from its plan after any failure.
 
@@ -294,6 +327,7 @@ class Link:
         self._on_blocked = on_blocked
         self.looks_only = False  # whether this user may not declare what lasts
         self._life: _Life | None = None
+        self._refusals = _Refusals()
         self._running = False
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()
@@ -355,8 +389,15 @@ class Link:
             return error, False
         timeout = self._url.connection_timeout or CONNECT_SECONDS
         where = replace(self._where, at=host)
+        self._refusals.anew()
         life = self._life = _Life(
-            parameters, where, self._plan, self._on_blocked, looks_only=self.looks_only, connect_seconds=timeout
+            parameters,
+            where,
+            self._plan,
+            self._on_blocked,
+            self._refusals,
+            looks_only=self.looks_only,
+            connect_seconds=timeout,
         )
         try:
             if await life.opened:
@@ -624,6 +665,7 @@ class _Life:
         where: _Where,
         plan: Callable[[str], Plan],
         on_blocked: Callable[[bool], None],
+        refusals: _Refusals,
         *,
         looks_only: bool,
         connect_seconds: float,
@@ -641,6 +683,7 @@ class _Life:
         self._where = where
         self._plan = plan
         self._on_blocked = on_blocked
+        self._refusals = refusals
         self._looks_only = looks_only
         self.denied = False  # something of the plan
         self._closed: asyncio.Future[None] = loop.create_future()
@@ -1038,6 +1081,8 @@ class _Life:
             self.refresh()  # an exchange that was deleted, and made again by somebody else, has none of our bindings
 
     def _on_confirm(self, frame: Any) -> None:
+        if self.ended.done():  # all have been told that theirs does not come
+            return
         method = frame.method
         refused = isinstance(method, Basic.Nack)
         if not method.multiple:
@@ -1056,6 +1101,13 @@ class _Life:
                     "leader just moved; publish it again with the same message_id"
                 ),
             )
+            if self._refusals.refused(exchange, self._loop.time()):
+                self.end(
+                    BrokerUnavailable(
+                        f"the broker at {self._where} refuses all that we publish to exchange {exchange!r}: perhaps it "
+                        "asks for a leader that is gone, and not on a new connection; or a queue there is full"
+                    )
+                )
         elif self._returned and (texts := self._returned.get((message_id, exchange, key))):
             text = texts.pop(0)
             if not texts:
@@ -1067,8 +1119,10 @@ class _Life:
                     f"message: {text}; does whoever reads it run?"
                 ),
             )
-        elif not future.done():
-            future.set_result(None)
+        else:
+            self._refusals.taken(exchange)
+            if not future.done():
+                future.set_result(None)
 
 
 def _fail(future: asyncio.Future[None], error: MqworkerError) -> None:

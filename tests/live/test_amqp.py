@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import os
 import select
 import signal
@@ -167,6 +168,77 @@ def test_a_queue_that_is_full_fails_the_publish(amqp_url, prefix):
                 await soon(names.publish(watch.link))
 
     asyncio.run(scenario())
+
+
+def test_a_connection_on_which_everything_is_refused_is_built_anew(amqp_url, prefix, monkeypatch):
+    monkeypatch.setattr(amqp, "REFUSED_SECONDS", 0.3)
+    full = {"x-max-length": 1, "x-overflow": "reject-publish", "x-expires": 60_000}
+
+    async def refused(names, link):
+        results = await soon(asyncio.gather(*(names.publish(link) for _ in range(20)), return_exceptions=True))
+        assert {type(result) for result in results} == {NotPublished}
+
+    async def scenario():
+        names = Names(prefix, arguments=full)
+        async with running(amqp_url, names.plan()) as watch:
+            await soon(names.publish(watch.link))
+            async with asyncio.timeout(SOON):
+                while watch.downs.empty():
+                    await refused(names, watch.link)
+            assert f"refuses all that we publish to exchange '{names.exchange}'" in watch.downs.get_nowait()
+            await soon(watch.ups.get())
+            async with running(amqp_url, names.plan(Consumer(queue=names.queue, on_delivery=_drop, no_ack=True))):
+                async with asyncio.timeout(SOON):
+                    while True:  # what another consumer takes makes room, when the broker has told the queue
+                        with suppress(NotPublished):
+                            await names.publish(watch.link)
+                            break
+
+    asyncio.run(scenario())
+
+
+def _drop(_delivery):
+    pass
+
+
+def test_a_queue_that_takes_a_message_now_and_then_costs_no_connection(amqp_url, prefix, monkeypatch):
+    monkeypatch.setattr(amqp, "REFUSED_SECONDS", 0.3)
+    full = {"x-max-length": 1, "x-overflow": "reject-publish", "x-expires": 60_000}
+
+    async def scenario():
+        names, taken = Names(prefix, arguments=full), 0
+        names.queues += (Queue(name=f"{prefix}.free", bindings=((names.exchange, "free"),), arguments=full),)
+        names.queues[-1].arguments.pop("x-overflow")
+        async with running(amqp_url, names.plan()) as watch:
+            until = asyncio.get_running_loop().time() + 1
+            while asyncio.get_running_loop().time() < until:
+                taken += 1
+                await soon(names.publish(watch.link, key="free"))
+                with suppress(NotPublished):
+                    await soon(names.publish(watch.link))
+            assert taken > 1
+            assert watch.downs.empty()
+
+    asyncio.run(scenario())
+
+
+def test_of_a_queue_that_stays_full_connections_are_built_anew_ever_less_often():
+    refusals, now, anew = amqp._Refusals(), 0.0, []
+    while now < 400:
+        if refusals.refused("e", now):
+            anew.append(now)
+            refusals.anew()
+        now += 0.5
+
+    waits = [later - earlier for earlier, later in itertools.pairwise([0.0, *anew])]
+    assert waits[0] == amqp.REFUSED_SECONDS
+    assert waits == sorted(waits)
+    assert amqp.MOST_REFUSED_SECONDS <= waits[-1] <= amqp.MOST_REFUSED_SECONDS + 1
+
+    refusals.taken("e")
+    assert not refusals.refused("e", now)
+    assert not refusals.refused("other", now + amqp.REFUSED_SECONDS)
+    assert refusals.refused("e", now + amqp.REFUSED_SECONDS)
 
 
 def test_publishing_to_a_missing_exchange_fails_what_is_outstanding_and_the_link_comes_back(amqp_url, names):
