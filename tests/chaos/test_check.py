@@ -269,7 +269,7 @@ def test_a_frozen_run_that_does_nothing_more_does_not_overlap_the_next_one():
 def test_a_frozen_run_may_hold_the_lock_as_later_ones_come_and_go():
     story = Story()
     story.submit("thrice", 1).grant(2, "one").line(2.1, "start", alone=True).beat(4).record(8, "lost", "pending")
-    story.grant(9, "two", "w1").run(9.1, 9.4).record(9.5, "lost", "pending")
+    story.grant(9, "two", "w1").run(9.1, 9.4, "raise").record(9.5, "error", "pending")
     story.grant(10, "three", "w2").run(10.1, 11).record(11.1, "success", "success")
     for pid, name in enumerate(("one", "two", "three")):
         line(story.evidence, name).update(pid=pid, alone=pid == 0)
