@@ -131,6 +131,47 @@ def test_a_run_within_its_limits_succeeds_on_the_cores_that_it_may_have(pool, fi
         assert b"\n%d\n" % len(os.sched_getaffinity(0)) in logs[-1]
 
 
+@pytest.fixture
+def little_memory(tmp_path, eventually) -> Iterator:
+    """Have what a process begins from now on share a little memory, of which the kernel keeps the account."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    v2_on = "memory" in _read(v2 / "cgroup.subtree_control").split()
+    group, limit = (v2, "memory.max") if v2_on else (v1, "memory.limit_in_bytes")
+    group /= f"mqworker-{tmp_path.name}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(100 * MIB))
+    except OSError as error:
+        pytest.skip(f"no control group of memory can be made here: {error}")
+    yield lambda pid: (group / "cgroup.procs").write_text(str(pid))
+    eventually(lambda: _gone(group), "the control group is gone")
+
+
+def _gone(group: Path) -> bool:
+    try:
+        group.rmdir()
+    except OSError:  # the kernel still has the last of them
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_run_whose_child_the_kernel_killed_for_want_of_memory_says_so(little_memory, pool, final):
+    with ExitStack() as stack:
+        client = pool.up(stack, "anna")
+        final(client, client.submit("noop", {}))
+        little_memory(the(pool, "anna", b"mqworker.slot").pid)
+        [view] = final(client, client.submit("hungry", {"how": "oom"}))
+        [well] = final(client, client.submit("noop", {}))
+
+    assert (view.state, view.reason.status) == ("failure", "memory")
+    assert "the kernel killed processes, perhaps of this run" in view.reason.text
+    assert (well.state, well.reason) == ("success", None)
+
+
 # ---------------------------------------------------------------- the end of a run
 
 

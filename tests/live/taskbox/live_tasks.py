@@ -118,6 +118,7 @@ class Hungry(TaskRunCommandMixin, Task):
 
     SCRIPTS: ClassVar[dict[str, str]] = {
         "memory": 'for i in 1 2 3; do "$0" -c "b = b\'x\' * 80000000; input()" <>/dev/ptmx & done; wait',
+        "oom": '"$0" -c "b = b\'x\' * 200000000"',
         "cpu": 'while :; do "$0" -S -c "sum(range(1000000))"; done',
         "disk": "mkdir -m 700 -p deep && head -c 50000000 /dev/zero > deep/file; exec sleep 1000",
         "processes": "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1000 & done; wait",
