@@ -20,11 +20,12 @@ test: $(VENV)/ready-dev ## lint, types, import floors, and all tests, on a real 
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=4 # most of them wait for programs that they have started
 
 RABBITMQ ?= 4.0 4.3
-test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, on each RabbitMQ of RABBITMQ="4.0 4.3", in a folder
+TESTS ?= tests/live
+test-rabbitmq4: $(VENV)/ready-dev ## the tests that need a broker, or TESTS, on each RabbitMQ of RABBITMQ="4.0 4.3", in a folder
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
 	@$(BIN)/python -m tests.roots $(RABBITMQ)
 	@for version in $(RABBITMQ); do echo "tests with RabbitMQ $$version"; MQWORKER_TEST_RABBITMQ=$$version PYTHONDONTWRITEBYTECODE= \
-	  $(BIN)/pytest --numprocesses=4 --deselect tests/live/test_demo.py tests/live || exit; done
+	  $(BIN)/pytest --numprocesses=4 --deselect tests/live/test_demo.py $(TESTS) || exit; done
 
 test-cluster: $(VENV)/ready-dev ## a pool on three RabbitMQ nodes that are killed, frozen and parted
 	@$(BIN)/mqworker demo --prepare-only || test $$? = 3

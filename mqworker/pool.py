@@ -650,6 +650,8 @@ class Pool:
         """Let a request wait for its time, if it has one, and for a slot."""
         if not_before is None:
             self._place(entry)
+        elif not_before <= moment.wall:  # its time came while it needed others
+            self._end_delay(entry)
         else:
             self._delay(entry, due=moment.steady + not_before - moment.wall)
 
@@ -1386,10 +1388,7 @@ class Pool:
         lapse or a worker go offline: a blocked broker, a slow ledger or an own pause costs no run.
         """
         for request in [one for one in self._delayed if (self._entries[one].due or 0.0) <= moment.steady]:
-            self._delayed.discard(request)
-            self._entries[request].due = None
-            self._write(Wake(request=request), lambda _: None)
-            self._place(self._entries[request])  # so that it can be offered in the transaction that ends its delay
+            self._end_delay(self._entries[request])
         self._steady, self._wall = moment.steady, moment.wall
         if self._expires <= moment.wall:
             self._expired_by = moment.wall
@@ -1592,6 +1591,12 @@ class Pool:
     def _delay(self, entry: Entry, *, due: float) -> None:
         entry.due = due
         self._delayed.add(entry.request.id)
+
+    def _end_delay(self, entry: Entry) -> None:
+        self._delayed.discard(entry.request.id)
+        entry.due = None
+        self._write(Wake(request=entry.request.id), lambda _: None)
+        self._place(entry)  # so that it can be offered in the transaction that ends its delay
 
     def _place(self, entry: Entry) -> bool:
         """Let a request wait for a slot: in memory, or behind those of its lane that are. Say whether in memory."""

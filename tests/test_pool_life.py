@@ -109,6 +109,7 @@ def test_a_request_that_has_a_time_and_needs_another_waits_for_both(driven, anna
     anna.say(anna.beat())
     driven.turn()
     assert driven.pool._held.blocked == 0
+    assert (offered(driven)[-1:] == [one]) is not met_first, "nothing else need happen before it is offered"
     if met_first:
         assert offered(driven)[-1:] != [one]
         driven.pass_time(2100)

@@ -522,11 +522,11 @@ def test_who_may_command_whose_request_and_submit_into_which_group(make_pool, us
 # ---------------------------------------------------------------- rabbitmqctl
 
 
-def test_what_is_printed_is_what_rabbitmqctl_takes(node_to_hurt, tmp_path):
+def test_what_is_printed_is_what_rabbitmqctl_takes(node_to_hurt):
     topology = Topology("builds.v2")
     node = node_to_hurt
     vhost = f"v{uuid.uuid4().hex[:8]}"
-    given = tmp_path / "definitions.json"
+    given = node.directory / "definitions.json"  # which a node in a folder sees, too
     users = [(f"{vhost}-{role}", role) for role in ROLES]
     given.write_text(json.dumps(definitions(topology, vhost, users)))
 
