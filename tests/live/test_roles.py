@@ -31,6 +31,7 @@ from mqworker.messages import (
     encode,
     tag_of,
 )
+from mqworker.privatenode import INSIDE
 from mqworker.rights import ROLES, commands, definitions, rights_of
 from mqworker.topology import Topology
 
@@ -526,11 +527,10 @@ def test_what_is_printed_is_what_rabbitmqctl_takes(node_to_hurt):
     topology = Topology("builds.v2")
     node = node_to_hurt
     vhost = f"v{uuid.uuid4().hex[:8]}"
-    given = node.directory / "definitions.json"  # which a node in a folder sees, too
     users = [(f"{vhost}-{role}", role) for role in ROLES]
-    given.write_text(json.dumps(definitions(topology, vhost, users)))
+    (node.directory / "given.json").write_text(json.dumps(definitions(topology, vhost, users)))
 
-    node.ctl("import_definitions", str(given))
+    node.ctl("import_definitions", f"{node.directory if node.root is None else INSIDE}/given.json")
     first = rights_in(node, vhost)
     assert {row["user"] for row in first[0]} == {user for user, _ in users}
     node.ctl("clear_permissions", "-p", vhost, users[0][0])
