@@ -427,6 +427,8 @@ class Link:
                             call(*args)
                 why = await connection.ended
                 self._hang_up(connection)
+                if connection.blocked:  # the next one is not, until it hears so
+                    self.heard_blocked(connection, False)
             if self._closing:
                 return
             self.last_error = BrokerUnavailable(why)

@@ -247,7 +247,7 @@ class _Drawing:
                     self.add(at, kind, worker=chance.choice(workers), seconds=short)
                 case "wall":
                     who = chance.choice(["scheduler", *workers])
-                    self.add(at, kind, who=who, step=chance.choice([-3600.0, -5.0, 5.0, 3600.0]))
+                    self.add(at, kind, who=who, step=chance.choice([-1800.0, -5.0, 5.0, 3600.0]))
 
 
 class _More:
