@@ -71,6 +71,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_NS: Final = 5_000_000_000
 BEATS_IN_A_LEASE: Final = 3  # at least: one may be lost, or its answer be late
 NEWS_NS: Final = 1_000_000_000  # a run's new stage is told so soon after the last heartbeat
+ABSENCE_NS: Final = 2_000_000_000  # without doing anything: a worker looks at its clock several times a second
 TERM_PATIENCE_NS: Final = 60_000_000_000  # without a word of the highest term: whoever said it was no scheduler
 ABORT_MARGIN_NS: Final = 1_000_000_000  # beyond the task's own grace before its slot is killed: gone in 2 s with that
 BEHIND_NS: Final = 1_000_000_000  # so much later than this process a slot itself ends a run that is over its timeout
@@ -355,6 +356,7 @@ class Agent:
         self._epoch: str | None = None
         self._term = 0
         self._term_heard_ns = 0
+        self._present_ns = 0  # when we last did anything
         self._seq = 0
         self._analysis: Analysis | None = None
         self._metadata: dict[str, Any] = {}
@@ -384,6 +386,7 @@ class Agent:
 
     def take_acts(self, now_ns: int) -> list[Act]:
         """Hand over what is to be done, in order."""
+        self._note_absence(now_ns)
         self._start_alone(now_ns)
         self._adjust_consumer()
         self._report(now_ns)
@@ -437,6 +440,9 @@ class Agent:
             if asking.claims is not False:
                 asking.refusal = self._why_not(asking.ticket.request, analysis)
                 asking.metadata_version = self._metadata_version
+        for run in [run for run in self._runs.values() if run.slot is None]:  # it may wait to be alone for long
+            if (refusal := self._why_not(run.request, analysis)) is not None:
+                self._kill(run, "unable", refusal)
 
     # ------------------------------------------------------------ tickets
 
@@ -501,8 +507,15 @@ class Agent:
 
     # ------------------------------------------------------------ verdicts
 
+    def _note_absence(self, now_ns: int) -> None:
+        """Do not take the time in which we were frozen for a silence of the scheduler's."""
+        away_ns, self._present_ns = now_ns - self._present_ns, now_ns
+        if away_ns > ABSENCE_NS:
+            self._term_heard_ns += away_ns
+
     def verdict(self, verdict: Verdict, now_ns: int) -> None:
         """Take the scheduler's answers; those of an older term count for nothing while the newer one is heard."""
+        self._note_absence(now_ns)
         if verdict.term < self._term and now_ns - self._term_heard_ns < TERM_PATIENCE_NS:
             return
         self._term_heard_ns = now_ns

@@ -805,6 +805,20 @@ def test_an_abort_of_a_run_that_is_over_its_timeout_gives_it_no_more_time(driven
     assert len(driven.take(KillSlot)) == 1
 
 
+def test_a_lower_term_counts_when_the_highest_was_silent_while_this_worker_listened_and_not_while_it_was_frozen(driven):
+    def hear(term, queue):
+        driven.agent.verdict(Verdict(term=term, parts=[Assign(queue=queue)]), driven.now)
+        return driven.agent._assigned
+
+    assert hear(9, "q9") == "q9"
+    driven.now += 100 * SECOND
+    assert hear(8, "q8") == "q9"
+    for _ in range(61):
+        driven.now += SECOND
+        driven.agent.take_acts(driven.now)
+    assert hear(8, "q8") == "q8"
+
+
 # ---------------------------------------------------------------- what runs alone
 
 
@@ -829,6 +843,24 @@ def test_what_runs_alone_is_claimed_at_once_and_starts_when_nothing_else_runs(tw
     two.agent.slot_said(1, SlotReady())
     assert beat_of([act.report for act in two.take(PublishReport)][-1]).slots == 2
     assert two.agent.consuming == "q"
+
+
+def test_what_waits_to_be_alone_is_handed_back_once_this_worker_may_not_run_it(two):
+    two.agent.analyzed(analysis(tag="red"))
+    other, _ = two.run(1)
+    ref = two.claim(2, task="tagged", data={"tag": "red"}, alone=True)
+    two.grant(ref)
+    two.agent.analyzed(analysis(tag="red", cores=5))
+    assert two.take(Spool) == []
+    two.agent.analyzed(analysis(tag="blue"))
+    [spooled] = two.take(Spool)
+    two.agent.slot_said(0, SlotEnded(result="success"))  # now it would be alone
+    acts = two.take(Spool | StartRun)
+
+    assert (spooled.outcome.token, spooled.outcome.result) == (ref.token, "handed_back")
+    assert "it waited to run alone here, and" in spooled.outcome.reason.text
+    assert [type(act) for act in acts] == [Spool]
+    assert acts[0].outcome.token == other.token
 
 
 def test_of_two_that_run_alone_one_waits_for_the_other(two):
