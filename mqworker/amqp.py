@@ -821,15 +821,15 @@ class _Life:
 
     def _look_for_confirms(self) -> None:
         now = self._loop.time()
-        for entry in self._unconfirmed.values():  # the oldest is the first
-            if not self.blocked and now - max(entry[4], self._unblocked_at) > UNCONFIRMED_SECONDS:
+        if self._unconfirmed and not self.blocked:
+            _, _, exchange, key, published_at = next(iter(self._unconfirmed.values()))  # the oldest
+            if now - max(published_at, self._unblocked_at) > UNCONFIRMED_SECONDS:
                 text = (
-                    f"the broker at {self._where} has not confirmed a message to exchange {entry[2]!r} with key "
-                    f"{entry[3]!r} within {UNCONFIRMED_SECONDS:g} s: has a queue there no leader?"
+                    f"the broker at {self._where} has not confirmed a message to exchange {exchange!r} with key "
+                    f"{key!r} within {UNCONFIRMED_SECONDS:g} s: has a queue there no leader?"
                 )
                 self.end(BrokerUnavailable(text))
                 return
-            break
         self._deadline = self._loop.call_later(UNCONFIRMED_LOOK, self._look_for_confirms)
 
     def _on_closed(self, _connection: AsyncioConnection, error: BaseException) -> None:

@@ -91,8 +91,9 @@ def forget(
 ) -> None:
     """Release a worker's name, which is that of the broker's user who used it first; what runs there goes on."""
     shell: Shell = context.obj
+    read_name(name, "NAME")
     with shell.client() as client:
-        client.forget_worker(read_name(name, "NAME"), user=give_to)
+        client.forget_worker(name, user=give_to)
     if as_json:
         print_json({"name": name, "user": give_to})
     else:

@@ -792,7 +792,8 @@ class Worker:
                     pass
                 break
             was_ready = was_ready or isinstance(word, SlotReady)
-            if isinstance(word, SlotEnded) and child.token is not None and processes.oom_kills() > child.ooms:
+            badly = isinstance(word, SlotEnded) and word.result in {"failure", "error"}  # else nobody asks why
+            if badly and child.token is not None and processes.oom_kills() > child.ooms:
                 self._agent.out_of_memory(number)
             self._agent.slot_said(number, word)
             self._act()
