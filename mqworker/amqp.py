@@ -178,6 +178,7 @@ class Plan:
     queues: tuple[Queue, ...] = ()  # declared and bound in this order, after the exchanges
     consumers: tuple[Consumer, ...] = ()
     replies: Callable[[Delivery], None] | None = None  # answers to what is published with reply_to=REPLY_TO
+    uses: tuple[str, ...] = ()  # exchanges for which a user looks who may not declare; 4.3 refuses those it may not use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -727,10 +728,7 @@ class _Life:
         channel.add_on_return_callback(self._on_returned)
         with self._owners_code():
             plan = self._made = self._plan(self.epoch)
-            for exchange in plan.exchanges:  # without waiting for answers: a refusal closes the channel in any case
-                channel.exchange_declare(exchange.name, exchange.kind, durable=True, passive=self._looks_only)
-            for queue in plan.queues:
-                self._declare(channel, queue)
+            self._set_up(channel)  # without waiting for answers: a refusal closes the channel in any case
             if plan.replies is not None:
                 self._consume(Consumer(queue=REPLY_TO, on_delivery=plan.replies, no_ack=True))
             for consumer in plan.consumers:
@@ -937,20 +935,23 @@ class _Life:
         self._refreshed = self._loop.time()
 
         def begin(channel: Channel, answer: Callable[[Any], None]) -> None:
-            for exchange in self._made.exchanges:
-                channel.exchange_declare(
-                    exchange.name, exchange.kind, durable=True, passive=self._looks_only, callback=_ignore
-                )
-            for queue in self._made.queues:
-                self._declare(channel, queue, _ignore)
+            self._set_up(channel, _ignore)
             channel.basic_qos(callback=answer)  # its answer comes after all others
 
         return self._ask_aside("to declare again what the plan has", begin)
 
+    def _set_up(self, channel: Channel, on_done: Callable[[Any], None] | None = None) -> None:
+        """Make what the plan has of exchanges and queues; who may not make what lasts looks at what it uses of it."""
+        for exchange in self._made.exchanges:
+            if not self._looks_only or exchange.name in self._made.uses:
+                channel.exchange_declare(
+                    exchange.name, exchange.kind, durable=True, passive=self._looks_only, callback=on_done
+                )
+        for queue in self._made.queues:
+            if not (queue.lasting and self._looks_only):
+                self._declare(channel, queue, on_done)
+
     def _declare(self, channel: Channel, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
-        if queue.lasting and self._looks_only:
-            channel.queue_declare(queue.name, passive=True, callback=on_done)
-            return
         channel.queue_declare(
             queue.name,
             durable=queue.durable,
@@ -1177,14 +1178,11 @@ async def declare(url: str, topology: Topology) -> None:
     running = asyncio.create_task(link.run())
     try:
         await link.wait_up(timeout=SOCKET_SECONDS)
-    except BrokerUnavailable as error:
-        if not link.looks_only:
-            raise
-        raise BrokerRefused(f"expected a user of the broker who may declare, got one who may not: {error}") from error
     finally:
         await link.close()
         await running
     if link.looks_only:
         raise BrokerRefused(
-            "expected a user of the broker who may declare, got one who may not; but everything is there"
+            f"expected a user of the broker who may declare {topology.prefix}.*, got one who may not; "
+            "`mqworker topology permissions --role scheduler` prints the rights that it takes"
         )

@@ -859,7 +859,9 @@ class Client:
                 await self._close_follow(follow)
 
     def _plan(self, _epoch: str) -> Plan:
-        return Plan(exchanges=self._topology.exchanges(), queues=self._topology.queues(), replies=self._on_reply)
+        topology = self._topology
+        uses = (topology.api,)  # with an observer's rights too
+        return Plan(exchanges=topology.exchanges(), queues=topology.queues(), replies=self._on_reply, uses=uses)
 
     def _on_reply(self, delivery: Delivery) -> None:
         answer = self._answers.get(delivery.correlation_id or "")

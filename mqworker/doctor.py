@@ -154,7 +154,7 @@ async def _may(url: str, topology: Topology, role: Role) -> bool:
         listens = ((topology.events, "#"), (topology.logs, "#"))
         worker = role == "worker"
         queue = topology.worker_queue("doctor", epoch) if worker else topology.follower_queue(epoch, listens)
-        return Plan(exchanges=topology.exchanges(), queues=(queue,))
+        return Plan(exchanges=topology.exchanges(), queues=(queue,), uses=writes)
 
     try:
         async with _up(url, plan) as link:

@@ -6,7 +6,7 @@ logs is one that the direct exchanges know; exclusive queues are their connectio
 """
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -85,7 +85,7 @@ def _names(topology: Topology, *names: str, below: Sequence[str] = (), also: Seq
     def bare(name: str) -> str:
         return name.removeprefix(f"{topology.prefix}.")
 
-    parts = [*dict.fromkeys(bare(name) for name in names)]
+    parts = [*dict.fromkeys(_literal(bare(name)) for name in names)]
     whole = _one_of(parts) if parts else ""
     open_ended = rf"{_one_of([bare(name) for name in below])}\..+" if below else ""
     own = rf"{_literal(topology.prefix)}\.{_one_of([one for one in (whole, open_ended) if one])}"
@@ -103,14 +103,16 @@ def _literal(name: str) -> str:
 # ---------------------------------------------------------------- for rabbitmqctl
 
 
-def commands(topology: Topology, vhost: str, users: Iterable[tuple[str, Role]]) -> Iterator[str]:
+def commands(topology: Topology, vhost: str, users: Sequence[tuple[str, Role]]) -> Iterator[str]:
     """Give the lines of a shell that make users and give them their rights; rabbitmqctl asks for the passwords."""
     yield f"# rabbitmqctl {shlex.join(['add_vhost', vhost])}   (if it is not there yet)"
-    for user, role in users:
-        rights = rights_of(role, topology)
+    given = [(user, role, rights_of(role, topology)) for user, role in users]
+    for user, role, rights in given:
         yield f"# {role}"
         yield _ctl("add_user", user)
         yield _ctl("set_permissions", "-p", vhost, user, rights.configure, rights.write, rights.read)
+    yield "# RabbitMQ 4.3 wants the exchanges there for these: run `mqworker topology declare` or a scheduler before"
+    for user, _, rights in given:
         for topic in rights.topics:
             yield _ctl("set_topic_permissions", "-p", vhost, user, topic.exchange, topic.write, topic.read)
 
@@ -134,6 +136,19 @@ def definitions(
     return {
         **({"users": made} if with_users else {}),
         "vhosts": [{"name": vhost}],
+        "exchanges": [  # RabbitMQ 4.3 takes rights to topics only of exchanges that are there
+            {
+                "name": one.name,
+                "vhost": vhost,
+                "type": one.kind,
+                "durable": True,
+                "auto_delete": False,
+                "internal": False,
+                "arguments": {},
+            }
+            for one in topology.exchanges()
+            if one.kind == "topic"
+        ],
         "permissions": [
             {"user": user, "vhost": vhost, "configure": one.configure, "write": one.write, "read": one.read}
             for user, one in given

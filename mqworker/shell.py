@@ -319,8 +319,7 @@ def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:
     except MqworkerError as error:
         return _fail(error, str(error), error.exit_code)
     except typer.TyperException as error:
-        path = getattr(getattr(error, "ctx", None), "command_path", "mqworker")
-        return _fail(error, f"{error.format_message()} (`{path} --help` shows how)", USAGE)
+        return _fail(error, _usage(error), USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
@@ -333,6 +332,18 @@ def run(application: typer.Typer, arguments: Iterable[str] | None) -> int:
         text = f"unexpected {type(error).__name__}: {error}; MQWORKER_DEBUG=1 shows where, please report it"
         return _fail(error, text, UNEXPECTED)
     return int(code or 0)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Say what is wrong with a command line, and where to read more."""
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    if context is None:
+        return f"{error.format_message()} (`mqworker --help` shows how)"
+    here, above = (any(option in one.opts for one in level.command.params) for level in (context, context.find_root()))
+    if above and not here:
+        command = context.command_path.removeprefix("mqworker ")
+        return f"{option} is for all commands, and goes before them: `mqworker {option} ... {command} ...`"
+    return f"{error.format_message()} (`{context.command_path} --help` shows how)"
 
 
 def _fail(error: BaseException, text: str, code: int) -> int:

@@ -25,7 +25,7 @@ class Queue:
     name: str
     durable: bool = True
     exclusive: bool = False
-    lasting: bool = False  # made once for everybody: who may not declare it looks whether it is there
+    lasting: bool = False  # made once for everybody; who may not declare leaves it to others
     arguments: Mapping[str, Any] = field(default_factory=dict)
     bindings: tuple[tuple[str, str], ...] = ()
 

@@ -195,10 +195,11 @@ class Worker:
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
         )
+        uses = (topology.report, topology.outcome, topology.logs, topology.rejected)
         self._writing = link(
             amqp_url,
             name=f"mqworker worker {agent.name} writing",
-            plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues()),
+            plan=lambda _epoch: Plan(exchanges=topology.exchanges(), queues=topology.queues(), uses=uses),
             on_up=lambda _epoch: self._link_changed(),
             on_down=self._link_down,
             on_blocked=self._blocked,

@@ -100,6 +100,10 @@ def test_the_version_is_told(cli):
         (["bogus"], "No such command 'bogus'"),
         (["submit"], "Missing argument 'TASK'.*`mqworker submit --help`"),
         (["submit", "noop", "--prio", "3"], "No such option: --prio.*--priority"),
+        (
+            ["list", "--amqp-url=amqp://h/"],
+            r"--amqp-url is for all commands.*: `mqworker --amqp-url \.\.\. list \.\.\.`",
+        ),
         (["submit", "noop", "--priority", "5000"], "'--priority'"),
         (["submit", "noop", "--id", "seven"], "'--id'"),
         (["list", "--state", "busy"], "'--state'.*'running'"),

@@ -31,6 +31,7 @@ STRANGE = [
     "xmq.w.submit",
     "mq.w.work.",
     "mq.w.queue.more",
+    "mq.w.queue-submit",
     "mq.w.worker.",
 ]
 
@@ -104,6 +105,7 @@ def test_commands_and_definitions_say_the_same():
         ["-p", row["vhost"], row["user"], row["exchange"], row["write"], row["read"]]
         for row in given["topic_permissions"]
     ]
+    assert {row["exchange"] for row in given["topic_permissions"]} == {row["name"] for row in given["exchanges"]}
     assert [line[2] for line in lines if line[1:2] == ["add_user"]] == [user["name"] for user in given["users"]]
     assert "password" not in json.dumps(given).replace("password_hash", "").replace("rabbit_password", "")
     assert "users" not in definitions(POOL, "a b", users, with_users=False)
