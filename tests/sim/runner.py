@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import multiprocessing
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -54,7 +55,10 @@ def run(given):
     gc.disable()
     # A directory for all: who is stopped in the middle removes nothing.
     with tempfile.TemporaryDirectory(prefix="mqworker-sim-", dir=MEMORY) as directory, _pool(given.jobs) as pool:
-        for seed, violation in pool.imap_unordered(partial(_try, directory=directory), seeds, chunksize=4):
+        results = pool.imap_unordered(partial(_try, directory=directory), seeds, chunksize=4)
+        for number, (seed, violation) in enumerate(results, start=1):
+            if number % 100 == 0:
+                print(f"{number} of {len(seeds)} seeds, {len(failed)} failed", file=sys.stderr)
             if violation is not None:
                 failed.append((seed, violation))
                 print(f"seed {seed}: {violation.promise}: {violation.text[:300]}", flush=True)
