@@ -1131,24 +1131,29 @@ class _Follow:
             first = await asyncio.wait_for(self._arrived.get(), seconds)
         except TimeoutError:
             return []
-        return [self._read(first), *self.take_now()]
+        return [self._heard(first), *self.take_now()]
 
     def take_now(self) -> list[Heard | None]:
         items: list[Heard | None] = []
         while not self._arrived.empty():
-            items.append(self._read(self._arrived.get_nowait()))
+            items.append(self._heard(self._arrived.get_nowait()))
         return items
 
-    def _read(self, delivery: Delivery | None) -> Heard | None:
+    def _heard(self, delivery: Delivery | None) -> Heard | None:
         if delivery is None:
             return None
         self._line.link.ack(delivery)
-        try:
-            item: Heard = decode(delivery.body, cast("Any", Heard))
-        except PeerError as error:
-            logger.warning("an unreadable message was passed over", extra={"reason": str(error)})
-            return None  # as what was not heard at all: who waits looks for itself
-        return item
+        return _read_heard(delivery.body)
+
+
+def _read_heard(body: bytes) -> Heard | None:
+    """Return an event or lines of a log; None is as if nothing had been heard: who waits looks for itself."""
+    try:
+        item: Heard = decode(body, cast("Any", Heard))
+    except PeerError as error:
+        logger.warning("an unreadable message was passed over", extra={"reason": str(error)})
+        return None
+    return item
 
 
 def _countdown(seconds: float | None) -> Callable[[], float]:
