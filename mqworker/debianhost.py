@@ -131,6 +131,8 @@ def why_no_unshare() -> str | None:
     for path, _ in _ID_FILES:
         if _given_ids(path, user) < SUBORDINATE_IDS:
             return f"{user} has no {SUBORDINATE_IDS} subordinate ids in {path}"
+    if not processes.may_unshare():
+        return "user namespaces are not allowed here"
     flags = ("--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork")
     # A container that masks parts of /proc refuses this mount, and builds without /proc fail in strange ways.
     tried = _run(["unshare", *flags, "mount", "-t", "proc", "proc", "/proc"])

@@ -445,6 +445,9 @@ def _remove_as_namespace_root(path: Path, first: Exception) -> None:
     namespace = ["unshare", "--user", "--map-root-user"]
     problems = [str(first)]
     for prefix in ([], namespace, [*namespace, "--map-auto"]):
+        if prefix and not may_unshare():
+            problems.append("user namespaces are not allowed here")
+            break
         try:
             done = subprocess.run(
                 [*prefix, *remove],
@@ -503,6 +506,8 @@ def size_of_tree(path: Path) -> int:
 def _size_as_namespace_root(path: Path, first: Exception) -> int:
     measure = ["du", "--summarize", "--one-file-system", "--block-size=1", "--", str(path.absolute())]
     namespace = ["unshare", "--user", "--map-root-user", "--map-auto"]
+    if not may_unshare():
+        raise HostUnfit(f"expected to measure {path}, but: {first}; user namespaces are not allowed here") from first
     done = subprocess.run(
         [*namespace, *measure], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
@@ -510,6 +515,18 @@ def _size_as_namespace_root(path: Path, first: Exception) -> int:
     if not size.isdecimal():
         raise HostUnfit(f"expected to measure {path}, but: {first}; {done.stderr.strip()[:300]}") from first
     return int(size)
+
+
+def may_unshare() -> bool:
+    """Tell whether user namespaces are allowed here; ask before `unshare --map-auto`.
+
+    Where they are not, that fails and leaves a helper that holds its output open for ever (util-linux 2.38 and 2.41).
+    """
+    probe = ["unshare", "--user", "true"]
+    try:
+        return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def unmount_below(path: Path) -> list[str]:

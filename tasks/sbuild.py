@@ -157,7 +157,8 @@ def _looks_whole(path: Path, ending: str) -> bool:
 
 def _can_unshare() -> bool:
     flags = ("--user", "--map-root-user", "--map-auto", "--mount", "--pid", "--fork")
-    return _ask("unshare", *flags, "true") is not None
+    # Where namespaces are not allowed, --map-auto would leave a helper behind that waits for ever.
+    return all(_ask("unshare", *given, "true") is not None for given in (("--user",), flags))
 
 
 def _schroot_chroots() -> Iterator[tuple[str, str]]:

@@ -97,6 +97,33 @@ def test_without_subordinate_ids_unshare_builds_are_refused_with_the_reason(id_f
     assert str(id_files[0]) in str(debianhost.why_no_unshare())
 
 
+WITHOUT_NAMESPACES = {
+    "a look at the host": "debianhost._given_ids = lambda *_: 65536; print(debianhost.why_no_unshare())",
+    "a tree": "processes.remove_tree(Path('/proc/self/fdinfo'))",  # nobody removes that
+    "a size": "processes._size_as_namespace_root(Path('/proc/self/fdinfo'), PermissionError('closed'))",
+    "sbuild": "print('not allowed' * (not sbuild._can_unshare()))",
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_NAMESPACES)
+def test_where_user_namespaces_are_not_allowed_nothing_waits_for_them(what):
+    """As in most containers: there, `unshare --map-auto` leaves a helper that keeps its output open."""
+    imports = "from pathlib import Path; from mqworker import debianhost, processes; from tasks import sbuild"
+    within = ["unshare", "--user", "--map-root-user", "sh", "-c"]
+    forbid = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@" 2>&1'
+    if subprocess.run([*within, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("this kernel gives us no user namespaces")
+    done = subprocess.run(
+        [*within, forbid, "sh", sys.executable, "-P", "-c", f"{imports}\n{WITHOUT_NAMESPACES[what]}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+    assert "not allowed" in done.stdout
+
+
 # ---------------------------------------------------------------- the archive
 
 
