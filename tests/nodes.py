@@ -1,19 +1,24 @@
 """Three RabbitMQ nodes on this machine, one cluster: to be killed, frozen, and parted from each other."""
 
+import json
 import os
 import secrets
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
+from mqworker.errors import OutsideError
 from mqworker.privatenode import PATH, PrivateNode, _free_ports, find_programs
 
 NAMES = ("c0", "c1", "c2")
+MENDS_ITSELF = 60.0  # seconds
+STARTS = 180.0  # seconds
 
 
 class Cluster:
@@ -85,6 +90,33 @@ class Cluster:
 
     def thaw(self, name: str) -> None:
         os.kill(self.nodes[name].pid or 0, signal.SIGCONT)
+
+    def whole(self) -> bool:
+        """Tell whether each node runs, and sees all others run."""
+        try:
+            seen = [node.ctl("cluster_status", "--formatter", "json") for node in self.nodes.values()]
+        except OutsideError:
+            return False
+        return all(len(json.loads(text)["running_nodes"]) == len(NAMES) for text in seen)
+
+    def mend(self, name: str) -> None:
+        """Wait until a node is one with the others again, and start it anew if that does not come by itself.
+
+        RabbitMQ 3.10 can leave a node parted that was frozen for long; its documentation has operators do the same.
+        """
+        if not self._becomes_whole(MENDS_ITSELF):
+            self.nodes[name].kill()
+            self.nodes[name].start()
+            if not self._becomes_whole(STARTS):
+                raise AssertionError(f"the cluster is not whole {STARTS:g} s after {name} was started anew")
+
+    def _becomes_whole(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while not self.whole():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)  # between two looks at what has no event
+        return True
 
     def part(self, name: str) -> None:
         """Part a node from the others: each side lets the other in no more, since each expects another cookie."""
