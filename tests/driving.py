@@ -1,6 +1,7 @@
 """A pool on a real ledger in memory, and a worker that speaks to it: tests carry the messages and turn the clock."""
 
 import itertools
+import weakref
 
 from mqworker.amqp import Delivery
 from mqworker.ledger import Ledger
@@ -66,6 +67,8 @@ class Driven:
 
     def __init__(self, ledger=None, *, term=1, **settings):
         self.ledger = ledger or Ledger.open("sqlite://")
+        if ledger is None:  # Python 3.13 warns of databases that nobody has closed
+            weakref.finalize(self.ledger, self.ledger._database.close)
         self.term = term
         self.settings = settings  # group_weights, concurrency_limits, no_worker_after
         self.steady = 1000.0 * term
