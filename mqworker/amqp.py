@@ -927,7 +927,7 @@ class _Life:
     def declare(self, queue: Queue) -> asyncio.Future[None]:
         """Declare and bind a queue."""
         return self._ask_aside(
-            f"to declare queue {queue.name!r}", lambda channel, answer: self._declare(channel, queue, answer)
+            f"to declare queue {queue.name!r}", lambda channel, answer: self._declare(channel, queue, answer, _ignore)
         )
 
     def refresh(self) -> asyncio.Future[None]:
@@ -951,13 +951,20 @@ class _Life:
             if not (queue.lasting and self._looks_only):
                 self._declare(channel, queue, on_done)
 
-    def _declare(self, channel: Channel, queue: Queue, on_done: Callable[[Any], None] | None = None) -> None:
+    def _declare(
+        self,
+        channel: Channel,
+        queue: Queue,
+        on_done: Callable[[Any], None] | None = None,
+        on_made: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Declare and bind; with `on_made` only if the queue itself answers: 4.3 also binds one whose node is down."""
         channel.queue_declare(
             queue.name,
             durable=queue.durable,
             exclusive=queue.exclusive,
             arguments=dict(queue.arguments),
-            callback=None if queue.bindings else on_done,  # without one, the broker is not asked for an answer
+            callback=on_made if queue.bindings else on_done,  # without one, the broker is not asked for an answer
         )
         for number, (exchange, key) in enumerate(queue.bindings, start=1):
             last = number == len(queue.bindings)
