@@ -41,7 +41,7 @@ from mqworker.messages import (
     Report,
     Request,
     Submit,
-    Ticket,
+    Tickets,
     Verdict,
     decode,
     encode,
@@ -187,7 +187,7 @@ class Bench:
             self._deliver()
             bodies = [encode(peer.say(peer.beat())) for peer in some]
             followed.on(lambda bodies=bodies: self.driver.settle(bodies))  # type: ignore[misc]  # as above
-            if offered is None and any(isinstance(message, Ticket) for _, message in self.driver.sent):
+            if offered is None and any(isinstance(message, Tickets) for _, message in self.driver.sent):
                 offered = opened.wall + joined.wall + followed.wall
             self._deliver()
         self.figures["restart"] = {
@@ -212,8 +212,8 @@ class Bench:
             sent, self.driver.sent = self.driver.sent, []
             bodies, tickets = [], []
             for key, message in sent:
-                if isinstance(message, Ticket):
-                    tickets.append((key, message))
+                if isinstance(message, Tickets):
+                    tickets += [(key, ticket) for ticket in message.tickets]
                 elif isinstance(message, Verdict):
                     peer = self.peers.get(key.partition(".")[0])
                     assigned = [part.queue for part in message.parts if isinstance(part, Assign)]
@@ -330,7 +330,8 @@ class Bench:
                 body = encode(peer.end())
                 spent = Spent()
                 spent.on(lambda body=body: self.driver.settle([body]))  # type: ignore[misc]  # as above
-                tickets = [message for _, message in self.driver.sent if isinstance(message, Ticket)]
+                sent = [message for _, message in self.driver.sent]
+                tickets = [one for message in sent if isinstance(message, Tickets) for one in message.tickets]
                 if len(tickets) == 1:
                     freed += 1
                     free.add(spent)
@@ -472,7 +473,7 @@ class Bench:
             body = encode(peer.end())
             total[0] = 0.0
             self.driver.settle([body])
-            if any(isinstance(message, Ticket) for _, message in self.driver.sent):
+            if any(isinstance(message, Tickets) for _, message in self.driver.sent):
                 shares["free"].append(total[0])
             self._deliver()
             self._employ(peer)

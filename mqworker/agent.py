@@ -7,7 +7,7 @@ on a virtual clock. Its clock is CLOCK_BOOTTIME in nanoseconds: a lease goes on 
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
@@ -90,14 +90,14 @@ LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run who
 
 @dataclass(frozen=True)
 class Ack:
-    """Acknowledge a ticket."""
+    """Acknowledge a message of tickets."""
 
     delivery: Any
 
 
 @dataclass(frozen=True)
 class Requeue:
-    """Give a ticket back to its queue."""
+    """Give a message of tickets back to its queue."""
 
     delivery: Any
 
@@ -222,11 +222,19 @@ Act = (
 # ---------------------------------------------------------------- what is held
 
 
+@dataclass(eq=False)
+class _Hand:
+    """A message with tickets, which is acknowledged when all of them are answered."""
+
+    delivery: Any
+    unanswered: int = 0
+
+
 @dataclass(kw_only=True)
 class _Asking:
     """A ticket in hand whose claim or refusal is not answered yet."""
 
-    delivery: Any
+    hand: _Hand
     ticket: Ticket
     token: str
     refusal: str | None  # why it must not run here
@@ -446,31 +454,48 @@ class Agent:
 
     # ------------------------------------------------------------ tickets
 
-    def ticket(self, delivery: Any, ticket: Ticket) -> None:
-        """Take a ticket: claim it, refuse it, or give it back if no slot is free."""
-        request = ticket.request
-        for asking in self._asking.values():
-            if asking.ticket.request.id == request.id and asking.ticket.attempt == ticket.attempt:
+    def tickets(self, delivery: Any, tickets: Sequence[Ticket]) -> None:
+        """Take the tickets of one message: claim or refuse each, or give them all back if no slot is free."""
+        hand = _Hand(delivery)
+        asked = {(one.ticket.request.id, one.ticket.attempt): one for one in self._asking.values()}
+        running = {(run.request.id, run.attempt) for run in self._runs.values()}
+        new: list[Ticket] = []
+        for ticket in tickets:
+            name = ticket.request.id, ticket.attempt
+            if name in asked:
                 # Offered twice, or redelivered on a new connection: there, acknowledging the former does nothing.
-                self._acts.append(Ack(asking.delivery))
-                asking.delivery = delivery
-                return
-        if any(run.request.id == request.id and run.attempt == ticket.attempt for run in self._runs.values()):
-            self._acts.append(Ack(delivery))
-            return
+                self._let_go(asked[name].hand)
+                asked[name].hand = hand
+                hand.unanswered += 1
+            elif name not in running:
+                new.append(ticket)
         out = self._draining or self._told_to_drain or self._holds
-        if out or self._analysis is None or self._free() <= 0:
-            self._acts.append(Requeue(delivery))
+        if new and (out or self._analysis is None or self._free() <= 0):
+            if not hand.unanswered:  # else they are offered again in a while
+                self._acts.append(Requeue(delivery))
             return
+        for ticket in new:
+            self._ask(hand, ticket)
+        if not hand.unanswered:
+            self._acts.append(Ack(delivery))
+
+    def _ask(self, hand: _Hand, ticket: Ticket) -> None:
+        hand.unanswered += 1
         self._beat_wanted = self._beat_wanted or ticket.alone  # its other slots are not to be had now
         token = self._make_token()
         self._asking[token] = _Asking(
-            delivery=delivery,
+            hand=hand,
             ticket=ticket,
             token=token,
-            refusal=self._why_not(request, self._analysis),
+            refusal=None if self._analysis is None else self._why_not(ticket.request, self._analysis),
             metadata_version=self._metadata_version,
         )
+
+    def _let_go(self, hand: _Hand) -> None:
+        """Count a ticket as answered; its message is acknowledged with the last one."""
+        hand.unanswered -= 1
+        if not hand.unanswered:
+            self._acts.append(Ack(hand.delivery))
 
     def _why_not(self, request: Request, analysis: Analysis) -> str | None:
         """Re-check a request against this worker's own metadata; return why it must not run here."""
@@ -531,7 +556,7 @@ class Agent:
                 case Void():
                     asking = self._asking.pop(part.token, None)
                     if asking is not None:
-                        self._acts.append(Ack(asking.delivery))
+                        self._let_go(asking.hand)
                         self._beat_wanted = self._beat_wanted or asking.ticket.alone
                 case Drain():
                     self._told_to_drain = True
@@ -560,7 +585,7 @@ class Agent:
         asking = self._asking.pop(granted.token, None)
         if asking is None:
             return  # said twice
-        self._acts.append(Ack(asking.delivery))
+        self._let_go(asking.hand)
         request = asking.ticket.request
         deadline_ns = lease_deadline_ns(asking.sent_ns or 0, granted.lease)
         idle = self._idle()

@@ -29,6 +29,7 @@ MAX_INPUTS_BYTES: Final = 4 * 1024 * 1024  # of the artifacts that one request n
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of one word between an agent and its slot
 MAX_DEPTH: Final = 50  # levels of task data, `requires`, metadata and the data of artifacts
 MAX_REQUESTS_IN_A_MESSAGE: Final = 1000
+MAX_TICKETS_IN_A_MESSAGE: Final = 100
 MAX_SLOTS: Final = 10_000  # of one worker
 MAX_LISTED: Final = 10_000  # of anything that a worker lists: tasks, outcomes that are not answered, artifacts of one
 MAX_FILES: Final = 50_000  # of one artifact
@@ -246,14 +247,20 @@ class Receipt(Struct, frozen=True, kw_only=True, tag="receipt"):
 # ---------------------------------------------------------------- scheduler -> workers (mqworker.work)
 
 
-class Ticket(Struct, frozen=True, kw_only=True, tag="ticket"):
+class Ticket(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Offer a request, for one attempt, to a capability class; it has no authority of its own."""
 
-    v: int = VERSION
-    term: Count
     attempt: Positive
     request: Request
     alone: bool = False  # the last attempt of a request whose others were lost: nothing else may run beside it
+
+
+class Tickets(Struct, frozen=True, kw_only=True, tag="tickets"):
+    """Carry tickets for one capability class: one, or several where the class ends runs faster than messages come."""
+
+    v: int = VERSION
+    term: Count
+    tickets: Annotated[list[Ticket], Meta(min_length=1, max_length=MAX_TICKETS_IN_A_MESSAGE)]
 
 
 # ---------------------------------------------------------------- worker -> scheduler (mqworker.report)

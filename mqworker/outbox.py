@@ -17,6 +17,7 @@ from mqworker.messages import (
     RequestEvent,
     StuckEvent,
     Ticket,
+    Tickets,
     Verdict,
     VerdictPart,
     WorkerEvent,
@@ -52,7 +53,7 @@ class Outbox:
 
     def take(self, lives: Callable[[str], bool]) -> list[Send]:
         """Hand over all messages, but for tickets into queues that do not live."""
-        sends = [send for send in self._sends if not isinstance(send.message, Ticket) or lives(send.key)]
+        sends = [send for send in self._sends if not isinstance(send.message, Tickets) or lives(send.key)]
         self._sends = []
         verdicts, self._verdicts = self._verdicts, {}
         for (worker, epoch), parts in verdicts.items():
@@ -72,7 +73,7 @@ class Outbox:
             Send(
                 exchange=self._topology.work,
                 key=queue,
-                message=Ticket(term=self._term, attempt=attempt, request=request, alone=alone),
+                message=Tickets(term=self._term, tickets=[Ticket(attempt=attempt, request=request, alone=alone)]),
                 returned=returned,
             )
         )

@@ -61,7 +61,7 @@ from mqworker.messages import (
     SlotReady,
     SlotWord,
     StopRun,
-    Ticket,
+    Tickets,
     Verdict,
     decode,
     encode,
@@ -397,14 +397,14 @@ class Worker:
             if isinstance(part, Assign) and part.queue is not None and not self._topology.is_class_queue(part.queue):
                 raise Unreadable(f"expected a queue {self._topology.work}.<class> to consume, got {part.queue!r}")
 
-    def _take_ticket(self, delivery: Delivery) -> None:
+    def _take_tickets(self, delivery: Delivery) -> None:
         try:
-            ticket = decode(delivery.body, Ticket)
+            message = decode(delivery.body, Tickets)
         except PeerError as error:
             self._metrics.unreadable.labels(source="work").inc()
             self._start(self._reject(delivery, error))
             return
-        self._agent.ticket(delivery, ticket)
+        self._agent.tickets(delivery, message.tickets)
         self._act()
 
     async def _reject(self, delivery: Delivery, error: PeerError) -> None:
@@ -468,7 +468,7 @@ class Worker:
             case Requeue(delivery):
                 self._reading.requeue(delivery)
             case Consume(queue):
-                self._reading.consume(Consumer(queue=queue, on_delivery=self._take_ticket, prefetch=self._slots))
+                self._reading.consume(Consumer(queue=queue, on_delivery=self._take_tickets, prefetch=self._slots))
             case Cancel(queue):
                 self._reading.cancel(queue)
             case StartRun():

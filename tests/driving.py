@@ -23,7 +23,7 @@ from mqworker.messages import (
     RunProgress,
     RunRef,
     StuckEvent,
-    Ticket,
+    Tickets,
     Verdict,
     WorkerEvent,
 )
@@ -130,10 +130,10 @@ class Driven:
 
     def _take(self, send):
         match send.message:
-            case Ticket():
-                assert send.exchange == TOPOLOGY.work
+            case Tickets(tickets=tickets):
+                assert (send.exchange, send.message.term) == (TOPOLOGY.work, self.term)
                 assert send.key in self.queues
-                self.tickets.append((send.key, send.message, send.returned))
+                self.tickets += [(send.key, ticket, send.returned) for ticket in tickets]
             case Probe():
                 self.probes.append((send.message, send.returned))
             case Verdict():

@@ -142,7 +142,7 @@ class Driven:
 
     def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None, alone=False, **fields):
         request = Request(id=an_id(number), task=task, data=data or {}, **fields)
-        self.agent.ticket(delivery or f"d{number}", Ticket(term=1, attempt=attempt, request=request, alone=alone))
+        self.agent.tickets(delivery or f"d{number}", [Ticket(attempt=attempt, request=request, alone=alone)])
 
     def claim(self, number=1, **given):
         """Take a ticket; return what it was claimed with."""

@@ -29,7 +29,7 @@ from mqworker.messages import (
     SlotOrder,
     SlotWord,
     Submit,
-    Ticket,
+    Tickets,
     decode,
     encode,
     encode_line,
@@ -287,7 +287,7 @@ def test_a_message_that_says_no_version_is_of_ours(kind):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.one_of(any_of(Ticket), any_of(messages.Outcomes), any_of(messages.Verdict), any_of(Report)))
+@given(st.one_of(any_of(Tickets), any_of(messages.Outcomes), any_of(messages.Verdict), any_of(Report)))
 def test_fields_that_are_not_known_are_ignored_at_every_depth(message):
     def without_free_data(value):
         # What is free of a schema keeps what it is given: task data, artifact data, metadata, and maps by name.

@@ -359,7 +359,7 @@ def answers_to_nothing(house):
 
 def far_terms(house):
     return msgspec.json.encode(
-        {"type": "ticket", "v": 1, "term": LATE, "attempt": LATE, "request": _request(house, lease=5)}
+        {"type": "tickets", "v": 1, "term": LATE, "tickets": [{"attempt": LATE, "request": _request(house, lease=5)}]}
     )
 
 

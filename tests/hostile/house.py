@@ -24,7 +24,7 @@ from mqworker.messages import (
     Report,
     SlotWord,
     Submit,
-    Ticket,
+    Tickets,
     Verdict,
 )
 from mqworker.metrics import SchedulerMetrics
@@ -51,7 +51,7 @@ KINDS = {
     "report": Report | Probe,
     "outcome": Outcomes,
     "api": Query,
-    "ticket": Ticket,
+    "ticket": Tickets,
     "verdict": Verdict,
     "slot": SlotWord,
     "client": client.Heard,
@@ -325,7 +325,7 @@ class House:
             case "ticket":
                 host = self.random.choice(list(self.hosts.values()))
                 host.process.context.run(
-                    host.worker._take_ticket, a_delivery(body, TOPOLOGY.work, sum(self.sent.values()))
+                    host.worker._take_tickets, a_delivery(body, TOPOLOGY.work, sum(self.sent.values()))
                 )
             case "verdict":
                 self._verdict(body)

@@ -13,7 +13,7 @@ from mqworker.agent import Agent
 from mqworker.amqp import MAX_HEADERS_BYTES, _kept_headers, _Properties
 from mqworker.client import Heard
 from mqworker.errors import HostUnfit, PeerError, SettingsError
-from mqworker.messages import Analysis, Outcomes, Probe, Report, SlotReady, SlotWord, Submit, Ticket, Verdict, decode
+from mqworker.messages import Analysis, Outcomes, Probe, Report, SlotReady, SlotWord, Submit, Tickets, Verdict, decode
 from mqworker.settings import load
 from mqworker.state import WorkerState
 from mqworker.task import load_tasks
@@ -24,7 +24,7 @@ KINDS = [
     Report | Probe,
     Outcomes,
     messages.Query,
-    Ticket,
+    Tickets,
     Verdict,
     SlotWord,
     messages.SlotOrder,
@@ -112,7 +112,7 @@ class Working:
         agent = self._agent
         self._now += SECOND
         try:
-            message = decode(data, Ticket | Verdict | SlotWord)
+            message = decode(data, Tickets | Verdict | SlotWord)
         except PeerError as error:
             if not data:
                 agent.slot_babbled(0, str(error))
@@ -120,8 +120,8 @@ class Working:
                 agent.slot_said(0, SlotReady())
             return
         match message:
-            case Ticket():
-                agent.ticket(None, message)
+            case Tickets(tickets=tickets):
+                agent.tickets(None, tickets)
             case Verdict():
                 agent.verdict(message, self._now)
             case Analysis():

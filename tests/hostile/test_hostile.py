@@ -21,7 +21,7 @@ from mqworker.messages import (
     Request,
     SlotWord,
     Submit,
-    Ticket,
+    Tickets,
     Verdict,
 )
 from tests.hostile.generate import Maker
@@ -31,7 +31,7 @@ from tests.hostile.judges import JUDGES, KINDS, reading
 CORPUS = Path(__file__).parent / "corpus"
 
 # What others may send, to whoever keeps it or works through it.
-FROM_OUTSIDE = [Submit, Report, Probe, Outcomes, Query, Ticket]
+FROM_OUTSIDE = [Submit, Report, Probe, Outcomes, Query, Tickets]
 # Fields without a bound of their own, and why the message's is enough.
 UNBOUNDED = {
     ("Request", "data"): "the request has at most MAX_REQUEST_BYTES, and MAX_DEPTH levels",

@@ -100,7 +100,7 @@ def test_unreadable_words_to_any_exchange_are_kept_and_hurt_nobody(pool, final, 
             "outcome": f"{pool.prefix}.outcome",
             "api": f"{pool.prefix}.api",
         }
-        bodies = [b"", b"null", b"[]", b'{"type":"report"}', b'{"type":"ticket","v":9}', b"\x00" * 100]
+        bodies = [b"", b"null", b"[]", b'{"type":"report"}', b'{"type":"tickets","v":9}', b"\x00" * 100]
         with pool.channel() as channel:
             for name, routing_key in key.items():
                 for body in bodies:

@@ -115,7 +115,7 @@ def test_some_hundred_messages_of_every_kind_leave_a_pool_as_it_was(pool, final,
                     exchange, exchange, body, BasicProperties(reply_to=reply_to, type="x"), mandatory=True
                 )
             for _ in range(50):
-                channel.basic_publish(f"{pool.prefix}.work", queue, maker.message(messages.Ticket))
+                channel.basic_publish(f"{pool.prefix}.work", queue, maker.message(messages.Tickets))
                 channel.basic_publish(f"{pool.prefix}.verdict", "anna.x", maker.message(Verdict))
 
             def answered() -> bool:

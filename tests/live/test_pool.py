@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 
 from mqworker.errors import Unanswered
-from mqworker.messages import Request, Ticket, encode
+from mqworker.messages import Request, Ticket, Tickets, encode
 from mqworker.store import Store
 
 pytestmark = pytest.mark.live
@@ -307,7 +307,7 @@ def test_of_two_tickets_for_one_attempt_one_is_granted(pool, runs, final):
         view = client.status(one)
         queue = client.workers()[0].queue
         with pool.channel() as channel:
-            body = encode(Ticket(term=1, attempt=view.attempt, request=view.request))
+            body = encode(Tickets(term=1, tickets=[Ticket(attempt=view.attempt, request=view.request)]))
             channel.basic_publish(f"{pool.prefix}.work", queue, body, mandatory=True)
         behind = client.submit("noop", {})
 

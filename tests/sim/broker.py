@@ -230,7 +230,7 @@ class Broker:
             text = f"the broker returned the message for {message.key}: 312 NO_ROUTE"
             connection.confirm(number, text if mandatory else None)
             return
-        if message.kind == "ticket" and self.losing and self._random.random() < self.losing:
+        if message.kind == "tickets" and self.losing and self._random.random() < self.losing:
             connection.confirm(number, None)
             return
         for name in routed:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from mqworker.messages import Outcomes, Receipt, Report, Submit, Ticket, Verdict, decode
+from mqworker.messages import Outcomes, Receipt, Report, Submit, Tickets, Verdict, decode
 from tests.sim import programs
 from tests.sim.loop import START
 
@@ -493,14 +493,14 @@ class Check:
         """Take what a process sends, at the moment that it does."""
         world = self.world
         match message.kind:
-            case "ticket":
-                ticket = decode(message.body, Ticket)
-                self._check_ticket(ticket)
-                if self.turn is not None:
-                    self.turn.queues[ticket.request.id, ticket.attempt] = message.key
-                    self.loop.after_step = self._judge_turn
-                if world.trace is not None:
-                    world.note(process.name, f"offers {ticket.request.id[-4:]}/{ticket.attempt} in {message.key}")
+            case "tickets":
+                for ticket in decode(message.body, Tickets).tickets:
+                    self._check_ticket(ticket)
+                    if self.turn is not None:
+                        self.turn.queues[ticket.request.id, ticket.attempt] = message.key
+                        self.loop.after_step = self._judge_turn
+                    if world.trace is not None:
+                        world.note(process.name, f"offers {ticket.request.id[-4:]}/{ticket.attempt} in {message.key}")
             case "verdict":
                 verdict = decode(message.body, Verdict)
                 worker = message.key.partition(".")[0]
@@ -551,7 +551,7 @@ class Check:
     def delivered(self, process, delivery):
         """Take what a process gets, at the moment that it does."""
         match delivery.kind:
-            case "ticket":
+            case "tickets":
                 self.tickets.setdefault(process.name, set()).add((delivery.epoch, delivery.tag))
                 self._touch(process.name)
             case "verdict":
@@ -583,7 +583,7 @@ class Check:
     def settled(self, process, delivery, acked):
         """Take that a process acknowledges a message, or gives it back."""
         match delivery.kind:
-            case "ticket":
+            case "tickets":
                 self.tickets.setdefault(process.name, set()).discard((delivery.epoch, delivery.tag))
                 self._touch(process.name)
             case "submit" if acked:
