@@ -7,11 +7,12 @@ on a virtual clock. Its clock is CLOCK_BOOTTIME in nanoseconds: a lease goes on 
 
 import difflib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
-from math import inf
+from math import exp, inf
 from typing import Any, Final
 
 import msgspec
@@ -55,12 +56,14 @@ from mqworker.messages import (
     SlotOutput,
     SlotProgress,
     SlotReady,
+    SlotRecalled,
     SlotWord,
     Ticket,
     Verdict,
     Void,
     bounded,
     encode,
+    outcome_sets,
     shortened,
 )
 from mqworker.task import Task, load_tasks
@@ -82,6 +85,17 @@ MAX_UNSETTLED_BYTES: Final = 64 * 1024 * 1024  # ... their bytes; with more of e
 MAX_LOG: Final = 1024 * 1024  # characters of output in one message; a slot says far less at once
 LARGEST: Final = 3  # keys that are named where metadata are too large, ...
 LARGEST_KEY: Final = 100  # ... with so many of their characters
+AHEAD_SECONDS: Final = 0.1  # what ends here in this time is taken ahead of the slots, ...
+AHEAD_NS: Final = int(AHEAD_SECONDS * 1e9)
+MAX_AHEAD: Final = 500  # ... and no more
+SLOWEST_ANSWER: Final = 1.0  # second that a claim may wait for its grant, as far as that counts, ...
+ANSWER_WEIGHT: Final = 0.1  # ... and by so much each counts
+FLOOD_PREFETCH: Final = 20  # messages in hand beyond the slots, where each slot ends a run in less than AHEAD_SECONDS
+GIVEN_SECONDS: Final = 0.02  # what a slot ends in this time it is given beside what it runs, ...
+MAX_GIVEN: Final = 100  # ... and no more
+RATE_WINDOW: Final = 0.25  # seconds over which is counted what ends
+STUCK_NS: Final = 500_000_000  # without an end: what waits for a slot is handed back
+UNTOLD_NS: Final = 200_000_000  # a run that takes longer is told of, even if it says nothing itself
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
 
 
@@ -104,9 +118,10 @@ class Requeue:
 
 @dataclass(frozen=True)
 class Consume:
-    """Consume a queue, with as many tickets in hand as there are slots."""
+    """Consume a queue, with so many messages in hand."""
 
     queue: str
+    prefetch: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ class Cancel:
 
 @dataclass(frozen=True)
 class StartRun:
-    """Start a run in a slot."""
+    """Give a slot a run, behind those that it has."""
 
     slot: int
     token: str
@@ -130,18 +145,27 @@ class StartRun:
 
 @dataclass(frozen=True)
 class RenewRun:
-    """Tell a slot that its run may go on."""
+    """Tell a slot that a run may go on."""
 
     slot: int
+    token: str
     deadline_ns: int
 
 
 @dataclass(frozen=True)
 class StopRunIn:
-    """Tell a slot to abort its run."""
+    """Tell a slot to abort a run."""
 
     slot: int
+    token: str
     reason: str
+
+
+@dataclass(frozen=True)
+class RecallRuns:
+    """Take back from a slot the runs that it has not begun."""
+
+    slot: int
 
 
 @dataclass(frozen=True)
@@ -154,10 +178,18 @@ class KillSlot:
 
 @dataclass(frozen=True)
 class Spool:
-    """Write an outcome to disk, for good; its run's directory is not needed any more."""
+    """Write an outcome to disk, for good; its run's directory is not needed any more, if it has one."""
 
     outcome: Outcome
     task: str
+    litter: bool
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Remove what a run has left, of which nobody wants an outcome."""
+
+    token: str
 
 
 @dataclass(frozen=True)
@@ -208,8 +240,10 @@ Act = (
     | StartRun
     | RenewRun
     | StopRunIn
+    | RecallRuns
     | KillSlot
     | Spool
+    | Discard
     | Unspool
     | PublishReport
     | PublishOutcomes
@@ -252,7 +286,7 @@ class _Asking:
 
 @dataclass(kw_only=True)
 class _Run:
-    slot: int | None  # None: it waits to be alone
+    slot: int | None  # None: it waits for one
     request: Request
     attempt: int
     token: str
@@ -261,6 +295,11 @@ class _Run:
     deadline_ns: int
     grace: float
     since: float
+    judged: int  # by which version of the metadata it may run here
+    granted_ns: int
+    begun_ns: int | None = None  # None: as far as we know, others are before it
+    told: bool = False  # that it has begun
+    doomed: tuple[str, str] | None = None  # how it is to be killed, and why, if its slot has begun it already
     alone: bool = False
     timeout_ns: int | None = None  # when it has run for as long as it may
     over: bool = False  # ... and was told to stop for that
@@ -268,7 +307,7 @@ class _Run:
     fraction: float | None = None
     abort: str | None = None
     kill_ns: int | None = None
-    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit", "babble"
+    killed: str | None = None  # why: "lease", "void", "abort", "stop", "timeout", "limit", "babble", "unable"
     exceeded: Reason | None = None  # a limit
     out_of_memory: bool = False
     ended: SlotEnded | None = None  # what its slot said before it ended itself, because of what it could not end
@@ -297,8 +336,15 @@ class _Unsettled:
 @dataclass(kw_only=True)
 class _Slot:
     ready: bool = False
-    run: str | None = None  # token
+    runs: list[str] = field(default_factory=list)  # tokens, in their order; it has begun the first
     dying: bool = False
+    overtaken: _Run | None = None  # killed, but it had ended before that: what is behind it may have begun
+    recalled: bool = False  # it was told to give back what it has not begun, and has not answered
+
+    @property
+    def run(self) -> str | None:
+        """Return the token of the run that it has begun."""
+        return self.runs[0] if self.runs else None
 
 
 @dataclass(kw_only=True)
@@ -331,7 +377,10 @@ class Agent:
     """Judge everything that reaches a worker.
 
     Of the tasks that it has, `allow_tasks` names those that it may run (none: all), and `deny_tasks` those that it may
-    not, whatever the former says.
+    not, whatever the former says. `bounded`: all runs here have limits.
+
+    Where runs end faster than messages come, it takes as many ahead of its slots as end here in AHEAD_SECONDS, and
+    gives each slot the next ones before it asks; where they take longer, none.
     """
 
     def __init__(
@@ -346,6 +395,7 @@ class Agent:
         static_metadata: Mapping[str, Any],
         allow_tasks: Collection[str] = (),
         deny_tasks: Collection[str] = (),
+        bounded: bool = False,
         make_token: Callable[[], str],
         wall: Callable[[], float],
     ) -> None:
@@ -358,6 +408,7 @@ class Agent:
         self._static_metadata = dict(static_metadata)
         self._allowed = frozenset(name.lower() for name in allow_tasks)
         self._denied = frozenset(name.lower() for name in deny_tasks)
+        self._bounded = bounded
         self._make_token = make_token
         self._wall = wall
         self._acts: list[Act] = []
@@ -371,11 +422,18 @@ class Agent:
         self._metadata_version = incarnation * 1000
         self._asking: dict[str, _Asking] = {}
         self._runs: dict[str, _Run] = {}
+        self._queue: deque[_Run] = deque()  # granted, and waiting for a slot; not those that wait to be alone
+        self._ended = 0  # runs, since the rate was last looked at
+        self._rate = 0.0  # runs that end here in a second, lately
+        self._rated_ns = 0
+        self._ended_ns = 0  # when one did
+        self._answered_in = 0.0  # seconds until a claim is granted, lately
         self._unsettled: dict[str, _Unsettled] = {}
         self._unsettled_bytes = 0
         self._beats: dict[int, _Beat] = {}
         self._assigned: str | None = None
         self._consuming: str | None = None
+        self._prefetch = slots
         self._draining = False  # for good
         self._told_to_drain = False  # by the scheduler, until it assigns a queue again
         self._leaving = False  # ... and to end when nothing runs
@@ -395,6 +453,8 @@ class Agent:
     def take_acts(self, now_ns: int) -> list[Act]:
         """Hand over what is to be done, in order."""
         self._note_absence(now_ns)
+        self._note_rate(now_ns)
+        self._fill(now_ns)
         self._start_alone(now_ns)
         self._adjust_consumer()
         self._report(now_ns)
@@ -449,8 +509,17 @@ class Agent:
                 asking.refusal = self._why_not(asking.ticket.request, analysis)
                 asking.metadata_version = self._metadata_version
         for run in [run for run in self._runs.values() if run.slot is None]:  # it may wait to be alone for long
-            if (refusal := self._why_not(run.request, analysis)) is not None:
-                self._kill(run, "unable", refusal)
+            self._judge_anew(run)
+        for number in self._slots:  # what comes back is judged before it begins
+            self._recall(number)
+
+    def _judge_anew(self, run: _Run) -> None:
+        """Give a run back that has not begun, if it may not run here any more."""
+        if run.judged == self._metadata_version or self._analysis is None:
+            return
+        run.judged = self._metadata_version
+        if (refusal := self._why_not(run.request, self._analysis)) is not None:
+            self._kill(run, "unable", refusal)
 
     # ------------------------------------------------------------ tickets
 
@@ -587,8 +656,9 @@ class Agent:
             return  # said twice
         self._let_go(asking.hand)
         request = asking.ticket.request
-        deadline_ns = lease_deadline_ns(asking.sent_ns or 0, granted.lease)
-        idle = self._idle()
+        sent_ns = asking.sent_ns or 0
+        deadline_ns = lease_deadline_ns(sent_ns, granted.lease)
+        self._answered_in += (min((now_ns - sent_ns) / 1e9, SLOWEST_ANSWER) - self._answered_in) * ANSWER_WEIGHT
         if asking.abort is not None:
             self._settle(granted, request.task, "aborted", Reason(text=asking.abort))
             return
@@ -597,7 +667,7 @@ class Agent:
             return
         alone = asking.ticket.alone
         self._beat_wanted = self._beat_wanted or alone
-        if self._draining or self._holds or not (idle or alone) or now_ns >= deadline_ns:
+        if self._draining or self._holds or now_ns >= deadline_ns:
             why = self.held or "the worker could not start it in time, or is stopping"
             self._settle(granted, request.task, "handed_back", Reason(text=why))
             return
@@ -611,23 +681,64 @@ class Agent:
             deadline_ns=deadline_ns,
             grace=float(getattr(Task.class_from_name(request.task), "TERMINATE_GRACE", DEFAULT_GRACE)),
             since=self._wall(),
+            judged=asking.metadata_version,
+            granted_ns=now_ns,
             alone=alone,
         )
         self._runs[granted.token] = run
         if alone:
             self._progress(run, stage="waits to be alone", fraction=None)
         else:
-            self._start(run, idle[0], now_ns)
+            self._queue.append(run)
 
-    def _start(self, run: _Run, slot: int, now_ns: int) -> None:
-        run.slot = slot
-        run.since = self._wall()
+    def _fill(self, now_ns: int) -> None:
+        """Give slots what waits for them: idle ones first, then those that will be idle before they could ask."""
+        while self._queue:
+            slot = self._slot_for(self._queue[0], now_ns)
+            if slot is None:
+                break
+            run = self._queue.popleft()
+            self._judge_anew(run)
+            if run.token in self._runs:
+                self._give(run, slot, now_ns)
+        self._note_begun(now_ns)
+
+    def _slot_for(self, run: _Run, now_ns: int) -> int | None:
+        best, fewest = None, self._depth() if not self._is_apart(run) else 1
+        for number, slot in self._slots.items():
+            if len(slot.runs) < fewest and slot.ready and not slot.dying and self._may_follow(slot, now_ns):
+                best, fewest = number, len(slot.runs)
+        return best
+
+    def _may_follow(self, slot: _Slot, now_ns: int) -> bool:
+        """Say whether a run may be put behind those of a slot: they seem short, and nothing looks at one of them."""
+        if not slot.runs:
+            return True
+        first, last = self._runs[slot.runs[0]], self._runs[slot.runs[-1]]
+        slow = first.begun_ns is None or now_ns - first.begun_ns > AHEAD_NS
+        return not (slow or slot.recalled or self._is_apart(last) or first.abort is not None)
+
+    def _is_apart(self, run: _Run) -> bool:
+        """Say whether a run needs its slot for itself from the beginning: it is measured."""
+        return self._bounded or run.alone or run.request.limits is not None or run.request.timeout is not None
+
+    def _depth(self) -> int:
+        """Return how many runs a slot is given: one, and what it ends in GIVEN_SECONDS."""
+        return 1 + min(MAX_GIVEN, int(self._rate / len(self._slots) * GIVEN_SECONDS))
+
+    def is_supplied(self, number: int) -> bool:
+        """Say whether a slot has so much to do that what it says may wait for a moment."""
+        return len(self._slots[number].runs) > 1 + self._depth() // 4
+
+    def _give(self, run: _Run, number: int, now_ns: int) -> None:
+        slot = self._slots[number]
+        run.slot = number
         if run.request.timeout is not None:
             run.timeout_ns = now_ns + int(run.request.timeout * 1e9)
-        self._slots[slot].run = run.token
+        slot.runs.append(run.token)
         self._acts.append(
             StartRun(
-                slot=slot,
+                slot=number,
                 token=run.token,
                 request=run.request,
                 attempt=run.attempt,
@@ -635,16 +746,68 @@ class Agent:
                 deadline_ns=run.slot_ends_ns(),
             )
         )
-        self._progress(run, stage="start", fraction=None)
+        self._look_who_begins(slot)
+
+    def _look_who_begins(self, slot: _Slot) -> None:
+        """Take it that a slot has begun the first of its runs."""
+        run = self._runs.get(slot.run or "")
+        if run is not None and run.stage is None:
+            run.stage = "start"
+            run.since = self._wall()
+            if run.doomed is not None:
+                self._kill(run, *run.doomed)
+
+    def _note_begun(self, now_ns: int) -> None:
+        """Look when runs began that had begun at the last look, or later."""
+        for slot in self._slots.values():
+            run = self._runs.get(slot.run or "")
+            if run is not None and run.begun_ns is None:
+                run.begun_ns = now_ns
 
     def _start_alone(self, now_ns: int) -> None:
         """Start what waits to be alone, once nothing else runs here or may come to run."""
-        if self._asking or any(run.slot is not None for run in self._runs.values()):
+        if self._asking or self._queue or any(run.slot is not None for run in self._runs.values()):
             return
         waiting = next((run for run in self._runs.values() if run.alone), None)
         idle = self._idle()
         if waiting is not None and idle and not self._draining:
-            self._start(waiting, idle[0], now_ns)
+            self._give(waiting, idle[0], now_ns)
+
+    def _note_rate(self, now_ns: int) -> None:
+        """Note how many runs have ended lately."""
+        seconds = (now_ns - self._rated_ns) / 1e9
+        self._rate = self._rate * exp(-seconds / RATE_WINDOW) + self._ended / RATE_WINDOW
+        self._rated_ns = now_ns
+        if self._ended:
+            self._ended, self._ended_ns = 0, now_ns
+
+    def _ahead(self) -> int:
+        """Return how many runs to take ahead of the slots: what ends here in a while, and until a claim is answered."""
+        return min(MAX_AHEAD, int(self._rate * (AHEAD_SECONDS + self._answered_in)))
+
+    def _has_begun(self, run: _Run) -> bool:
+        return run.slot is not None and self._slots[run.slot].run == run.token
+
+    def _recall(self, number: int) -> None:
+        """Take back from a slot what it has not begun."""
+        slot = self._slots[number]
+        if len(slot.runs) > 1 and slot.ready and not slot.dying and not slot.recalled:
+            slot.recalled = True
+            self._acts.append(RecallRuns(slot=number))
+
+    def _take_back(self, tokens: Sequence[str]) -> None:
+        """Let runs wait for a slot again, before all others, which their slot has not begun."""
+        for run in [self._runs[token] for token in reversed(tokens)]:
+            if run.slot is None or run.killed is not None:
+                continue
+            self._slots[run.slot].runs.remove(run.token)
+            run.slot = run.stage = run.begun_ns = None
+            if run.abort is not None:
+                self._end(run, "aborted", Reason(text=run.abort))
+            elif run.doomed is not None:
+                self._kill(run, *run.doomed)
+            else:
+                self._queue.appendleft(run)
 
     def _alive(self, alive: Alive) -> None:
         if self._hello_since is not None and alive.seq >= self._hello_since:
@@ -663,7 +826,7 @@ class Agent:
                 before = run.slot_ends_ns()
                 run.deadline_ns = max(run.deadline_ns, lease_deadline_ns(beat.sent_ns, run.lease))
                 if run.slot is not None and run.slot_ends_ns() > before:
-                    self._acts.append(RenewRun(slot=run.slot, deadline_ns=run.slot_ends_ns()))
+                    self._acts.append(RenewRun(slot=run.slot, token=token, deadline_ns=run.slot_ends_ns()))
         for seq in [seq for seq in self._beats if seq <= alive.seq]:
             del self._beats[seq]
 
@@ -682,7 +845,9 @@ class Agent:
 
     def _stop(self, run: _Run, slot: int, reason: str, now_ns: int) -> None:
         run.kill_ns = now_ns + int(run.grace * 1e9) + ABORT_MARGIN_NS
-        self._acts.append(StopRunIn(slot=slot, reason=reason))
+        self._acts.append(StopRunIn(slot=slot, token=run.token, reason=reason))
+        if not self._has_begun(run):
+            self._recall(slot)
 
     def _assign(self, assign: Assign) -> None:
         before, self.refused = self.refused, assign.reason
@@ -705,24 +870,40 @@ class Agent:
             word = _with_memory(word)
         match word:
             case SlotReady():
-                slot.ready = True
-                slot.dying = False
+                slot.ready = not slot.dying  # else it is killed all the same
                 if slot.run is None:
                     self._beat_wanted = True
             case SlotProgress(stage=stage, fraction=fraction) if run is not None:
+                run.told = True
                 self._progress(run, stage=stage, fraction=fraction)
             case SlotOutput(text=text) if run is not None:
                 self._show(run, text)
-            case SlotEnded(left=str()) if run is not None and run.killed is None:
-                slot.ready = False
-                run.ended = word
-                self._progress(run, stage=f"ending: {word.left}", fraction=None)
-            case SlotEnded() if run is not None and run.killed is None:
-                slot.ready = False  # until it says so
-                if run.over and word.result == "aborted":  # by us, and not by anybody's wish
-                    self._end(run, "error", _over(run), ended=word)
-                else:
-                    self._end(run, word.result, word.reason, ended=word)
+            case SlotRecalled(tokens=tokens):
+                slot.recalled = False
+                self._take_back([token for token in tokens if token in slot.runs])
+            case SlotEnded() if run is not None:
+                if word.last or word.left is not None:
+                    slot.ready = False  # until the next process says so
+                    self._take_back(slot.runs[1:])
+                self._slot_ended(slot, run, word)
+
+    def _slot_ended(self, slot: _Slot, run: _Run, word: SlotEnded) -> None:
+        self._ended += 1
+        if run.killed is not None:  # too late; but the slot may begin the next one before it dies
+            if not word.last and slot.overtaken is None:
+                slot.overtaken = run
+                slot.runs.remove(run.token)
+                self._look_who_begins(slot)
+        elif word.left is not None:
+            run.ended = word
+            self._progress(run, stage=f"ending: {word.left}", fraction=None)
+        elif run.over and word.result == "aborted":  # by us, and not by anybody's wish
+            self._end(run, "error", _over(run), ended=word)
+        elif word.unfit is not None and word.result == "error":
+            self.hold("work directory", word.unfit)
+            self.not_started(run.token, f"the worker has no room for it: {word.unfit}")
+        else:
+            self._end(run, word.result, word.reason, ended=word)
 
     def outlived(self, number: int, what: str) -> None:
         """Take what still lives of a slot that has ended: its run is not over before that is gone, too."""
@@ -760,6 +941,8 @@ class Agent:
             if what not in self._holds:
                 logger.warning("the worker takes no work", extra={"what": what, "reason": why})
             self._holds[what] = why
+            for run in list(self._queue):
+                self._end(run, "handed_back", Reason(text=why, stage="start"))
         self._beat_wanted = True
 
     @property
@@ -781,25 +964,36 @@ class Agent:
     def slot_gone(self, number: int, exit_code: int, last_words: str = "") -> None:
         """Take the end of a slot's process, and what it had still to say; nothing that stems from it lives any more."""
         slot = self._slots[number]
-        slot.ready = False
-        slot.dying = False
+        slot.ready = slot.dying = slot.recalled = False
         self._beat_wanted = True
-        run = self._runs.get(slot.run) if slot.run is not None else None
-        if run is None:
-            return
+        overtaken, slot.overtaken = slot.overtaken, None
+        begun = self._runs.get(slot.run or "")
+        self._take_back(slot.runs[1:])
+        if begun is not None and overtaken is not None and begun.killed is None:
+            why = f"its slot was killed because of the run before it ({overtaken.request.id})"
+            self._end(begun, "handed_back", Reason(text=why, stage=begun.stage))
+            begun = None
+        for run in (overtaken, begun):
+            if run is not None:
+                self._judge_gone(run, exit_code, last_words)
+
+    def _judge_gone(self, run: _Run, exit_code: int, last_words: str) -> None:
+        """Say how a run ended whose slot has."""
         if news := _after(run.tail, last_words):
             self._show(run, news)
         stage = run.stage
         match self._why_gone(run, exit_code):
             case "void":
-                del self._runs[run.token]
-                slot.run = None
+                self._leave_slot(run)
+                self._acts.append(Discard(run.token))
             case "abort":
                 self._end(
                     run, "aborted", Reason(text=f"{run.abort} (it did not stop in time and was killed)", stage=stage)
                 )
             case "stop":
                 self._end(run, "handed_back", Reason(text="the worker was stopped", stage=stage))
+            case "unable":
+                self._end(run, "handed_back", Reason(text=run.doomed[1] if run.doomed else "", stage=stage))
             case "babble":
                 self._end(run, "error", Reason(text=f"what its slot said cannot be read: {run.babble}", stage=stage))
             case "timeout":
@@ -828,12 +1022,20 @@ class Agent:
         self._end(run, ended.result, msgspec.structs.replace(ended.reason or Reason(text=""), text=text), ended=ended)
 
     def _end(self, run: _Run, result: OutcomeResult, reason: Reason | None, *, ended: SlotEnded | None = None) -> None:
-        del self._runs[run.token]
-        if run.slot is None:
-            self._beat_wanted = True  # other slots are to be had again
-        else:
-            self._slots[run.slot].run = None
+        self._leave_slot(run)
         self._settle(run.ref(), run.request.task, result, reason, since=run.since, ended=ended)
+
+    def _leave_slot(self, run: _Run) -> None:
+        del self._runs[run.token]
+        self._beat_wanted = self._beat_wanted or run.alone  # other slots are to be had again
+        if run.slot is None:
+            if run in self._queue:
+                self._queue.remove(run)
+            return
+        slot = self._slots[run.slot]
+        if run.token in slot.runs:
+            slot.runs.remove(run.token)
+            self._look_who_begins(slot)
 
     def _settle(
         self,
@@ -869,7 +1071,7 @@ class Agent:
             )
             size = len(encode(outcome))
         self._keep(outcome, size)
-        self._acts.append(Spool(outcome, task.lower()))
+        self._acts.append(Spool(outcome, task.lower(), litter=ended is None or ended.litter))
 
     def _keep(self, outcome: Outcome, size: int) -> _Unsettled:
         self._unsettled_bytes += size
@@ -915,10 +1117,13 @@ class Agent:
     def _kill(self, run: _Run, why: str, text: str) -> None:
         if run.slot is None:
             if why == "void":
-                del self._runs[run.token]
-                self._beat_wanted = True
+                self._leave_slot(run)
             else:
-                self._end(run, "handed_back", Reason(text=f"it waited to run alone here, and {text}"))
+                waited = "to run alone here" if run.alone else "for a slot"
+                self._end(run, "handed_back", Reason(text=f"it waited {waited}, and {text}"))
+        elif not self._has_begun(run):
+            run.doomed = run.doomed or (why, text)
+            self._recall(run.slot)
         elif run.killed is None:
             run.killed = why
             self._slots[run.slot].dying = True
@@ -955,9 +1160,23 @@ class Agent:
             elif run.slot is not None and run.abort is None and not run.over and now_ns >= (run.timeout_ns or inf):
                 run.over = True
                 self._stop(run, run.slot, _over(run).text, now_ns)
+            if not run.told and self._epoch is not None and now_ns - (run.begun_ns or now_ns) >= UNTOLD_NS:
+                run.told = self._stage_news = True
+                self._progress(run, stage=run.stage, fraction=run.fraction)
+        self._undo_what_was_too_much(now_ns)
         since = now_ns - self._beaten_ns
         if since >= self._beat_interval_ns() or (self._stage_news and since >= NEWS_NS):
             self._beat_wanted = True
+
+    def _undo_what_was_too_much(self, now_ns: int) -> None:
+        """Take runs back that wait behind one which takes long, and hand back what waits where nothing ends."""
+        for number, slot in self._slots.items():
+            begun_ns = self._runs[slot.runs[0]].begun_ns if slot.runs else None
+            if begun_ns is not None and now_ns - begun_ns > AHEAD_NS:
+                self._recall(number)
+        if now_ns - self._ended_ns > STUCK_NS:
+            for run in [run for run in self._queue if now_ns - run.granted_ns > STUCK_NS]:
+                self._end(run, "handed_back", Reason(text="no slot came free for it in time", stage="start"))
 
     def _beat_interval_ns(self) -> int:
         """Return how long may pass between two heartbeats: a short lease needs several of them in its term."""
@@ -969,9 +1188,8 @@ class Agent:
         """Take no more tickets."""
         self._draining = True
         self._beat_wanted = True
-        for run in list(self._runs.values()):
-            if run.slot is None:
-                self._kill(run, "stop", "the worker is stopping")
+        for run in [run for run in self._runs.values() if run.alone and run.slot is None]:
+            self._kill(run, "stop", "the worker is stopping")
 
     def stop_runs(self) -> None:
         """Kill what runs, to hand it back; what has ended beside something that cannot be ended counts as it is."""
@@ -1002,7 +1220,7 @@ class Agent:
         """Count the slots by state."""
         states = {"idle": 0, "running": 0, "starting": 0}
         for slot in self._slots.values():
-            states["running" if slot.run is not None else "idle" if slot.ready else "starting"] += 1
+            states["running" if slot.runs else "idle" if slot.ready else "starting"] += 1
         return states
 
     def bye(self, reason: str) -> None:
@@ -1013,13 +1231,14 @@ class Agent:
     # ------------------------------------------------------------ inside
 
     def _idle(self) -> list[int]:
-        return [number for number, slot in self._slots.items() if slot.ready and slot.run is None and not slot.dying]
+        return [number for number, slot in self._slots.items() if slot.ready and not slot.runs and not slot.dying]
 
     def _free(self) -> int:
-        """Count the slots that a ticket may still come for; none, while the ledger answers too few outcomes."""
-        if len(self._unsettled) >= MAX_UNSETTLED or self._unsettled_bytes >= MAX_UNSETTLED_BYTES:
+        """Count what may be asked for: runs for idle slots, and ahead; none, while the ledger answers too little."""
+        if len(self._unsettled) >= MAX_UNSETTLED or self._unsettled_bytes >= MAX_UNSETTLED_BYTES or self._has_alone():
             return 0
-        return 0 if self._has_alone() else len(self._idle()) - len(self._asking)
+        waiting = len(self._asking) + len(self._queue) + sum(len(slot.runs[1:]) for slot in self._slots.values())
+        return len(self._idle()) + self._ahead() - waiting
 
     def _has_alone(self) -> bool:
         """Say whether something here is to run alone: nothing else is to come."""
@@ -1031,15 +1250,20 @@ class Agent:
         """Consume while a slot is free, and only then: a busy worker must attract no ticket."""
         wanted = None
         able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
-        if self._epoch is not None and not self._blocked and able and self._free() > 0:
+        # To cancel and consume costs as much as some messages: so it begins again where it is worth it.
+        ahead, slots = self._ahead(), len(self._slots)
+        least = 0 if self._consuming is not None else ahead // 2
+        if self._epoch is not None and not self._blocked and able and self._free() > least:
             wanted = self._assigned
-        if wanted == self._consuming:
+        flooded = ahead >= (slots / 2 if self._prefetch > slots else slots)
+        prefetch = slots + FLOOD_PREFETCH if flooded else slots
+        if wanted == self._consuming and (wanted is None or prefetch == self._prefetch):
             return
         if self._consuming is not None:
             self._acts.append(Cancel(self._consuming))
         if wanted is not None:
-            self._acts.append(Consume(wanted))
-        self._consuming = wanted
+            self._acts.append(Consume(wanted, prefetch))
+        self._consuming, self._prefetch = wanted, prefetch
 
     def _report(self, now_ns: int) -> None:
         """Say what has not been said yet; with each heartbeat, all that is unanswered again."""
@@ -1079,7 +1303,7 @@ class Agent:
         ]
         for unsettled in due:
             unsettled.sent_ns = now_ns
-        for outcomes in _sets([unsettled.outcome for unsettled in due]):
+        for outcomes in outcome_sets(unsettled.outcome for unsettled in due):
             self._acts.append(PublishOutcomes(Outcomes(worker=self.name, epoch=self._epoch, outcomes=outcomes)))
 
     def _send(self, parts: list[ReportPart]) -> None:
@@ -1110,7 +1334,7 @@ class Agent:
         )
 
     def _heartbeat(self) -> Heartbeat:
-        alive = sum((slot.ready or slot.run is not None) and not slot.dying for slot in self._slots.values())
+        alive = sum((slot.ready or bool(slot.runs)) and not slot.dying for slot in self._slots.values())
         draining = self._draining or self._told_to_drain
         return Heartbeat(
             queue=self._consuming,
@@ -1150,21 +1374,6 @@ class Agent:
             reason=shortened(asking.refusal or ""),
             metadata_version=asking.metadata_version,
         )
-
-
-def _sets(outcomes: list[Outcome]) -> Iterator[list[Outcome]]:
-    """Divide outcomes into sets that fit into a message."""
-    one: list[Outcome] = []
-    size = 0
-    for outcome in outcomes:
-        bytes_more = len(encode(outcome))
-        if one and size + bytes_more > MAX_OUTCOME_BYTES:
-            yield one
-            one, size = [], 0
-        one.append(outcome)
-        size += bytes_more
-    if one:
-        yield one
 
 
 def _after(told: str, left: str) -> str:

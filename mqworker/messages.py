@@ -10,7 +10,7 @@ it: what the scheduler says to clients and workers, and what a slot says to its 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -915,8 +915,9 @@ class Outfit(Struct, frozen=True, kw_only=True, tag="outfit"):
 
 
 class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
-    """Tell a slot to run a request; after deadline_ns nothing of it may live."""
+    """Tell a slot to run a request behind those it was told of before; after deadline_ns nothing of it may live."""
 
+    token: Token
     request: Request
     attempt: int
     inputs: list[RecordedArtifact]
@@ -927,26 +928,32 @@ class RunTask(Struct, frozen=True, kw_only=True, tag="run_task"):
 
 
 class Renew(Struct, frozen=True, kw_only=True, tag="renew"):
-    """Tell a slot that its run may go on."""
+    """Tell a slot that a run may go on."""
 
+    token: Token
     deadline_ns: int
 
 
 class StopRun(Struct, frozen=True, kw_only=True, tag="stop_run"):
-    """Tell a slot to abort its run."""
+    """Tell a slot to abort a run."""
 
+    token: Token
     reason: str
 
 
-SlotOrder = Outfit | RunTask | Renew | StopRun
+class Recall(Struct, frozen=True, kw_only=True, tag="recall"):
+    """Take back from a slot the runs that it has not begun; it answers with a SlotRecalled."""
+
+
+SlotOrder = Outfit | RunTask | Renew | StopRun | Recall
 
 
 class SlotReady(Struct, frozen=True, kw_only=True, tag="slot_ready"):
-    """Tell the agent that the slot waits for a run."""
+    """Tell the agent that the slot waits for its first run."""
 
 
 class SlotProgress(Struct, frozen=True, kw_only=True, tag="slot_progress"):
-    """Tell the agent how far the run is."""
+    """Tell the agent how far the run is that the slot has begun last; so do the words below."""
 
     stage: str | None
     fraction: float | None
@@ -966,6 +973,15 @@ class SlotEnded(Struct, frozen=True, kw_only=True, omit_defaults=True, tag="slot
     again: bool = False
     artifacts: list[Artifact] = []
     left: str | None = None  # what could not be ended: when that has gone, the slot ends itself, and the run is over
+    last: bool = False  # the slot ends itself now: the next run is better off in a process of its own
+    litter: bool = False  # the run has left something in its directory
+    unfit: str | None = None  # there was no room for its directory
+
+
+class SlotRecalled(Struct, frozen=True, kw_only=True, tag="slot_recalled"):
+    """Tell the agent which runs the slot has not begun, and will not."""
+
+    tokens: list[Token]
 
 
 class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):
@@ -980,7 +996,7 @@ class Analysis(Struct, frozen=True, kw_only=True, tag="analysis"):
         _check_depth(self.metadata)
 
 
-SlotWord = Analysis | SlotReady | SlotProgress | SlotOutput | SlotEnded
+SlotWord = Analysis | SlotReady | SlotProgress | SlotOutput | SlotEnded | SlotRecalled
 
 
 # ---------------------------------------------------------------- reading and writing
@@ -1010,6 +1026,21 @@ def tag_of(message: Struct) -> str:
 def encode_line(message: Struct) -> bytes:
     """Write a message as one line of JSON, for a pipe."""
     return _encoder.encode(message) + b"\n"
+
+
+def outcome_sets(outcomes: Iterable[Outcome]) -> Iterator[list[Outcome]]:
+    """Divide outcomes into sets that fit into a message, or into a file of the spool."""
+    one: list[Outcome] = []
+    size = 0
+    for outcome in outcomes:
+        bytes_more = len(encode(outcome))
+        if one and (size + bytes_more > MAX_OUTCOME_BYTES or len(one) >= MAX_LISTED):
+            yield one
+            one, size = [], 0
+        one.append(outcome)
+        size += bytes_more
+    if one:
+        yield one
 
 
 def bounded(reason: Reason) -> Reason:

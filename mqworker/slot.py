@@ -1,20 +1,24 @@
 """The child process in which tasks run, one at a time: fetch, run, upload, say how it ended. Never sees the broker.
 
-It hears orders on standard input and speaks on standard output, one JSON a line; whatever a task prints goes to the
-live log instead. A thread watches the orders and the deadline: when the deadline passes, or the agent is gone, it
-kills every descendant without grace and ends this process, whatever the task is doing.
+It may be told of the next runs while one is in hand, and begins them in their order. It hears orders on standard input
+and speaks on standard output, one JSON a line; whatever a task prints goes to the live log instead. A thread watches
+the orders and the deadline: when the deadline passes, or the agent is gone, it kills every descendant without grace and
+ends this process, whatever the task is doing.
 
     python -P -m mqworker.slot [FD]       wait for runs; FD is a pipe that ends with the watchdog
     python -P -m mqworker.slot --analyze  say once what this host can do, and end
 """
 
+import array
 import codecs
 import contextlib
+import fcntl
 import os
 import queue
 import select
 import stat
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -38,6 +42,7 @@ from mqworker.messages import (
     Limits,
     Outfit,
     Reason,
+    Recall,
     RecordedArtifact,
     Relation,
     Renew,
@@ -47,6 +52,7 @@ from mqworker.messages import (
     SlotOutput,
     SlotProgress,
     SlotReady,
+    SlotRecalled,
     SlotWord,
     StopRun,
     bounded,
@@ -61,6 +67,7 @@ LIVE_BYTES_PER_SECOND: Final = 256 * 1024  # of output to the live log; more tha
 PROGRESS_SECONDS: Final = 0.05  # between two words on the progress of one stage
 LIVE_BURST: Final = 1024 * 1024
 MEMORY_KEPT: Final = 256 * 1024 * 1024  # bytes of peak memory; a slot that has needed more makes room for a fresh one
+MEMORY_LOOK: Final = 0.05  # seconds: shorter runs are looked at together
 
 
 class _Mouth:
@@ -156,10 +163,19 @@ class _Output:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, ValueError, OSError):  # a task has closed or replaced it
                 stream.flush()
+        if not self._unread():
+            self._to_log(None)
+            return
         mark = b"\0mqworker " + os.urandom(16).hex().encode() + b"\0"
         passed = self._marks[mark] = threading.Event()
         os.write(self._write_end, mark)  # far below PIPE_BUF, so nobody's bytes come in between
         passed.wait()
+
+    def _unread(self) -> int:
+        """Count the bytes that were printed and are not in the log yet: the pump takes them out only afterwards."""
+        count = array.array("i", [0])
+        fcntl.ioctl(self._read_end, termios.FIONREAD, count)
+        return count[0]
 
     def _pump(self) -> None:
         pending = b""
@@ -220,10 +236,10 @@ class _Output:
 class _Context:
     """Give a task its access to the world."""
 
-    def __init__(
-        self, *, order: RunTask, store: Store, mouth: _Mouth, live: _LiveLog, output: _Output, work_directory: Path
-    ) -> None:
-        self.work_directory = work_directory
+    def __init__(self, *, order: RunTask, store: Store, mouth: _Mouth, live: _LiveLog, output: _Output) -> None:
+        self._directory = Path(order.directory)
+        self._made = False
+        self.unfit: str | None = None  # there was no room for it
         self.artifacts: list[Artifact] = []
         self._inputs = {artifact.id: artifact for artifact in order.inputs}
         self._store = store
@@ -232,6 +248,28 @@ class _Context:
         self._told: tuple[str | None, float] = (None, 0.0)
         self._live = live
         self._output = output
+
+    @property
+    def work_directory(self) -> Path:
+        """The directory of this run, made when it is first asked for: many runs need none."""
+        if not self._made:
+            try:
+                self._directory.mkdir(mode=0o755)
+            except OSError as error:
+                self.unfit = f"expected room for a run in {self._directory.parent}, got: {error}"
+                raise HostUnfit(self.unfit) from error
+            self._made = True
+        return self._directory
+
+    def leave(self) -> bool:
+        """Remove the directory if it is empty, and say whether something is left in it."""
+        if not self._made:
+            return False
+        try:
+            self._directory.rmdir()
+        except OSError:
+            return self._directory.exists()
+        return False
 
     def fetch_artifact(self, artifact_id: int, destination: Path) -> RecordedArtifact:
         try:
@@ -311,24 +349,57 @@ class Slot:
         self._store: Store | None = None
         self._store_url = ""
         self._lock = threading.Lock()
+        self._told: dict[str, int] = {}  # runs that have not begun, by token: when each has to have ended
+        self._stops: dict[str, str] = {}  # why runs are to be aborted, by token
+        self._token: str | None = None  # of the run in hand
+        self._deadline_ns: int | None = None  # of that
         self._task: Task | None = None
-        self._stop: str | None = None  # why the run in hand is to be aborted
-        self._busy = False
+        self._looked = 0.0  # when memory was looked at
 
     def serve(self) -> None:
         """Take runs one after the other."""
         processes.become_subreaper()
         threading.Thread(target=self._watch, name="orders", daemon=True).start()
         fresh = _condition()
+        self._mouth.say(SlotReady())
         while True:
-            self._mouth.say(SlotReady())
             order = self._runs.get()
+            if not self._begin(order):
+                continue
             ended = self._run(order)
-            self._mouth.say(ended)
+            last = ended.left is not None or _condition() != fresh or self._has_needed_much()
+            self._mouth.say(msgspec.structs.replace(ended, last=True) if last else ended)
             if ended.left is not None:
                 self._die()
-            if processes.peak_memory() > MEMORY_KEPT or _condition() != fresh:
-                return  # the next run is better off in a process of its own
+            if last:
+                return
+
+    def _has_needed_much(self) -> bool:
+        """Say whether this process has had much memory; at the end of a burst of short runs, and now and then in it."""
+        now = time.monotonic()
+        if now - self._looked < MEMORY_LOOK and not self._runs.empty():
+            return False
+        self._looked = now
+        return processes.peak_memory() > MEMORY_KEPT
+
+    def _begin(self, order: RunTask) -> bool:
+        """Begin a run, unless it was taken back."""
+        with self._lock:
+            deadline = self._told.pop(order.token, None)
+            if deadline is None:
+                return False
+            self._token = order.token
+            self._hold(deadline)
+        return True
+
+    def _hold(self, deadline_ns: int | None) -> None:
+        self._deadline_ns = deadline_ns
+        self._alarm.set(deadline_ns)
+
+    def _has_lapsed(self) -> bool:
+        """Say whether the run in hand is over its deadline; the alarm may have rung for one that has just ended."""
+        with self._lock:
+            return self._deadline_ns is not None and processes.boottime_ns() >= self._deadline_ns
 
     # ------------------------------------------------------------ the watching thread
 
@@ -345,10 +416,12 @@ class Slot:
         watched = [self._orders, self._alarm.fileno(), *([] if self._watchdog is None else [self._watchdog])]
         while True:
             ready, _, _ = select.select(watched, [], [])
-            if self._alarm.fileno() in ready:
+            if self._alarm.fileno() in ready and self._has_lapsed():
                 self._die(SLOT_LAPSED)
             if self._watchdog in ready:  # nobody would hold the deadline if this process could not
                 self._die()
+            if self._orders not in ready:
+                continue
             chunk = os.read(self._orders, CHUNK)
             if not chunk:
                 self._die()
@@ -360,22 +433,29 @@ class Slot:
         match order:
             case Outfit(store=url):
                 self._store_url = url
-            case RunTask(deadline_ns=deadline):
+            case RunTask(token=token, deadline_ns=deadline):
                 with self._lock:
-                    self._alarm.set(deadline)
-                    self._busy = True
-                    self._stop = None
+                    self._told[token] = deadline
                 self._runs.put(order)
-            case Renew(deadline_ns=deadline):
+            case Renew(token=token, deadline_ns=deadline):
                 with self._lock:
-                    if self._busy:  # else it was meant for a run that has just ended
-                        self._alarm.set(deadline)
-            case StopRun(reason=reason):
+                    if token == self._token:
+                        self._hold(deadline)
+                    elif token in self._told:  # else it has just ended
+                        self._told[token] = deadline
+            case StopRun(token=token, reason=reason):
                 with self._lock:
-                    self._stop = reason
-                    task = self._task
+                    if token == self._token or token in self._told:
+                        self._stops[token] = reason
+                    task = self._task if token == self._token else None
                 if task is not None:
                     task.abort()
+            case Recall():
+                with self._lock:
+                    tokens, self._told = list(self._told), {}
+                    for token in tokens:
+                        self._stops.pop(token, None)
+                self._mouth.say(SlotRecalled(tokens=tokens))
 
     @staticmethod
     def _die(exit_code: int = 1) -> None:
@@ -394,7 +474,6 @@ class Slot:
     # ------------------------------------------------------------ one run
 
     def _run(self, order: RunTask) -> SlotEnded:
-        directory = Path(order.directory)
         self._live.begin()
         task: Task | None = None
         context: _Context | None = None
@@ -410,13 +489,12 @@ class Slot:
                 mouth=self._mouth,
                 live=self._live,
                 output=self._output,
-                work_directory=directory,
             )
             task.attach(context)
             task.configure(order.request.data)
             with self._lock:
                 self._task = task
-                stop = self._stop
+                stop = self._stops.get(order.token)
             if stop is not None:
                 task.abort()
             with limits.kept(order.limits, order.cpus), self._output.kept(_log_opener(task)):
@@ -435,28 +513,34 @@ class Slot:
             left = str(error)
         if task is not None and task.aborted:
             with self._lock:
-                reason = Reason(text=self._stop or "aborted", stage=_stage(task))
+                reason = Reason(text=self._stops.get(order.token, "aborted"), stage=_stage(task))
             result = "aborted"
         elif task is not None and result != "error":
             reason = task.reason
         if result == "failure" and reason is None:
             reason = Reason(text="the task says that its work failed, and does not say why; its logs may")
         with self._lock:
-            self._alarm.set(None)
-            self._busy = False
+            self._token = None
+            self._stops.pop(order.token, None)
+            self._deadline_ns = None
+            if not self._told:  # else the next run sets it
+                self._alarm.set(None)
         return SlotEnded(
             result=result,  # type: ignore[arg-type]  # one of the four words
             reason=_with_logs_problem(None if reason is None else bounded(reason), task),
             again=result in {"failure", "error"} and (again or (task is not None and task.try_again)),
             artifacts=[] if context is None else context.artifacts,
             left=left,
+            litter=context is not None and context.leave(),
+            unfit=None if context is None else context.unfit,
         )
 
 
 def _condition() -> tuple[Any, ...]:
     """Look at what a run may leave changed in its process, to the harm of the next one."""
     streams = tuple((stream, getattr(stream, "closed", True)) for stream in (sys.stdout, sys.stderr))
-    return dict(os.environ), threading.active_count(), streams
+    variables = os.environ._data  # type: ignore[attr-defined]  # noqa: SLF001  # its copy takes longer than a short run
+    return variables.copy(), threading.active_count(), streams
 
 
 def _log_opener(task: Task) -> Callable[[], BinaryIO]:

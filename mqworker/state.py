@@ -3,17 +3,19 @@
 Knows files only. What is here lets a worker that was killed deliver what it had finished, and end what it had begun.
 """
 
+import contextlib
 import fcntl
+import itertools
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from mqworker.errors import PeerError, StateLocked, Unreadable
-from mqworker.messages import MAX_MESSAGE_BYTES, Outcome, RunRef, decode, encode
+from mqworker.errors import PeerError, StateLocked
+from mqworker.messages import MAX_MESSAGE_BYTES, Outcome, RunRef, decode, encode_line, outcome_sets
 from mqworker.processes import Process
 
 MACHINE_IDS: Final = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))  # machine-id(5)
@@ -49,6 +51,9 @@ class WorkerState:
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+        self._files = itertools.count()
+        self._file_of: dict[tuple[str, int, str], Path] = {}  # in which file an outcome is
+        self._waiting: dict[Path, int] = {}  # outcomes of each file that have no answer yet
         self.copied: str | None = None  # why this directory is taken for a copy of another worker's
         try:
             self.home = self._find_home()
@@ -119,54 +124,81 @@ class WorkerState:
     # ------------------------------------------------------------ the spool
 
     def spool(self, outcomes: Iterable[Outcome]) -> None:
-        """Keep outcomes on disk, for good: they survive this process and a power cut."""
-        for outcome in outcomes:
-            self._write(self._file(outcome), encode(outcome), sync_directory=False)
+        """Keep outcomes on disk, in one file: they survive this process and a power cut."""
+        for outcomes_of_file in outcome_sets(outcomes):
+            file = self._spool / f"{time.time_ns():020d}-{next(self._files):06d}.json"
+            self._write(file, b"".join(map(encode_line, outcomes_of_file)), sync_directory=False)
+            self._hold(file, outcomes_of_file)
         _fsync(self._spool)
 
-    def unspool(self, ref: RunRef) -> None:
-        """Remove an outcome that was answered."""
-        self._file(ref).unlink(missing_ok=True)
+    def unspool(self, refs: Iterable[RunRef]) -> None:
+        """Remove outcomes that were answered: a file goes with the last of its own."""
+        for ref in refs:
+            file = self._file_of.pop(_name(ref), None)
+            if file is not None:
+                self._waiting[file] -= 1
+                if not self._waiting[file]:
+                    del self._waiting[file]
+                    file.unlink(missing_ok=True)
 
     def spooled(self) -> Iterator[Outcome]:
-        """Read what a predecessor left; a file that cannot be read is put aside, for a person."""
+        """Read what a predecessor left, also what was answered beside something that was not.
+
+        A file that cannot be read is put aside, for a person, and what can be read of it is kept in another.
+        """
+        self._file_of.clear()
+        self._waiting.clear()
         for file in sorted(self._spool.glob("*.json")):
-            try:
-                outcome = self._read(file)
-            except PeerError:
-                file.rename(file.with_suffix(".unreadable"))
+            found, whole = self._read(file)
+            outcomes = [outcome for outcome in found if _name(outcome) not in self._file_of]
+            if whole and outcomes:
+                self._hold(file, outcomes)
+            elif whole:  # all of it is in another file
+                file.unlink()
             else:
-                yield outcome
+                self.spool(outcomes)
+                file.rename(file.with_suffix(".unreadable"))
+            yield from outcomes
         for file in self._spool.glob("*.new"):
             file.unlink()  # it was not finished, so nothing was said about it
 
-    def _read(self, file: Path) -> Outcome:
-        """Read an outcome from the file that has its name.
+    def _hold(self, file: Path, outcomes: Sequence[Outcome]) -> None:
+        self._waiting[file] = len(outcomes)
+        for outcome in outcomes:
+            self._file_of[_name(outcome)] = file
 
-        Raises:
-            PeerError: it is none, or another's; that could not be removed by its name once it is answered.
-        """
+    @staticmethod
+    def _read(file: Path) -> tuple[list[Outcome], bool]:
+        """Read what can be read of a file, and say whether that is all of it."""
         if not file.is_file() or file.stat().st_size > MAX_MESSAGE_BYTES:
-            raise Unreadable(f"expected a file of at most {MAX_MESSAGE_BYTES} bytes, got {file}")
-        outcome = decode(file.read_bytes(), Outcome)
-        if self._file(outcome) != file:
-            raise Unreadable(f"expected the outcome that {file} is named after, got {self._file(outcome).name}")
-        return outcome
-
-    def _file(self, ref: RunRef) -> Path:
-        return self._spool / f"{ref.request}.{ref.attempt}.{ref.token}.json"
+            return [], False
+        outcomes: dict[tuple[str, int, str], Outcome] = {}
+        lines = file.read_bytes().splitlines()
+        for line in lines:
+            with contextlib.suppress(PeerError):
+                outcome = decode(line, Outcome)
+                outcomes[_name(outcome)] = outcome
+        return list(outcomes.values()), bool(lines) and len(outcomes) == len(lines)
 
     @staticmethod
     def _write(file: Path, data: bytes, *, durable: bool = True, sync_directory: bool = True) -> None:
         new = file.with_suffix(".new")
-        with new.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            if durable:
-                os.fsync(stream.fileno())
-        new.replace(file)
+        try:
+            with new.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                if durable:
+                    os.fsync(stream.fileno())
+            new.replace(file)
+        except OSError:
+            new.unlink(missing_ok=True)  # the next try may have another name
+            raise
         if durable and sync_directory:
             _fsync(file.parent)
+
+
+def _name(ref: RunRef) -> tuple[str, int, str]:
+    return ref.request, ref.attempt, ref.token
 
 
 def _machine_id() -> str:

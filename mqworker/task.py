@@ -16,6 +16,7 @@ import importlib.metadata
 import inspect
 import json
 import logging
+import marshal
 import os
 import pkgutil
 import select
@@ -63,6 +64,8 @@ _MODES: Final = frozenset({"a", "w", "x", "ab", "wb", "xb"})
 _SHOWN_VALUE: Final = 200  # characters of a bad value that an error repeats
 _SHOWN_ERRORS: Final = 100  # a list of a million bad items needs no million lines
 _SHOWN_FILES: Final = 1000  # of a command's directory in its log
+_VALID_FORMS: Final = 1000  # of each task that are remembered ...
+_VALID_BYTES: Final = 1000  # ... if they are no longer than this
 _CHUNK: Final = 64 * 1024  # bytes read of a command's output at once: a pipe holds no more
 
 _log = logging.getLogger(__name__)
@@ -74,7 +77,9 @@ class TaskContext(Protocol):
     `work_directory` is fresh for this run; its parents can be searched by any uid.
     """
 
-    work_directory: Path
+    @property
+    def work_directory(self) -> Path:
+        """The directory of this run."""
 
     def fetch_artifact(self, artifact_id: int, destination: Path) -> RecordedArtifact:
         """Download the verified files of an artifact into a directory."""
@@ -144,6 +149,7 @@ class Task(abc.ABC):
 
     _sub_tasks: ClassVar[dict[str, type["Task"]]] = {}
     _validator: ClassVar[Any]
+    _valid: ClassVar[set[bytes]]  # forms of data that were found valid: of floods, many are the same
 
     def __init_subclass__(cls, *, mixin: bool = False, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -156,6 +162,7 @@ class Task(abc.ABC):
         cls._validator = jsonschema.Draft202012Validator(
             cls.TASK_DATA_SCHEMA, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
         )
+        cls._valid = set()
         if mixin or inspect.isabstract(cls):
             return
         if cls._execute is Task._execute and cls.execute is Task.execute:
@@ -211,13 +218,22 @@ class Task(abc.ABC):
         Raises:
             TaskConfigError: the data does not fit; the text lists every error with its path.
         """
+        form = _form(task_data)
+        if form is None or form not in self._valid:
+            self._validate(task_data)
+            if form is not None and len(form) <= _VALID_BYTES:
+                if len(self._valid) >= _VALID_FORMS:
+                    self._valid.clear()
+                self._valid.add(form)
+        self.data = copy.deepcopy(task_data)
+
+    def _validate(self, task_data: dict[str, Any]) -> None:
         errors = sorted(self._validator.iter_errors(task_data), key=lambda error: error.json_path)
         if errors:
             lines = [_describe_schema_error(error) for error in errors[:_SHOWN_ERRORS]]
             if len(errors) > _SHOWN_ERRORS:
                 lines.append(f"... and {len(errors) - _SHOWN_ERRORS} more")
             raise TaskConfigError(f"task data of {self.name!r}: {'; '.join(lines)}", errors[0]) from errors[0]
-        self.data = copy.deepcopy(task_data)
 
     def input_artifact_ids(self) -> list[int]:
         """List the artifacts that a run needs, by the configured data alone."""
@@ -485,6 +501,14 @@ class _LiveLogHandler(logging.Handler):
             task._keep_and_show(f"{record.levelname}: {self.format(record)}\n")  # noqa: SLF001  # one file, one matter
         except Exception:  # noqa: BLE001  # logging's own rule: a handler that fails says so on stderr
             self.handleError(record)
+
+
+def _form(task_data: Any) -> bytes | None:
+    """Return bytes that only equal data of equal types have; None: it has what no JSON has."""
+    try:
+        return marshal.dumps(task_data, 2)  # the newest version without references, which would differ between equals
+    except ValueError:
+        return None
 
 
 def _describe_schema_error(error: Any) -> str:

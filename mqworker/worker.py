@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,12 @@ from mqworker.agent import (
     Cancel,
     Consume,
     CountRefusal,
+    Discard,
     KillSlot,
     PublishLog,
     PublishOutcomes,
     PublishReport,
+    RecallRuns,
     RenewRun,
     Requeue,
     Spool,
@@ -54,7 +56,9 @@ from mqworker.messages import (
     Limits,
     Outcome,
     Outfit,
+    Recall,
     Renew,
+    RunRef,
     RunTask,
     SlotEnded,
     SlotOrder,
@@ -85,20 +89,42 @@ DISK_SECONDS: Final = 5.0  # between two looks at free room
 FEW_INODES: Final = 1000  # a file system that counts its files, and has fewer left, is full
 LAST_WORDS: Final = 64 * 1024  # bytes: what a pipe holds
 LAST_LINES: Final = 500  # characters of them, for an operator
-DISCARDED_AT_ONCE: Final = 64 * 1024  # bytes of what a slot says when it is not understood any more
+HEARD_AT_ONCE: Final = 64 * 1024  # bytes of what a slot says: what a pipe holds
+HEARING_PAUSE: Final = 0.002  # seconds between two looks at what a slot says that has enough to do
 KEPT_VARIABLES: Final = ("MQWORKER_TASK_", "MQWORKER_SBUILD_")  # what tasks may read of ours: no URL with a password
 
 
 class _Child:
     """One slot's process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, output: int) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, *, words: int, output: int) -> None:
         self.process = process
         self.identity = processes.identify(process.pid)
+        self._words = words  # what it says
         self._output = output  # where its standard error goes; the slot itself reads it while it lives
         self.group: Cgroup | None = None
-        self.token: str | None = None  # of its run
-        self.ooms = 0  # what the kernel had killed on this host when the run began
+        self.deadlines: dict[str, int] = {}  # of the runs that it was told of, by token
+        self.held = watchdog.NO_DEADLINE  # what the watchdog was told
+        self.is_bounded = False  # its control group has the limits of a run
+        self.ooms = 0  # what the kernel had killed on this host when the last run began
+        self._orders: list[bytes] = []
+
+    async def hear(self) -> bytes:
+        """Return what it says next; nothing: it has ended."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self._words, HEARD_AT_ONCE)
+            readable = loop.create_future()
+            loop.add_reader(self._words, _set, readable)
+            try:
+                await readable
+            finally:
+                loop.remove_reader(self._words)
+
+    def close(self) -> None:
+        """Hear nothing more."""
+        os.close(self._words)
 
     def last_words(self) -> str:
         """Return what it printed and did not live to read itself; once, when all that could write there has ended."""
@@ -107,8 +133,18 @@ class _Child:
             return (pipe.read(LAST_WORDS) or b"").decode(errors="replace")
 
     def order(self, order: SlotOrder) -> None:
-        if self.process.stdin is not None and not self.process.stdin.is_closing():
-            self.process.stdin.write(encode_line(order))
+        self._orders.append(encode_line(order))
+
+    def send(self) -> None:
+        """Send what was ordered, in one piece."""
+        if self._orders and self.process.stdin is not None and not self.process.stdin.is_closing():
+            self.process.stdin.write(b"".join(self._orders))
+        self._orders.clear()
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class _Watchdog:
@@ -164,7 +200,6 @@ class Worker:
         self._cores: dict[int, list[int]] = {}  # given to runs, by slot
         self._watchdog: _Watchdog | None = None
         self._children: dict[int, _Child] = {}
-        self._directories: dict[str, Path] = {}  # of runs, by token
         self._analyzing = False
         self._heard_at = 0.0
         self._analyzed_at = 0.0
@@ -181,6 +216,10 @@ class Worker:
         self._kill_threads = ThreadPoolExecutor(slots + 2, thread_name_prefix="kill")
         self._look_thread = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._room_thread = ThreadPoolExecutor(1, thread_name_prefix="room")  # an outcome waits for no chroot to go
+        self._ooms = 0  # what the kernel had killed on this host a moment ago
+        self._littered: set[str] = set()  # runs that have ended and left something in their directories
+        self._unspooling: list[RunRef] = []
+        self._is_unspooling = False
         self._spooling: list[Outcome] = []
         self._is_spooling = False
         self._watching = asyncio.Event()  # a run with limits has begun
@@ -443,6 +482,9 @@ class Worker:
             for state, number in self._agent.slot_states().items():
                 self._metrics.slots.labels(state=state).set(number)
             self._metrics.unsettled.set(self._agent.unsettled())
+            self._ooms = processes.oom_kills()
+            for child in self._children.values():
+                self._hold_deadlines(child)
             self._listen_anew()
             if not self._analyzing and asyncio.get_running_loop().time() - self._analyzed_at >= self._metadata_interval:
                 self._start(self._analyze())
@@ -457,6 +499,8 @@ class Worker:
     def _act(self) -> None:
         for act in self._agent.take_acts(self._clock()):
             self._do(act)
+        for child in self._children.values():
+            child.send()
         self._idle.set()
         if self._agent.wants_to_end():
             self._signalled.set()
@@ -467,29 +511,38 @@ class Worker:
                 self._reading.ack(delivery)
             case Requeue(delivery):
                 self._reading.requeue(delivery)
-            case Consume(queue):
-                self._reading.consume(Consumer(queue=queue, on_delivery=self._take_tickets, prefetch=self._slots))
+            case Consume(queue, prefetch):
+                self._reading.consume(Consumer(queue=queue, on_delivery=self._take_tickets, prefetch=prefetch))
             case Cancel(queue):
                 self._reading.cancel(queue)
             case StartRun():
                 self._start_run(act)
-            case RenewRun(slot, deadline_ns):
-                self._hold_deadline(slot, deadline_ns)
-                self._order(slot, Renew(deadline_ns=deadline_ns))
-            case StopRunIn(slot, reason):
-                self._order(slot, StopRun(reason=reason))
+            case RenewRun(slot, token, deadline_ns):
+                self._renew(slot, token, deadline_ns)
+            case StopRunIn(slot, token, reason):
+                self._order(slot, StopRun(token=token, reason=reason))
+            case RecallRuns(slot):
+                self._order(slot, Recall())
             case KillSlot(slot, reason):
                 logger.warning("slot killed", extra={"slot": slot, "reason": reason})
                 self._start(self._kill(slot))
-            case Spool(outcome, task):
+            case Spool(outcome, task, litter):
                 self._metrics.runs.labels(task=task, result=outcome.result).inc()
                 self._run_over(outcome.token)
+                if litter:
+                    self._littered.add(outcome.token)
                 self._spooling.append(outcome)
                 if not self._is_spooling:
                     self._is_spooling = True
                     self._start(self._spool())
+            case Discard(token):
+                self._run_over(token)
+                self._start(self._remove(self._directory(token)))
             case Unspool(ref):
-                self._start(self._in_disk_thread(partial(self._state.unspool, ref)))
+                self._unspooling.append(ref)
+                if not self._is_unspooling:
+                    self._is_unspooling = True
+                    self._start(self._unspool())
                 self._spooling[:] = [one for one in self._spooling if one.token != ref.token]
             case PublishReport(report):
                 self._publish(self._topology.report, self._topology.report, report, lasting=False)
@@ -511,19 +564,14 @@ class Worker:
         if child is not None:  # else it has just ended, and its run with it
             child.order(order)
 
+    def _directory(self, token: str) -> Path:
+        return self._work_directory / token
+
     def _start_run(self, act: StartRun) -> None:
         child = self._children.get(act.slot)
         if child is None:
             return  # it has just ended, and the agent is about to hear of it
-        directory = self._work_directory / act.token
-        try:
-            directory.mkdir(mode=0o755)
-        except OSError as error:
-            self._agent.hold("work directory", f"expected room for a run in {self._work_directory}, got: {error}")
-            self._agent.not_started(act.token, f"the worker has no room for it: {error}")
-            self._act()
-            return
-        self._directories[act.token] = directory
+        directory = self._directory(act.token)
         try:
             for_slot, cores = self._limit(act, child, directory)
         except HostUnfit as error:  # without its limits it must not run
@@ -532,9 +580,11 @@ class Worker:
             self._agent.not_started(act.token, str(error))
             self._act()
             return
-        self._hold_deadline(act.slot, act.deadline_ns)
+        child.deadlines[act.token] = act.deadline_ns
+        self._hold_deadlines(child, soon=True)
         child.order(
             RunTask(
+                token=act.token,
                 request=act.request,
                 attempt=act.attempt,
                 inputs=act.inputs,
@@ -548,12 +598,13 @@ class Worker:
     def _limit(self, act: StartRun, child: "_Child", directory: Path) -> tuple[Limits | None, list[int]]:
         """Watch a run that has limits; return what its slot has to see to itself."""
         bounds = limits.smaller(act.request.limits, self._bounds)
-        child.token = act.token
-        child.ooms = processes.oom_kills()
+        child.ooms = self._ooms
         if not limits.any_of(bounds):
-            if child.group is not None:
-                child.group.bound(memory=None, cpus=None, processes=None)  # the run before this one may have had some
+            if child.group is not None and child.is_bounded:
+                child.group.bound(memory=None, cpus=None, processes=None)  # the run before this one had some
+                child.is_bounded = False
             return None, []
+        child.is_bounded = True
         watch = Watch(limits=bounds, slot=child.process.pid, directory=directory, cgroup=child.group)
         self._watches[act.slot] = watch
         self._watching.set()
@@ -563,12 +614,17 @@ class Worker:
         self._cores[act.slot] = cores
         return watch.for_slot, cores
 
+    def _renew(self, slot: int, token: str, deadline_ns: int) -> None:
+        child = self._children.get(slot)
+        if child is not None and token in child.deadlines:
+            child.deadlines[token] = deadline_ns
+            self._hold_deadlines(child, soon=True)
+            child.order(Renew(token=token, deadline_ns=deadline_ns))
+
     def _run_over(self, token: str) -> None:
         for slot, child in self._children.items():
-            if child.token == token:
-                child.token = None
+            if child.deadlines.pop(token, None) is not None:
                 self._forget_limits(slot)
-                self._hold_deadline(slot, watchdog.NO_DEADLINE)
 
     def _forget_limits(self, slot: int) -> None:
         self._watches.pop(slot, None)
@@ -591,8 +647,8 @@ class Worker:
             for slot, watch in watched.items():
                 child = self._children.get(slot)
                 exceeded = found.get(watch.slot)
-                if exceeded and child and child.token and self._watches.get(slot) is watch:
-                    self._agent.exceeded(slot, child.token, exceeded.what, exceeded.text)
+                if exceeded and child and child.deadlines and self._watches.get(slot) is watch:
+                    self._agent.exceeded(slot, next(iter(child.deadlines)), exceeded.what, exceeded.text)
             self._act()
             await asyncio.sleep(max(limits.LOOK_SECONDS, limits.LOOK_SHARE * (loop.time() - began)))
 
@@ -637,15 +693,20 @@ class Worker:
                 if self._agent.is_unsettled(outcome.token):
                     self._agent.spooled(outcome)
                 else:  # it was sent from memory, and answered meanwhile
-                    await self._in_disk_thread(partial(self._state.unspool, outcome))
+                    await self._in_disk_thread(partial(self._state.unspool, [outcome]))
             self._act()
-            for outcome in outcomes:
-                directory = self._directories.pop(outcome.token, None)
-                if directory is not None:
-                    self._start(self._remove(directory))
+            for token in self._littered & written:
+                self._littered.discard(token)
+                self._start(self._remove(self._directory(token)))
         self._is_spooling = False
         self._agent.hold("spool", None)
         self._idle.set()
+
+    async def _unspool(self) -> None:
+        while self._unspooling:
+            refs, self._unspooling = self._unspooling, []
+            await self._in_disk_thread(partial(self._state.unspool, refs))
+        self._is_unspooling = False
 
     async def _remove(self, directory: Path) -> None:
         try:
@@ -663,9 +724,12 @@ class Worker:
                 self._metrics.slot_restarts.inc()
             first = False
             child = await self._spawn(number)
-            was_ready = await self._listen(number, child)
+            try:
+                was_ready = await self._listen(number, child)
+            finally:
+                child.close()
             exit_code = await child.process.wait()
-            self._hold_deadline(number, watchdog.GONE)
+            self._tell_watchdog(child, watchdog.GONE)
             await self._end_what_outlived(number, child)
             self._note_children()
             last_words = child.last_words()
@@ -684,14 +748,22 @@ class Worker:
             if self._watchdog is None:
                 self._watchdog = await self._start_watchdog()
             output, printed = os.pipe()
+            words, said = os.pipe()
+            os.set_blocking(words, False)
             ends = self._watchdog.ends
             try:
                 process = await self._python(
-                    "mqworker.slot", str(ends), stdin=asyncio.subprocess.PIPE, stderr=printed, pass_fds=[ends]
+                    "mqworker.slot",
+                    str(ends),
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=said,
+                    stderr=printed,
+                    pass_fds=[ends],
                 )
             finally:
                 os.close(printed)
-            child = self._children[number] = _Child(process, output)
+                os.close(said)
+            child = self._children[number] = _Child(process, words=words, output=output)
         if self._groups is not None:
             try:
                 group = self._groups.make(number)
@@ -699,9 +771,10 @@ class Worker:
                 child.group = group
             except HostUnfit as error:
                 logger.warning("a slot has no control group", extra={"slot": number, "reason": str(error)})
-        self._hold_deadline(number, watchdog.NO_DEADLINE)
+        self._tell_watchdog(child, watchdog.NO_DEADLINE)
         self._note_children()
         child.order(Outfit(store=self._store_url))
+        child.send()
         return child
 
     async def _start_watchdog(self) -> "_Watchdog":
@@ -741,9 +814,20 @@ class Worker:
             if child.identity is not None:
                 self._start(self._kill_child(child))
 
-    def _hold_deadline(self, slot: int, deadline_ns: int) -> None:
-        child = self._children.get(slot)
-        if self._watchdog is not None and child is not None and child.identity is not None:
+    def _hold_deadlines(self, child: _Child, *, soon: bool = False) -> None:
+        """Have the watchdog know the first deadline of a slot's runs; `soon`: only if it has to know it now.
+
+        A later one may wait for the next tick, long before the former: short runs follow each other faster than
+        another process should be woken. It may end a slot too early, where nobody has told it, and never too late.
+        """
+        first = min(child.deadlines.values(), default=watchdog.NO_DEADLINE)
+        if first == child.held or (soon and child.held != watchdog.NO_DEADLINE and first > child.held):
+            return
+        self._tell_watchdog(child, first)
+
+    def _tell_watchdog(self, child: _Child, deadline_ns: int) -> None:
+        child.held = deadline_ns
+        if self._watchdog is not None and child.identity is not None:
             self._watchdog.tell(child.identity, deadline_ns)
 
     async def _end_what_outlived(self, number: int, child: _Child) -> None:
@@ -768,37 +852,39 @@ class Worker:
     def _say_of_memory(self, number: int, child: _Child, exit_code: int) -> None:
         """Tell the agent if it was for want of memory that a slot was killed, as far as the kernel tells."""
         watch = self._watches.get(number)
-        if child.token is None or exit_code != -signal.SIGKILL:
+        if not child.deadlines or exit_code != -signal.SIGKILL:
             return
         exceeded = None if watch is None else watch.killed()
         if exceeded is not None:
-            self._agent.exceeded(number, child.token, exceeded.what, exceeded.text)
+            self._agent.exceeded(number, next(iter(child.deadlines)), exceeded.what, exceeded.text)
         elif processes.oom_kills() > child.ooms:
             self._agent.out_of_memory(number)
 
     async def _listen(self, number: int, child: _Child) -> bool:
         """Pass on what a slot says, until its process ends."""
         was_ready = False
-        stream = child.process.stdout
-        while stream is not None:
+        pieces: list[bytes] = []  # of a line that has no end yet
+        while chunk := await child.hear():
             try:
-                line = await stream.readline()
-                if not line.endswith(b"\n"):
-                    break  # its process has ended, perhaps in the middle of a word
-                word: SlotWord = decode(line, SlotWord, limit=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union of structs
-            except (PeerError, ValueError) as error:  # ValueError: a line without an end, by the stream's limit
+                for word in _words(pieces, chunk):
+                    was_ready = was_ready or isinstance(word, SlotReady)
+                    self._hear_word(number, child, word)
+            except PeerError as error:
                 self._agent.slot_babbled(number, str(error))
                 self._act()
-                while await stream.read(DISCARDED_AT_ONCE):
+                while await child.hear():
                     pass
                 break
-            was_ready = was_ready or isinstance(word, SlotReady)
-            badly = isinstance(word, SlotEnded) and word.result in {"failure", "error"}  # else nobody asks why
-            if badly and child.token is not None and processes.oom_kills() > child.ooms:
-                self._agent.out_of_memory(number)
-            self._agent.slot_said(number, word)
             self._act()
+            if self._agent.is_supplied(number):
+                await asyncio.sleep(HEARING_PAUSE)  # it can go on, and has said more by then
         return was_ready
+
+    def _hear_word(self, number: int, child: _Child, word: SlotWord) -> None:
+        badly = isinstance(word, SlotEnded) and word.result in {"failure", "error"}  # else nobody asks why
+        if badly and child.deadlines and processes.oom_kills() > child.ooms:
+            self._agent.out_of_memory(number)
+        self._agent.slot_said(number, word)
 
     def _note_children(self) -> None:
         slots = [child.identity for child in self._children.values() if child.identity is not None]
@@ -869,11 +955,17 @@ class Worker:
             await self._end_orphans()
         except HostUnfit as error:
             logger.error("something cannot be ended", extra={"reason": str(error)})  # noqa: TRY400  # no traceback at an operator
-        for directory in self._directories.values():
-            await self._remove(directory)
+        for token in {*self._littered, *(token for child in children for token in child.deadlines)}:
+            await self._remove(self._directory(token))
 
     async def _python(
-        self, module: str, *arguments: str, stdin: int, stderr: int | None = None, pass_fds: Collection[int] = ()
+        self,
+        module: str,
+        *arguments: str,
+        stdin: int,
+        stdout: int = asyncio.subprocess.PIPE,
+        stderr: int | None = None,
+        pass_fds: Collection[int] = (),
     ) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -882,9 +974,8 @@ class Worker:
             module,
             *arguments,
             stdin=stdin,
-            stdout=asyncio.subprocess.PIPE,
+            stdout=stdout,
             stderr=stderr,
-            limit=MAX_LINE_BYTES,
             start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             pass_fds=pass_fds,
             env=_child_environment(),
@@ -930,6 +1021,22 @@ class Worker:
         for name, failure in analysis.failures.items():
             logger.warning("a task cannot be used on this host", extra={"task": name, "reason": failure})
         return analysis
+
+
+def _words(pieces: list[bytes], chunk: bytes) -> Iterator[SlotWord]:
+    """Read the words that a chunk completes; `pieces` is the beginning of the next one, before and after.
+
+    Raises:
+        PeerError: a line is no word, or has no end.
+    """
+    *lines, rest = chunk.split(b"\n")
+    for line in lines:
+        whole = b"".join([*pieces, line])
+        pieces.clear()
+        yield decode(whole, SlotWord, limit=MAX_LINE_BYTES)  # type: ignore[arg-type]  # a union of structs
+    pieces.append(rest)
+    if sum(map(len, pieces)) > MAX_LINE_BYTES:
+        raise Unreadable(f"expected lines of at most {MAX_LINE_BYTES} bytes from a slot, got more without an end")
 
 
 def _little_room(directories: Collection[Path], least: int) -> str | None:
@@ -1069,6 +1176,7 @@ async def run(
             static_metadata=static_metadata,
             allow_tasks=allow_tasks,
             deny_tasks=deny_tasks,
+            bounded=bounds is not None and limits.any_of(bounds),
             make_token=lambda: f"{state.home}-{uuid.uuid4().hex}",
             wall=time.time,
         )

@@ -245,7 +245,7 @@ def test_it_consumes_the_queue_that_it_is_assigned_once_a_slot_is_ready():
     driven.agent.slot_said(0, SlotReady())
     acts = driven.take(Consume, PublishReport)
 
-    assert acts[0] == Consume("q")
+    assert acts[0] == Consume("q", 1)
     beat = beat_of(acts[1].report)
     assert (beat.queue, beat.assigned, beat.slots) == ("q", "q", 1)
 
@@ -254,7 +254,7 @@ def test_it_moves_to_another_queue_and_says_so_at_once(driven):
     driven.hear(Assign(queue="q2"))
     acts = driven.take(Cancel, Consume, PublishReport)
 
-    assert acts[:2] == [Cancel("q"), Consume("q2")]
+    assert acts[:2] == [Cancel("q"), Consume("q2", 1)]
     assert beat_of(acts[2].report).assigned == "q2"
 
 
@@ -265,7 +265,7 @@ def test_a_scheduler_that_does_not_want_it_says_why_and_it_consumes_nothing(driv
     driven.hear(Assign(queue="q"))
 
     assert driven.agent.refused is None
-    assert driven.take(Consume) == [Consume("q")]
+    assert driven.take(Consume) == [Consume("q", 1)]
 
 
 def test_the_administrators_word_counts_more_than_what_was_found():
@@ -372,7 +372,7 @@ def test_a_ticket_is_claimed_and_acknowledged_once_the_claim_is_answered(driven)
     assert Cancel("q") in acts  # its only slot is spoken for
     assert Ack("d1") not in acts
     driven.hear(Void(request=an_id(1), attempt=1, token="t1", reason="another was first"))  # noqa: S106  # a token of a claim
-    assert driven.take(Ack, Consume) == [Ack("d1"), Consume("q")]
+    assert driven.take(Ack, Consume) == [Ack("d1"), Consume("q", 1)]
 
 
 def test_a_granted_claim_starts_a_run_and_its_ticket_is_acknowledged_before_it_ends(driven):
@@ -566,16 +566,16 @@ def test_a_lease_counts_from_when_its_claim_was_first_sent(driven):
 
 
 def test_a_lease_is_renewed_from_when_the_answered_heartbeat_was_sent(driven):
-    _, start = driven.run()
+    ref, start = driven.run()
     first = driven.beat()
     first_sent = driven.now
     second = driven.beat()
     second_sent = driven.now
     driven.pass_time(3)
     driven.hear(Alive(seq=first.seq))
-    assert driven.take(RenewRun) == [RenewRun(slot=0, deadline_ns=first_sent + int(LEASE * SECOND))]
+    assert driven.take(RenewRun) == [RenewRun(slot=0, token=ref.token, deadline_ns=first_sent + int(LEASE * SECOND))]
     driven.hear(Alive(seq=second.seq))
-    assert driven.take(RenewRun) == [RenewRun(slot=0, deadline_ns=second_sent + int(LEASE * SECOND))]
+    assert driven.take(RenewRun) == [RenewRun(slot=0, token=ref.token, deadline_ns=second_sent + int(LEASE * SECOND))]
     driven.hear(Alive(seq=second.seq))
     driven.hear(Alive(seq=second.seq + 1000))  # of what was never sent
 
@@ -674,7 +674,7 @@ def test_an_abort_is_passed_on_once_and_the_slot_killed_if_its_task_does_not_sto
     abort = Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted")
     driven.hear(abort, abort)
     driven.hear(abort)
-    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason="not wanted")]
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, token=ref.token, reason="not wanted")]
     driven.pass_time(15 + ABORT_MARGIN_NS / SECOND - 0.01)
     assert driven.take(KillSlot) == []
     driven.pass_time(0.02)
@@ -729,7 +729,7 @@ def test_a_run_that_is_over_its_timeout_is_told_to_stop_and_ends_in_error_with_w
     driven.pass_time(29.9)
     assert driven.take(StopRunIn) == []
     driven.pass_time(0.2)
-    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason=OVER)]
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, token=ref.token, reason=OVER)]
     driven.agent.slot_said(0, SlotProgress(stage="build", fraction=None))
     driven.agent.slot_said(0, SlotEnded(result="aborted", reason=Reason(text=OVER), artifacts=[made]))
     [outcome] = driven.spool()
@@ -787,7 +787,7 @@ def test_an_abort_that_came_before_the_timeout_stays_an_abort(driven):
     driven.pass_time(29.9)
     driven.hear(Abort(request=ref.request, attempt=1, token=ref.token, reason="not wanted"))
     driven.pass_time(2)
-    assert driven.take(StopRunIn) == [StopRunIn(slot=0, reason="not wanted")]
+    assert driven.take(StopRunIn) == [StopRunIn(slot=0, token=ref.token, reason="not wanted")]
     driven.agent.slot_said(0, SlotEnded(result="aborted", reason=Reason(text="not wanted")))
 
     assert [outcome.result for outcome in driven.spool()] == ["aborted"]
@@ -835,12 +835,9 @@ def test_what_runs_alone_is_claimed_at_once_and_starts_when_nothing_else_runs(tw
     two.agent.slot_said(0, SlotEnded(result="success"))
     [start] = two.take(StartRun)
 
-    assert (start.token, start.slot) == (ref.token, 1)
+    assert (start.token, start.slot) == (ref.token, 0)
     assert two.agent.consuming is None
-    two.agent.slot_said(0, SlotReady())
-    assert two.agent.consuming is None
-    two.agent.slot_said(1, SlotEnded(result="success"))
-    two.agent.slot_said(1, SlotReady())
+    two.agent.slot_said(0, SlotEnded(result="success"))
     assert beat_of([act.report for act in two.take(PublishReport)][-1]).slots == 2
     assert two.agent.consuming == "q"
 
@@ -1000,19 +997,23 @@ def test_a_slot_that_ends_without_a_run_harms_nobody_and_is_not_counted_until_it
     assert driven.take(Requeue) == [Requeue("d1")]
     driven.agent.slot_said(0, SlotReady())
 
-    assert driven.take(Consume) == [Consume("q")]
+    assert driven.take(Consume) == [Consume("q", 1)]
 
 
-def test_a_slot_takes_its_next_run_only_once_it_says_that_it_is_ready(driven):
+def test_a_slot_takes_its_next_run_at_once_unless_it_ends_its_process(driven):
     driven.run()
     driven.agent.slot_said(0, SlotEnded(result="success"))
+    assert driven.take(Consume) == [Consume("q", 1)]
+    driven.run(2)
+    driven.agent.slot_said(0, SlotEnded(result="success", last=True))
     assert driven.take(Consume) == []
     assert beat_of(driven.beat()).slots == 0
     assert driven.agent.slot_states() == {"idle": 0, "running": 0, "starting": 1}
+    driven.agent.slot_gone(0, 0)
     driven.agent.slot_said(0, SlotReady())
     acts = driven.take(Consume, PublishReport)
 
-    assert acts[0] == Consume("q")
+    assert acts[0] == Consume("q", 1)
     assert beat_of(acts[1].report).slots == 1
 
 
@@ -1181,7 +1182,7 @@ def test_after_a_reconnect_all_that_is_unanswered_is_said_again_with_the_same_to
     driven.agent.connected("e2")
     acts = driven.take(PublishReport, PublishOutcomes, Consume)
 
-    assert Consume("q") not in acts  # until it is assigned anew
+    assert Consume("q", 1) not in acts  # until it is assigned anew
     [report] = [act.report for act in acts if isinstance(act, PublishReport)]
     assert [part.token for part in report.parts if isinstance(part, Claim)] == [claim.token]
     assert [run.token for run in beat_of(report).running] == [running.token]
@@ -1195,7 +1196,7 @@ def test_on_a_new_connection_it_consumes_nothing_until_it_is_assigned_a_queue_an
     assert driven.take(Consume) == []
     driven.hear(Assign(queue="q"))
 
-    assert driven.take(Consume) == [Consume("q")]
+    assert driven.take(Consume) == [Consume("q", 1)]
 
 
 def test_a_ticket_that_is_redelivered_on_a_new_connection_is_not_claimed_twice(driven):
@@ -1474,7 +1475,7 @@ def test_while_something_is_in_the_way_it_takes_no_work_says_so_and_goes_on_by_i
     assert [record.message for record in caplog.records].count("the worker takes no work") == 1
 
     driven.agent.hold("free disk", None)
-    assert driven.take(Consume) == [Consume("q")]
+    assert driven.take(Consume) == [Consume("q", 1)]
     assert (driven.agent.held, beat_of(driven.beat()).slots) == (None, 1)
 
 

@@ -130,14 +130,14 @@ def driven_agent():
 
 def test_a_term_that_no_scheduler_reaches_keeps_the_real_one_away_for_a_minute_and_no_longer(driven_agent):
     driven_agent.hear(Assign(queue="q2"), term=2**63 - 1)
-    assert driven_agent.take(Consume) == [Consume("q2")]
+    assert driven_agent.take(Consume) == [Consume("q2", 1)]
     driven_agent.hear(Assign(queue="q3"), term=1)
     assert driven_agent.take(Consume) == []
     for _ in range(60):  # a worker that looks at nothing for longer than 2 s was frozen, and heard nobody
         driven_agent.pass_time(1)
         driven_agent.take()
     driven_agent.hear(Assign(queue="q3"), term=1)
-    assert driven_agent.take(Consume) == [Consume("q3")]
+    assert driven_agent.take(Consume) == [Consume("q3", 1)]
 
 
 def test_an_answer_removes_the_outcome_that_it_is_for_and_no_other(driven_agent):
@@ -255,6 +255,9 @@ class Listening:
     def wants_to_end(self):
         return False
 
+    def is_supplied(self, _number):
+        return False
+
 
 def listening(metrics=None):
     """Make a worker that is connected to nothing; in a loop."""
@@ -278,21 +281,24 @@ def listening(metrics=None):
     [
         (encode_line(SlotReady()) + b'{"type":"slot_ended","res', [SlotReady()]),  # it was killed in mid-word
         (b"no JSON\n" + encode_line(SlotReady()), ["expected"]),
-        (b"x" * 5000 + b"\n" + encode_line(SlotReady()), ["limit"]),
-        (b"x" * 50_000, ["limit"]),
+        (b"x" * 5000 + b"\n" + encode_line(SlotReady()), ["expected lines of at most 1000 bytes"]),
+        (b"x" * 50_000, ["expected lines of at most 1000 bytes"]),
         (b"\n", ["expected"]),
         (b'{"type":"slot_ended","result":"lost"}\n', ["result"]),
     ],
 )
-def test_whatever_a_slot_says_does_not_end_the_agent(data, expected):
+def test_whatever_a_slot_says_does_not_end_the_agent(monkeypatch, data, expected):
     async def listen():
         worker = listening()
-        stream = asyncio.StreamReader(limit=1000)
-        stream.feed_data(data)
-        stream.feed_eof()
-        await worker._listen(0, SimpleNamespace(process=SimpleNamespace(stdout=stream)))
+        chunks = [data[start : start + 700] for start in range(0, len(data), 700)]
+
+        async def hear():
+            return chunks.pop(0) if chunks else b""
+
+        await worker._listen(0, SimpleNamespace(hear=hear, deadlines={}))
         return worker._agent.heard
 
+    monkeypatch.setattr("mqworker.worker.MAX_LINE_BYTES", 1000)
     heard = asyncio.run(listen())
     assert len(heard) == len(expected)
     for one, wanted in zip(heard, expected, strict=True):
@@ -326,8 +332,8 @@ def test_a_state_directory_with_nonsense_in_it_is_taken_for_an_empty_one(tmp_pat
     state.close()
 
 
-def test_a_spooled_outcome_counts_only_in_the_file_of_its_own_name(tmp_path):
-    """Else its answer would remove another file, and it would come back with each start."""
+def test_what_is_in_the_spool_and_is_none_of_ours_is_put_aside_and_what_is_there_twice_goes(tmp_path):
+    """Else it would come back with each start."""
     outcome = Outcome(request=an_id(1), attempt=1, token="t", result="success", started=1.0, ended=2.0)  # noqa: S106  # a token of a claim
     state = WorkerState(tmp_path)
     state.spool([outcome])
@@ -337,7 +343,12 @@ def test_a_spooled_outcome_counts_only_in_the_file_of_its_own_name(tmp_path):
         file.truncate(2**40)
 
     assert list(state.spooled()) == [outcome]
-    assert {path.suffix for path in (tmp_path / "spool").iterdir()} == {".json", ".unreadable"}
+    assert sorted(path.name for path in (tmp_path / "spool").glob("*.unreadable")) == [
+        "dir.unreadable",
+        "large.unreadable",
+    ]
+    state.unspool([outcome])
+    assert list((tmp_path / "spool").glob("*.json")) == []
     state.close()
 
 

@@ -286,7 +286,9 @@ class DispatchIsFair(RuleBasedStateMachine):
         for request in stranded:
             del self.out[request]
         for request in stranded:
-            if request not in self.ended:
+            if request in self.ended:
+                self.running.add(request)  # it counts until its end is told
+            else:
                 self.enter(request, *self.known[request])
 
     @rule(requirement=st.sampled_from(REQUIREMENTS), paused=st.booleans())

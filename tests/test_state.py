@@ -238,10 +238,24 @@ def test_an_outcome_is_removed_only_by_its_own_answer(tmp_path):
         kept = outcome(1, token="t2", reason=Reason(text="no"))  # noqa: S106  # a token of a claim
         state.spool([outcome(1), kept, outcome(2)])
         for token in ("t1", "t1", "strange"):
-            state.unspool(RunRef(request=outcome(1).request, attempt=1, token=token))
-        state.unspool(RunRef(request=outcome(2).request, attempt=2, token="t1"))  # noqa: S106  # a token of a claim
+            state.unspool([RunRef(request=outcome(1).request, attempt=1, token=token)])
+        state.unspool([RunRef(request=outcome(2).request, attempt=2, token="t1")])  # noqa: S106  # a token of a claim
+        [file] = (tmp_path / "spool").iterdir()
+        state.unspool([kept])
+        assert file.exists()
+        state.unspool([outcome(2)])
 
-        assert list(state.spooled()) == [kept, outcome(2)]
+        assert not file.exists()
+
+
+def test_what_was_answered_beside_something_that_was_not_is_told_again_by_a_successor(tmp_path):
+    with closing(WorkerState(tmp_path)) as state:
+        state.spool([outcome(1), outcome(2)])
+        state.unspool([outcome(1)])
+    with closing(WorkerState(tmp_path)) as state:
+        assert list(state.spooled()) == [outcome(1), outcome(2)]
+        state.unspool([outcome(2), outcome(1)])
+        assert list(state.spooled()) == []
 
 
 def test_a_file_that_was_not_finished_is_not_read_and_does_not_stay(tmp_path):
@@ -268,17 +282,20 @@ def test_an_unreadable_file_is_put_aside_for_a_person_and_hides_no_other(tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_to_be_read(tmp_path):
+def test_a_disk_that_is_full_is_an_error_and_leaves_nothing_to_be_read(tmp_path, monkeypatch):
     with closing(WorkerState(tmp_path)) as state:
-        (tmp_path / "spool" / f"{outcome(1).request}.1.t1.new").symlink_to("/dev/full")
+        monkeypatch.setattr(mqworker.state.time, "time_ns", lambda: 7)
+        (tmp_path / "spool" / f"{7:020d}-{0:06d}.new").symlink_to("/dev/full")
         with pytest.raises(OSError, match="No space left"):
             state.spool([outcome(1)])
 
-        assert list(state.spooled()) == []
+        assert list((tmp_path / "spool").iterdir()) == []
+        state.spool([outcome(1)])
+        assert list(state.spooled()) == [outcome(1)]
 
 
 def test_outcomes_are_on_the_disk_and_not_only_in_memory_when_they_count_as_spooled(tmp_path, monkeypatch):
-    """Each file before it gets its name, and then the directory that has the names."""
+    """The file before it gets its name, and then the directory that has the name."""
     calls = []
     synced = os.fsync
     monkeypatch.setattr(
@@ -288,4 +305,6 @@ def test_outcomes_are_on_the_disk_and_not_only_in_memory_when_they_count_as_spoo
         calls.clear()
         state.spool([outcome(1), outcome(2)])
 
-    assert calls == [f"{outcome(1).request}.1.t1.new", f"{outcome(2).request}.1.t1.new", "spool"]
+        [file] = (tmp_path / "spool").iterdir()
+
+    assert calls == [f"{file.stem}.new", "spool"]

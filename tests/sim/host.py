@@ -9,13 +9,14 @@ from mqworker.messages import (
     SLOT_LAPSED,
     Analysis,
     Artifact,
-    Outfit,
     Reason,
+    Recall,
     Renew,
     RunTask,
     SlotEnded,
     SlotProgress,
     SlotReady,
+    SlotRecalled,
     StopRun,
     encode_line,
 )
@@ -169,9 +170,10 @@ class State:
             self._host.spool[outcome.token] = outcome
             self._host.world.check.spooled(outcome)
 
-    def unspool(self, ref):
-        self._host.spool.pop(ref.token, None)
-        self._host.world.check.unspooled(self._host, ref)
+    def unspool(self, refs):
+        for ref in refs:
+            self._host.spool.pop(ref.token, None)
+            self._host.world.check.unspooled(self._host, ref)
 
     def spooled(self):
         return list(self._host.spool.values())
@@ -192,7 +194,6 @@ class HostedWorker(Worker):
             await asyncio.sleep(self._host.world.chance(f"spawn {self._host.name}").uniform(0.005, 0.03))
             child = self._children[number] = Child(self._host)
             self._host.children.append(child)
-        child.order(Outfit(store=""))
         return child
 
     async def _kill(self, slot):
@@ -208,17 +209,11 @@ class HostedWorker(Worker):
             child.close()
         self._children.clear()
 
-    def _start_run(self, act):
-        self._order(
-            act.slot,
-            RunTask(
-                request=act.request,
-                attempt=act.attempt,
-                inputs=act.inputs,
-                directory=act.token,
-                deadline_ns=act.deadline_ns,
-            ),
-        )
+    def _directory(self, token):
+        return token
+
+    async def _remove(self, directory):
+        pass
 
     async def _analysis(self):
         await asyncio.sleep(self._host.world.chance(f"analysis {self._host.name}").uniform(0.005, 0.05))
@@ -234,13 +229,15 @@ class Child:
         self._loop = host.world.loop
         self.process = self  # as the worker sees it
         self.identity = self.group = None
-        self.token = None
-        self.stdin = None
-        self.pid = 0
-        self.stdout = asyncio.StreamReader(loop=self._loop)
+        self.deadlines = {}
+        self.held = self.ooms = self.pid = 0
+        self.is_bounded = False
+        self._words = asyncio.StreamReader(loop=self._loop)
         self.alive = True
         self.ready = False
         self.run = None  # the order
+        self._told = {}  # token to order and deadline of those that have not begun
+        self._stops = {}  # token to reason
         self._exit_code = None
         self._exited = self._loop.create_future()
         self._alarm = self._end = None
@@ -254,6 +251,12 @@ class Child:
             if isinstance(order, RunTask):
                 self._host.world.check.started(self._host, order)
             self._later(0.0003, self._obey, order)
+
+    def send(self):
+        pass
+
+    async def hear(self):
+        return await self._words.read(65536)
 
     async def wait(self):
         while self._exit_code is None:
@@ -274,11 +277,11 @@ class Child:
 
     def _say(self, word):
         if self.alive:
-            self.stdout.feed_data(encode_line(word))
+            self._words.feed_data(encode_line(word))
 
     def _say_ready(self):
         if self.alive:
-            self.ready = True
+            self._next()
             self._say(SlotReady())
 
     def _obey(self, order):
@@ -286,21 +289,43 @@ class Child:
             return
         match order:
             case RunTask():
-                self.ready = False
-                self.run = order
-                self._set_alarm(order.deadline_ns)
-                conduct = self._conduct = self._host.world.conduct(order.request.id, order.attempt)
-                self._host.world.check.runs_now(self._host, order)
-                for number in range(conduct.stages):
-                    self._later(conduct.seconds * (number + 1) / (conduct.stages + 1), self._stage, order, number)
-                self._end = self._later(conduct.seconds, self._conclude, conduct.end)
-            case Renew(deadline_ns=deadline):
-                if self.run is not None:
+                self._told[order.token] = (order, order.deadline_ns)
+                if self.ready:
+                    self._next()
+            case Renew(token=token, deadline_ns=deadline):
+                if self.run is not None and self.run.token == token:
                     self._set_alarm(deadline)
-            case StopRun(reason=reason):
-                if self.run is not None and self._conduct.obeys:
-                    self._end.cancel()
-                    self._end = self._later(0.05, self._finish, "aborted", reason, False)
+                elif token in self._told:
+                    self._told[token] = (self._told[token][0], deadline)
+            case StopRun(token=token, reason=reason):
+                self._stops[token] = reason
+                self._heed()
+            case Recall():
+                self._say(SlotRecalled(tokens=list(self._told)))
+                self._told.clear()
+
+    def _next(self):
+        """Begin what was told first of what has not begun, or be idle."""
+        if not self.alive:
+            return
+        self.ready = not self._told
+        if self.ready:
+            return
+        order, deadline = self._told.pop(next(iter(self._told)))
+        self.run = order
+        self._set_alarm(deadline)
+        conduct = self._conduct = self._host.world.conduct(order.request.id, order.attempt)
+        self._host.world.check.runs_now(self._host, order)
+        for number in range(conduct.stages):
+            self._later(conduct.seconds * (number + 1) / (conduct.stages + 1), self._stage, order, number)
+        self._end = self._later(conduct.seconds, self._conclude, conduct.end)
+        self._heed()
+
+    def _heed(self):
+        """Obey who has said to stop what runs, if it does."""
+        if self.run is not None and self.run.token in self._stops and self._conduct.obeys:
+            self._end.cancel()
+            self._end = self._later(0.05, self._finish, "aborted", self._stops.pop(self.run.token), False)
 
     def _set_alarm(self, deadline_ns):
         if self._alarm is not None:
@@ -334,13 +359,14 @@ class Child:
             artifacts=[
                 Artifact(handle=f"made-{number}", category=MADE, name="made") for number in range(self._conduct.made)
             ],
+            last=self._conduct.fresh,
         )
         self._host.world.check.ended(self._host, order, word)
         self._say(word)
         if self._conduct.fresh:
             self._later(0.001, self.die, 0)
         else:
-            self._later(0.001, self._say_ready)
+            self._later(0.001, self._next)
 
     def _leave_run(self):
         order, self.run = self.run, None
@@ -357,7 +383,7 @@ class Child:
         self.alive = self.ready = False
         if self.run is not None:
             self._host.world.check.ended(self._host, self._leave_run(), None, lapsed=exit_code == SLOT_LAPSED)
-        self.stdout.feed_eof()
+        self._words.feed_eof()
         self._exit_code = exit_code
         if not self._exited.done():
             self._exited.set_result(None)
