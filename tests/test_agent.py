@@ -21,10 +21,12 @@ from mqworker.agent import (
     Cancel,
     Consume,
     CountRefusal,
+    Discard,
     KillSlot,
     PublishLog,
     PublishOutcomes,
     PublishReport,
+    RecallRuns,
     RenewRun,
     Requeue,
     Spool,
@@ -61,6 +63,7 @@ from mqworker.messages import (
     SlotOutput,
     SlotProgress,
     SlotReady,
+    SlotRecalled,
     Ticket,
     Verdict,
     Void,
@@ -140,6 +143,10 @@ class Driven:
         self.agent.verdict(Verdict(term=self.term if term is None else term, parts=list(parts)), self.now)
         self.do()
 
+    def tickets(self, numbers, *, attempt=1, delivery):
+        requests = [Request(id=an_id(number), task="noop") for number in numbers]
+        self.agent.tickets(delivery, [Ticket(attempt=attempt, request=request) for request in requests])
+
     def ticket(self, number=1, *, attempt=1, task="noop", data=None, delivery=None, alone=False, **fields):
         request = Request(id=an_id(number), task=task, data=data or {}, **fields)
         self.agent.tickets(delivery or f"d{number}", [Ticket(attempt=attempt, request=request, alone=alone)])
@@ -150,8 +157,12 @@ class Driven:
         [claim] = self.said(Claim)
         return RunRef(request=claim.request, attempt=claim.attempt, token=claim.token)
 
+    @staticmethod
+    def granted(ref, lease=LEASE):
+        return Granted(request=ref.request, attempt=ref.attempt, token=ref.token, lease=lease, inputs=[])
+
     def grant(self, ref, lease=LEASE):
-        self.hear(Granted(request=ref.request, attempt=ref.attempt, token=ref.token, lease=lease, inputs=[]))
+        self.hear(self.granted(ref, lease))
 
     def run(self, number=1, *, lease=LEASE, **given):
         """Have a run; return its reference and the act that starts it."""
@@ -1301,23 +1312,34 @@ def test_it_takes_leave_only_of_who_can_hear_it(driven):
 
 
 class AgentKeepsItsSlots(RuleBasedStateMachine):
-    """Whatever comes in whatever order: no slot has two runs, and nothing is claimed that has no slot."""
+    """Whatever comes in whatever order: each run begins once at most and ends once, and little is taken ahead."""
 
     SLOTS = 2
 
     def __init__(self):
         super().__init__()
+        self.patches = pytest.MonkeyPatch()
+        self.patches.setattr("mqworker.agent.GIVEN_SECONDS", 1.0)  # so that few ends make it give slots several runs
         self.driven = Driven(slots=self.SLOTS).up()
+        self.agent = self.driven.agent
         self.connected = True
         self.epochs = itertools.count(2)
-        self.alive = dict.fromkeys(range(self.SLOTS), "ready")  # as the slot's own process knows it
+        self.inside: dict[int, list[str]] = {slot: [] for slot in range(self.SLOTS)}  # as each process knows it
+        self.killed: set[int] = set()
+        self.recalled: list[int] = []  # slots that have not answered
         self.claims: dict[str, Claim] = {}  # without an answer
         self.in_hand: set[str] = set()  # deliveries that are neither acknowledged nor requeued
         self.deliveries = itertools.count(1)
-        self.started: dict[str, int] = {}
-        self.deadlines: dict[int, int] = {}
-        self.spooled: list[str] = []
+        self.begun: dict[str, None] = {}
+        self.deadlines: dict[str, int] = {}  # of what was started
+        self.over: set[str] = set()  # has an outcome, or was void and begun
+        self.void: set[str] = set()
+        self.consuming = None
+        self.settle()
         self.consuming = "q"
+
+    def teardown(self):
+        self.patches.undo()
 
     def settle(self):
         for act in self.driven.take():
@@ -1325,22 +1347,29 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
                 case Ack(delivery) | Requeue(delivery):
                     self.in_hand.discard(delivery)
                 case StartRun(slot=slot, token=token, deadline_ns=deadline):
-                    assert self.alive[slot] == "ready"
-                    assert token not in self.started
+                    assert slot not in self.killed
+                    assert token not in self.begun
+                    assert token not in self.over
+                    assert not [inside for inside in self.inside.values() if token in inside]
                     assert deadline > self.driven.now
-                    self.alive[slot] = token
-                    self.started[token] = slot
-                    self.deadlines[slot] = deadline
-                case RenewRun(slot=slot, deadline_ns=deadline):
-                    assert deadline > self.deadlines[slot]
-                    self.deadlines[slot] = deadline
+                    self.inside[slot].append(token)
+                    self.deadlines[token] = deadline
+                    self.begin(slot)
+                case RenewRun(token=token, deadline_ns=deadline):
+                    assert deadline > self.deadlines[token]
+                    self.deadlines[token] = deadline
+                case RecallRuns(slot=slot):
+                    assert slot not in self.recalled
+                    self.recalled.append(slot)
                 case KillSlot(slot=slot):
-                    assert self.alive[slot] != "ready"
-                    self.alive[slot] = "killed"
+                    assert self.inside[slot]
+                    self.killed.add(slot)
                 case Spool(outcome=outcome):
-                    assert outcome.token not in self.spooled
-                    self.spooled.append(outcome.token)
-                    self.driven.agent.spooled(outcome)
+                    assert outcome.token not in self.over
+                    self.over.add(outcome.token)
+                    self.agent.spooled(outcome)
+                case Discard(token=token):
+                    self.over.add(token)
                 case Consume():
                     assert self.consuming is None
                     assert self.connected
@@ -1352,12 +1381,18 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
                     assert self.connected
                     self.claims |= {part.token: part for part in report.parts if isinstance(part, Claim)}
 
+    def begin(self, slot):
+        """Let a slot begin the first of its runs, as it does by itself."""
+        self.begun |= dict.fromkeys(self.inside[slot][:1])
+
     @precondition(lambda self: self.connected)
-    @rule(number=st.integers(1, 4), attempt=st.integers(1, 2))
-    def a_ticket_comes(self, number, attempt):
+    @rule(first=st.integers(1, 12), number=st.integers(1, 3), attempt=st.integers(1, 2))
+    def tickets_come(self, first, number, attempt):
         delivery = f"d{next(self.deliveries)}"
         self.in_hand.add(delivery)
-        self.driven.ticket(number, attempt=attempt, delivery=delivery)
+        free, asking = self.agent._free(), len(self.agent._asking)
+        self.driven.tickets(range(first, first + number), attempt=attempt, delivery=delivery)
+        assert free > 0 or len(self.agent._asking) == asking
         self.settle()
 
     @precondition(lambda self: self.connected and self.claims)
@@ -1372,37 +1407,62 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
             del self.claims[claim.token]
         self.settle()
 
-    @rule(slot=st.integers(0, SLOTS - 1), result=st.sampled_from(["success", "failure"]))
-    def a_run_ends(self, slot, result):
-        if self.alive[slot] in self.started:
-            self.driven.agent.slot_said(slot, SlotEnded(result=result))
+    @precondition(lambda self: self.claims)
+    @rule()
+    def all_claims_are_granted(self):
+        if self.connected:
+            self.driven.hear(*(self.driven.granted(claim) for claim in self.claims.values()))
+            self.claims.clear()
             self.settle()
-            self.driven.agent.slot_said(slot, SlotReady())
-            self.alive[slot] = "ready"
+
+    @rule(slot=st.integers(0, SLOTS - 1), number=st.integers(1, 3), last=st.booleans())
+    def runs_end(self, slot, number, last):
+        ended = self.inside[slot][:number]
+        for token in ended:
+            self.inside[slot].remove(token)
+            self.begin(slot)
+            goes = last and token == ended[-1]
+            self.agent.slot_said(slot, SlotEnded(result="success", last=goes))
             self.settle()
+            if goes:
+                self.die(slot, 0)
+
+    @precondition(lambda self: self.recalled)
+    @rule()
+    def a_recall_is_answered(self):
+        slot = self.recalled.pop(0)
+        begun, back = self.inside[slot][:1], self.inside[slot][1:]
+        self.inside[slot] = begun
+        self.agent.slot_said(slot, SlotRecalled(tokens=back))
+        self.settle()
 
     @rule(slot=st.integers(0, SLOTS - 1), exit_code=st.sampled_from([-9, 1, SLOT_LAPSED]))
     def a_slot_dies_and_is_replaced(self, slot, exit_code):
-        self.alive[slot] = "gone"
-        self.driven.agent.slot_gone(slot, exit_code)
-        self.settle()
-        self.driven.agent.slot_said(slot, SlotReady())
-        self.alive[slot] = "ready"
+        self.die(slot, exit_code)
         self.settle()
 
-    @rule(seconds=st.sampled_from([0.25, 5.0, 30.0, 61.0]))
+    def die(self, slot, exit_code):
+        self.inside[slot] = []
+        self.recalled = [one for one in self.recalled if one != slot]
+        self.agent.slot_gone(slot, exit_code)
+        self.killed.discard(slot)
+        self.settle()
+        self.agent.slot_said(slot, SlotReady())
+
+    @rule(seconds=st.sampled_from([0.01, 0.25, 5.0, 30.0, 61.0]))
     def time_passes(self, seconds):
         self.driven.pass_time(seconds)
         self.settle()
-        for slot, token in self.alive.items():
-            if token in self.started:
-                assert self.deadlines[slot] > self.driven.now  # else it would have been killed
+        for slot, inside in self.inside.items():
+            if inside and slot not in self.killed:
+                assert self.deadlines[inside[0]] > self.driven.now  # else it would have been killed
 
     @precondition(lambda self: self.connected)
     @rule(void=st.booleans())
     def a_heartbeat_is_answered(self, void):
-        running = [RunRef(request=an_id(1), attempt=1, token=token) for token in self.started]
-        self.driven.hear(Alive(seq=self.driven.agent._seq, void=running if void else []))
+        running = [RunRef(request=an_id(1), attempt=1, token=token) for token in self.agent._runs] if void else []
+        self.void |= {ref.token for ref in running}
+        self.driven.hear(Alive(seq=self.agent._seq, void=running))
         self.settle()
 
     @rule()
@@ -1410,29 +1470,38 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
         self.connected = not self.connected
         self.consuming = None
         if self.connected:
-            self.driven.agent.connected(f"e{next(self.epochs)}")
+            self.agent.connected(f"e{next(self.epochs)}")
             self.driven.hear(Assign(queue="q"))
         else:
             self.in_hand.clear()  # the broker has them again
-            self.driven.agent.disconnected()
+            self.agent.disconnected()
         self.settle()
 
     @invariant()
-    def nothing_is_claimed_that_has_no_slot_and_no_ticket_is_kept_that_is_not_claimed(self):
-        free = sum(state == "ready" for state in self.alive.values())
-        asking = len(self.driven.agent._asking)
-        assert asking <= free
-        assert len(self.in_hand) <= asking
+    def no_ticket_is_kept_that_is_not_claimed(self):
+        assert len(self.in_hand) <= len(self.agent._asking)
 
     @invariant()
-    def it_consumes_exactly_while_a_slot_is_free(self):
-        free = sum(state == "ready" for state in self.alive.values()) - len(self.driven.agent._asking)
-        assert (self.consuming is not None) == (self.connected and free > 0)
+    def it_consumes_while_it_has_room(self):
+        free = self.agent._free()
+        if self.consuming is not None:
+            assert self.connected
+            assert free > 0
+        elif self.connected:
+            assert free <= self.agent._ahead() // 2
 
     @invariant()
-    def every_run_is_in_a_slot_or_has_an_outcome_or_was_void(self):
-        states = self.driven.agent.slot_states()
-        assert states["running"] == sum(state in {*self.started, "killed"} for state in self.alive.values())
+    def every_run_is_in_a_slot_or_waits_or_has_an_outcome_or_was_void(self):
+        waiting = [run.token for run in self.agent._queue]
+        inside = [token for slot in self.agent._slots.values() for token in slot.runs]
+        dying = [slot.overtaken.token for slot in self.agent._slots.values() if slot.overtaken is not None]
+        assert sorted([*waiting, *inside, *dying]) == sorted(self.agent._runs)
+        for token in self.deadlines:
+            if token in self.begun or token not in self.void:
+                assert (token in self.over) != (token in self.agent._runs)
+        for slot, inside in self.inside.items():
+            if slot not in self.killed:
+                assert self.agent._slots[slot].runs == inside
 
 
 TestAgentKeepsItsSlots = AgentKeepsItsSlots.TestCase

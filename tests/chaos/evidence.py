@@ -66,6 +66,8 @@ def _read_log(path, evidence):
 
 def _read_harness(lines, evidence):
     harms = {}
+    full = []  # when there was no room for state directories
+    ends = []
     for line in lines:
         if line["what"] == "harm":
             harms[line["number"]] = line
@@ -76,11 +78,22 @@ def _read_harness(lines, evidence):
             if line["scope"] == "worker" or line["target"] == "state":
                 worker = line["target"] if line["scope"] == "worker" else None
                 evidence.hurt.append((worker, harm["wall"], line["wall"]))
+            if line["target"] == "state":
+                full.append((harm["wall"], line["wall"]))
         elif line["what"] == "ended":
             evidence.hurt.append((line["party"], line["wall"], line["wall"]))
-        # 4: the world outside is unwell. Whoever ends so is to be started again; any other end is somebody's mistake.
-        if line["what"] == "ended" and line["by_us"] is None and line["exit"] not in {0, 4, -9}:
+            ends.append(line)
+    # 4: the world outside is unwell. Whoever ends so is to be started again; any other end is somebody's mistake.
+    for line in ends:
+        if line["by_us"] is None and line["exit"] not in {0, 4, -9} and not _had_no_room(line, full):
             evidence.misdeeds.append(f"{line['party']} ended by itself with exit code {line['exit']}")
+
+
+def _had_no_room(end, full):
+    """Say whether it was a worker that could not begin, because its state directory had no room; that has code 3."""
+    return (
+        end["exit"] == 3 and end["party"].startswith("w") and any(since <= end["wall"] <= to + 1 for since, to in full)
+    )
 
 
 def _spoilt(files, store):

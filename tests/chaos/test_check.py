@@ -9,7 +9,7 @@ import pytest
 
 from tests.chaos import report
 from tests.chaos.check import check
-from tests.chaos.evidence import Evidence
+from tests.chaos.evidence import Evidence, _read_harness
 
 NS = 1_000_000_000
 BOOT = 1_000_000.0  # wall-clock time at which CLOCK_BOOTTIME was 0
@@ -301,3 +301,19 @@ def test_a_run_that_has_shown_too_little_says_that_it_proves_nothing():
     assert "0 faults, and not 200" in lacking
     assert "0 times agent killed, and not 10" in lacking
     assert "no refused outcomes" in lacking
+
+
+def test_who_ends_by_itself_has_done_wrong_but_a_worker_that_finds_no_room_to_begin():
+    def end(party, wall, code):
+        return {"what": "ended", "party": party, "wall": wall, "exit": code, "by_us": None}
+
+    full = {"kind": "spool's disk full", "number": 1, "target": "state", "scope": "pool"}
+    ends = [end("w0", 11.0, 3), end("w0", 11.5, 1), end("active", 12.0, 3), end("w1", 30.0, 3), end("w1", 31.0, 4)]
+    evidence = Evidence()
+    _read_harness([{"what": "harm", "wall": 10.0, **full}, *ends, {"what": "heal", "wall": 15.0, **full}], evidence)
+
+    assert evidence.misdeeds == [
+        "w0 ended by itself with exit code 1",
+        "active ended by itself with exit code 3",
+        "w1 ended by itself with exit code 3",
+    ]
