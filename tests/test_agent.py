@@ -1439,7 +1439,6 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
     @rule(slot=st.integers(0, SLOTS - 1), exit_code=st.sampled_from([-9, 1, SLOT_LAPSED]))
     def a_slot_dies_and_is_replaced(self, slot, exit_code):
         self.die(slot, exit_code)
-        self.settle()
 
     def die(self, slot, exit_code):
         self.inside[slot] = []
@@ -1448,6 +1447,7 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
         self.killed.discard(slot)
         self.settle()
         self.agent.slot_said(slot, SlotReady())
+        self.settle()
 
     @rule(seconds=st.sampled_from([0.01, 0.25, 5.0, 30.0, 61.0]))
     def time_passes(self, seconds):
