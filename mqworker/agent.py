@@ -338,7 +338,7 @@ class _Slot:
     ready: bool = False
     runs: list[str] = field(default_factory=list)  # tokens, in their order; it has begun the first
     dying: bool = False
-    overtaken: _Run | None = None  # killed, but it had ended before that: what is behind it may have begun
+    overtaken: list[_Run] = field(default_factory=list)  # killed, and ended before that: the next may have begun
     recalled: bool = False  # it was told to give back what it has not begun, and has not answered
 
     @property
@@ -890,8 +890,8 @@ class Agent:
     def _slot_ended(self, slot: _Slot, run: _Run, word: SlotEnded) -> None:
         self._ended += 1
         if run.killed is not None:  # too late; but the slot may begin the next one before it dies
-            if not word.last and slot.overtaken is None:
-                slot.overtaken = run
+            if not word.last:
+                slot.overtaken.append(run)
                 slot.runs.remove(run.token)
                 self._look_who_begins(slot)
         elif word.left is not None:
@@ -966,16 +966,16 @@ class Agent:
         slot = self._slots[number]
         slot.ready = slot.dying = slot.recalled = False
         self._beat_wanted = True
-        overtaken, slot.overtaken = slot.overtaken, None
+        overtaken, slot.overtaken = slot.overtaken, []
         begun = self._runs.get(slot.run or "")
         self._take_back(slot.runs[1:])
-        if begun is not None and overtaken is not None and begun.killed is None:
-            why = f"its slot was killed because of the run before it ({overtaken.request.id})"
+        if begun is not None and overtaken and begun.killed is None:
+            why = f"its slot was killed because of the run before it ({overtaken[-1].request.id})"
             self._end(begun, "handed_back", Reason(text=why, stage=begun.stage))
-            begun = None
-        for run in (overtaken, begun):
-            if run is not None:
-                self._judge_gone(run, exit_code, last_words)
+        elif begun is not None:
+            overtaken.append(begun)
+        for run in overtaken:
+            self._judge_gone(run, exit_code, last_words)
 
     def _judge_gone(self, run: _Run, exit_code: int, last_words: str) -> None:
         """Say how a run ended whose slot has."""

@@ -1420,8 +1420,10 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
         ended = self.inside[slot][:number]
         for token in ended:
             self.inside[slot].remove(token)
-            self.begin(slot)
             goes = last and token == ended[-1]
+            if goes:
+                self.inside[slot] = []
+            self.begin(slot)
             self.agent.slot_said(slot, SlotEnded(result="success", last=goes))
             self.settle()
             if goes:
@@ -1494,7 +1496,7 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
     def every_run_is_in_a_slot_or_waits_or_has_an_outcome_or_was_void(self):
         waiting = [run.token for run in self.agent._queue]
         inside = [token for slot in self.agent._slots.values() for token in slot.runs]
-        dying = [slot.overtaken.token for slot in self.agent._slots.values() if slot.overtaken is not None]
+        dying = [run.token for slot in self.agent._slots.values() for run in slot.overtaken]
         assert sorted([*waiting, *inside, *dying]) == sorted(self.agent._runs)
         for token in self.deadlines:
             if token in self.begun or token not in self.void:
