@@ -85,6 +85,7 @@ from mqworker.messages import (
     Request,
     RequestCount,
     RequestEvent,
+    RequestEvents,
     RequestList,
     RequestState,
     RequestView,
@@ -108,6 +109,7 @@ logger = logging.getLogger(__name__)
 Followed = LogText | LogProgress | RequestEvent
 PoolEvent = RequestEvent | WorkerEvent | StuckEvent
 Heard = Followed | PoolEvent
+_Followed = LogText | LogProgress | RequestEvents | WorkerEvent | StuckEvent  # as it comes
 Pausable = Literal["worker", "task", "group"]
 Views = list[RequestView]  # in a class that has a method `list`, list[...] is no type
 Workers = list[WorkerView]
@@ -124,6 +126,8 @@ _Query = TypeVar("_Query", bound=Query)
 
 FIRST_CONNECT_SECONDS: Final = 5.0  # who calls a command should not wait half a minute for a wrong port
 RESEND_SECONDS: Final = 5.0  # without an answer; doubles each time: every copy costs the scheduler a look
+ENOUGH_ENDED: Final = 1000  # requests to look at together ...
+HUSH_SECONDS: Final = 0.02  # ... or as many as have ended when for so long no other has
 LOOK_AGAIN_SECONDS: Final = 10.0  # a safety net under events
 PAUSE_SECONDS: Final = 0.2  # after the broker refused a message that it was sent on a healthy connection
 BATCH_BYTES: Final = 1024 * 1024  # an eighth of what a message may have
@@ -991,20 +995,28 @@ class Client:
             done = {view.request.id: view for view in views if view.state in FINAL}
             for view in done.values():
                 on_end(view)
-            while still := [request for request in order if request not in done]:
+            still = dict.fromkeys(request for request in order if request not in done)
+            ended: dict[str, None] = {}  # by what we heard; many are looked at together
+            while still:
                 if left() <= 0:
                     raise Unanswered(
                         f"{len(still)} of {len(order)} requests are not final after {seconds:g} s, "
-                        f"{still[0]} among them; they go on"
+                        f"{next(iter(still))} among them; they go on"
                     )
-                items = await follow.take(min(LOOK_AGAIN_SECONDS, left()))
-                ended = {item.request for item in items if isinstance(item, RequestEvent)}
-                look = [request for request in still if request in ended] if items and None not in items else still
-                if look:
-                    views = await self._look_patiently(look, left)
-                    ended_now = {view.request.id: view for view in views if view.state in FINAL}
-                    done |= ended_now
-                    for view in ended_now.values():
+                items = await follow.take(min(HUSH_SECONDS if ended else LOOK_AGAIN_SECONDS, left()))
+                ended |= {
+                    item.request: None for item in items if isinstance(item, RequestEvent) and item.request in still
+                }
+                if None in items or not (items or ended):
+                    ended = dict(still)
+                if items and len(ended) < min(len(still), ENOUGH_ENDED):
+                    continue
+                views = await self._look_patiently(list(ended), left)
+                ended = {}
+                for view in views:
+                    if view.state in FINAL:
+                        del still[view.request.id]
+                        done[view.request.id] = view
                         on_end(view)
         finally:
             await self._close_follow(follow)
@@ -1131,29 +1143,29 @@ class _Follow:
             first = await asyncio.wait_for(self._arrived.get(), seconds)
         except TimeoutError:
             return []
-        return [self._heard(first), *self.take_now()]
+        return [*self._heard(first), *self.take_now()]
 
     def take_now(self) -> list[Heard | None]:
         items: list[Heard | None] = []
         while not self._arrived.empty():
-            items.append(self._heard(self._arrived.get_nowait()))
+            items += self._heard(self._arrived.get_nowait())
         return items
 
-    def _heard(self, delivery: Delivery | None) -> Heard | None:
+    def _heard(self, delivery: Delivery | None) -> Sequence[Heard | None]:
         if delivery is None:
-            return None
+            return (None,)
         self._line.link.ack(delivery)
         return _read_heard(delivery.body)
 
 
-def _read_heard(body: bytes) -> Heard | None:
-    """Return an event or lines of a log; None is as if nothing had been heard: who waits looks for itself."""
+def _read_heard(body: bytes) -> Sequence[Heard | None]:
+    """Return events, or lines of a log; None is as if nothing had been heard: who waits looks for itself."""
     try:
-        item: Heard = decode(body, cast("Any", Heard))
+        message = decode(body, cast("Any", _Followed))
     except PeerError as error:
         logger.warning("an unreadable message was passed over", extra={"reason": str(error)})
-        return None
-    return item
+        return (None,)
+    return message.events if isinstance(message, RequestEvents) else (message,)
 
 
 def _countdown(seconds: float | None) -> Callable[[], float]:

@@ -15,7 +15,8 @@ The order is kept, never searched: lanes that their key alone tells apart make a
 priority a team, teams of one priority a tier; each knows its oldest, and each is a sorted line of the smaller ones.
 
 Credit of a class = idle slots of its members + lookahead - offers out. Lookahead is what the class finishes in
-LOOKAHEAD_SECONDS: nothing for builds of an hour, enough to keep the pipe full for tasks of a millisecond.
+LOOKAHEAD_SECONDS, and until an offer is granted: nothing for builds of an hour, enough to keep the pipe full for tasks
+of a millisecond. Where there is much of it, tickets go in sets, each what a member finishes in a part of that time.
 """
 
 from bisect import bisect_left, insort
@@ -29,8 +30,11 @@ from typing import Final, NamedTuple
 from mqworker.errors import IllegalMove
 
 LOOKAHEAD_SECONDS: Final = 0.1
-MAX_LOOKAHEAD: Final = 200  # tickets a class; a bound against a clock that lies
-RATE_WINDOW: Final = 1.0  # seconds over which a class's rate is remembered
+MAX_LOOKAHEAD: Final = 1000  # tickets a class; a bound against a clock that lies
+RATE_WINDOW: Final = 0.25  # seconds over which a class's rate is remembered
+SLOWEST_GRANT: Final = 1.0  # seconds that an offer may wait for its grant, as far as that counts, ...
+GRANT_WEIGHT: Final = 0.05  # ... and by so much each counts
+SETS_OF_LOOKAHEAD: Final = 4  # that each member gets its part of the lookahead in
 LEAST_HEADS: Final = 8  # a lane, however many there are
 MOST_HEADS: Final = 256  # a lane, however few there are
 ROWS_AT_ONCE: Final = 20_000  # asked for in one go, so that no answer keeps the ledger for long
@@ -199,6 +203,7 @@ class _Class:
     out: set[str] = field(default_factory=set)
     rate: float = 0.0
     rated: float = 0.0
+    granted_in: float = 0.0  # seconds from an offer to its grant, lately
     starved: _Rank | None = None  # where it stands among those that have credit and found nothing
     wakes: list[_Bundle] = field(default_factory=list)  # what it was woken for, ahead of others
 
@@ -211,8 +216,8 @@ class _Class:
     def lookahead(self, now: float) -> int:
         if not self.working or not self.rate:
             return 0
-        rate = self.rate * exp((self.rated - now) / RATE_WINDOW)
-        return min(MAX_LOOKAHEAD, int(rate * LOOKAHEAD_SECONDS))
+        rate = self.rate * exp(min(0.0, self.rated - now) / RATE_WINDOW)
+        return min(MAX_LOOKAHEAD, int(rate * (LOOKAHEAD_SECONDS + self.granted_in)))
 
     def credit(self, now: float) -> int:
         return self.idle + self.lookahead(now) - len(self.out)
@@ -230,6 +235,7 @@ class Dispatch:
         self._limits = limits
         self._heads = heads
         self._numbers = count()
+        self._now = 0.0  # when offers were made last
         self._partition = 0  # rises whenever what classes run changes
         self._newest = 0
         self._served: dict[str, float] = {}  # what each group was given lately, by its weight
@@ -586,6 +592,10 @@ class Dispatch:
         held = self._out.pop(request, None)
         if held is None:
             return request in self._running
+        one = held.capability_class
+        if one is not None:
+            waited = min(self._now - held.since, SLOWEST_GRANT)
+            one.granted_in += (waited - one.granted_in) * GRANT_WEIGHT
         self._take_back(request, held)
         self._running[request] = held
         return True
@@ -841,6 +851,11 @@ class Dispatch:
         """Return how many tickets a class finishes in LOOKAHEAD_SECONDS, by its recent rate."""
         return self._classes[name].lookahead(now)
 
+    def set_size(self, name: str, now: float) -> int:
+        """Return how many tickets to a class may go in one message: one, but where runs end faster than these come."""
+        one = self._classes.get(name)
+        return 1 if one is None else max(1, one.lookahead(now) // (SETS_OF_LOOKAHEAD * max(1, one.working)))
+
     def credit(self, name: str, now: float) -> int:
         """Return how many tickets a class may be given now."""
         return self._classes[name].credit(now)
@@ -852,6 +867,7 @@ class Dispatch:
         something new, one class at a time, so that of many idle ones the best placed gets it. A class whose best
         choice may be among what is not in memory is blocked: it passes, and is asked again at the next call.
         """
+        self._now = now
         ready: list[_Rank] = []
         for one in self._dirty:
             starved = one.starved is not None

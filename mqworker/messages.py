@@ -30,6 +30,7 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024  # of one word between an agent and its
 MAX_DEPTH: Final = 50  # levels of task data, `requires`, metadata and the data of artifacts
 MAX_REQUESTS_IN_A_MESSAGE: Final = 1000
 MAX_TICKETS_IN_A_MESSAGE: Final = 100
+MAX_EVENTS_IN_A_MESSAGE: Final = 500
 MAX_SLOTS: Final = 10_000  # of one worker
 MAX_LISTED: Final = 10_000  # of anything that a worker lists: tasks, outcomes that are not answered, artifacts of one
 MAX_FILES: Final = 50_000  # of one artifact
@@ -850,6 +851,13 @@ class RequestEvent(Struct, frozen=True, kw_only=True, tag="request_event"):
     attempt: int
     worker: str | None = None
     reason: Reason | None = None
+
+
+class RequestEvents(Struct, frozen=True, kw_only=True, tag="request_events"):
+    """Carry events of requests of one task that have come to the same state: all that came at the same time."""
+
+    v: int = VERSION
+    events: Annotated[list[RequestEvent], Meta(max_length=MAX_EVENTS_IN_A_MESSAGE)]
 
 
 class StuckEvent(Struct, frozen=True, kw_only=True, tag="stuck_event"):

@@ -3,18 +3,22 @@
 Knows where each kind of message goes, and not when there is reason for one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import msgspec
 
 from mqworker.lifecycle import Event, State
 from mqworker.messages import (
+    MAX_EVENTS_IN_A_MESSAGE,
+    MAX_TICKETS_IN_A_MESSAGE,
     Probe,
     Reason,
     Request,
     RequestEvent,
+    RequestEvents,
     StuckEvent,
     Ticket,
     Tickets,
@@ -49,12 +53,22 @@ class Outbox:
         self._topology = topology
         self._metrics = metrics
         self._sends: list[Send] = []
+        self._tickets: dict[str, _Tickets] = {}  # by queue
+        self._events: dict[str, list[RequestEvent]] = {}  # by routing key
         self._verdicts: dict[tuple[str, str], list[VerdictPart]] = {}  # by worker and its epoch
 
     def take(self, lives: Callable[[str], bool]) -> list[Send]:
         """Hand over all messages, but for tickets into queues that do not live."""
-        sends = [send for send in self._sends if not isinstance(send.message, Tickets) or lives(send.key)]
-        self._sends = []
+        sends, self._sends = self._sends, []
+        tickets, self._tickets = self._tickets, {}
+        for queue, some in tickets.items():
+            if lives(queue):
+                sends += self._in_sets(queue, some)
+        events, self._events = self._events, {}
+        for key, moves in events.items():
+            for start in range(0, len(moves), MAX_EVENTS_IN_A_MESSAGE):
+                part = moves[start : start + MAX_EVENTS_IN_A_MESSAGE]
+                sends.append(self._event(key, RequestEvents(events=part)))
         verdicts, self._verdicts = self._verdicts, {}
         for (worker, epoch), parts in verdicts.items():
             sends.append(
@@ -67,16 +81,31 @@ class Outbox:
             )
         return sends
 
-    def offer(self, queue: str, request: Request, *, attempt: int, alone: bool, returned: Callable[[], None]) -> None:
-        """Send a class a ticket."""
-        self._sends.append(
-            Send(
+    def offer(
+        self,
+        queue: str,
+        request: Request,
+        *,
+        attempt: int,
+        alone: bool,
+        returned: Callable[[], None],
+        together: int,
+    ) -> None:
+        """Send a class a ticket, with at most so many in one message."""
+        some = self._tickets.setdefault(queue, _Tickets())
+        some.together = min(together, MAX_TICKETS_IN_A_MESSAGE)
+        some.tickets.append(Ticket(attempt=attempt, request=request, alone=alone))
+        some.returned.append(returned)
+
+    def _in_sets(self, queue: str, some: "_Tickets") -> Iterator[Send]:
+        for start in range(0, len(some.tickets), some.together):
+            part = slice(start, start + some.together)
+            yield Send(
                 exchange=self._topology.work,
                 key=queue,
-                message=Tickets(term=self._term, tickets=[Ticket(attempt=attempt, request=request, alone=alone)]),
-                returned=returned,
+                message=Tickets(term=self._term, tickets=some.tickets[part]),
+                returned=partial(_call_all, some.returned[part]),
             )
-        )
 
     def say(self, worker: str, epoch: str, part: VerdictPart) -> None:
         """Say something to one worker; what is said in one turn goes in one message."""
@@ -109,8 +138,7 @@ class Outbox:
         """Tell whoever listens what became of a request, and count it."""
         label = task.lower() if Task.is_valid_task_name(task) else UNKNOWN
         self._metrics.moves.labels(task=label, event=event).inc()
-        self._tell(
-            self._topology.request_event_key(label, state),
+        self._events.setdefault(self._topology.request_event_key(label, state), []).append(
             RequestEvent(
                 term=self._term,
                 time=wall,
@@ -121,7 +149,7 @@ class Outbox:
                 attempt=attempt,
                 worker=worker,
                 reason=reason,
-            ),
+            )
         )
 
     def tell_stuck(
@@ -163,7 +191,22 @@ class Outbox:
             ),
         )
 
-    def _tell(self, key: str, event: RequestEvent | StuckEvent | WorkerEvent) -> None:
-        self._sends.append(
-            Send(exchange=self._topology.events, key=key, message=event, mandatory=False, persistent=False)
-        )
+    def _tell(self, key: str, event: StuckEvent | WorkerEvent) -> None:
+        self._sends.append(self._event(key, event))
+
+    def _event(self, key: str, event: RequestEvents | StuckEvent | WorkerEvent) -> Send:
+        return Send(exchange=self._topology.events, key=key, message=event, mandatory=False, persistent=False)
+
+
+@dataclass(kw_only=True)
+class _Tickets:
+    """Hold what is to go to one queue."""
+
+    together: int = 1
+    tickets: list[Ticket] = field(default_factory=list)
+    returned: list[Callable[[], None]] = field(default_factory=list)
+
+
+def _call_all(calls: Sequence[Callable[[], None]]) -> None:
+    for call in calls:
+        call()

@@ -1521,7 +1521,14 @@ class Pool:
                         self.declare.append(queue)  # it has expired, or its node is down
                     self._return(entry)
 
-            self._outbox.offer(queue.name, entry.request, attempt=attempt, alone=alone, returned=returned)
+            self._outbox.offer(
+                queue.name,
+                entry.request,
+                attempt=attempt,
+                alone=alone,
+                returned=returned,
+                together=1 if alone else self._dispatch.set_size(capability_class, self._steady),
+            )
 
         return then
 

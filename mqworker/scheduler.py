@@ -77,10 +77,12 @@ from mqworker.messages import (
     Reprioritise,
     Request,
     RequestCount,
+    RequestEvents,
     RequestList,
     Resume,
     RetryRequest,
     Submit,
+    Tickets,
     Verdict,
     WorkerList,
     decode,
@@ -501,10 +503,9 @@ class Scheduler:
 
     def _publish(self, send: Send) -> None:
         body = encode(send.message)
-        if len(body) > MAX_MESSAGE_BYTES and isinstance(send.message, Verdict) and len(send.message.parts) > 1:
-            half = len(send.message.parts) // 2
-            for parts in (send.message.parts[:half], send.message.parts[half:]):
-                self._publish(replace(send, message=msgspec.structs.replace(send.message, parts=parts)))
+        if len(body) > MAX_MESSAGE_BYTES and (halves := _halved(send.message)):
+            for half in halves:
+                self._publish(replace(send, message=half))
             return
         future = self._writing.publish(
             exchange=send.exchange,
@@ -821,6 +822,16 @@ class Scheduler:
         self._calls.append(partial(ask, settle))
         self._awake.set()
         return await future
+
+
+def _halved(message: msgspec.Struct) -> tuple[msgspec.Struct, ...]:
+    """Divide what is too long for one message; nothing: it has no parts."""
+    for name, kind in (("parts", Verdict), ("tickets", Tickets), ("events", RequestEvents)):
+        parts = getattr(message, name, ()) if isinstance(message, kind) else ()
+        if len(parts) > 1:
+            half = len(parts) // 2
+            return tuple(msgspec.structs.replace(message, **{name: some}) for some in (parts[:half], parts[half:]))
+    return ()
 
 
 def _tell_refusal(future: asyncio.Future[None]) -> None:

@@ -20,6 +20,7 @@ from mqworker.messages import (
     Report,
     Request,
     RequestEvent,
+    RequestEvents,
     RunProgress,
     RunRef,
     StuckEvent,
@@ -140,7 +141,9 @@ class Driven:
                 assert send.message.term == self.term
                 worker, epoch = send.key.split(".")
                 self.told.setdefault((worker, epoch), []).extend(send.message.parts)
-            case RequestEvent() | WorkerEvent() | StuckEvent():
+            case RequestEvents(events=events):
+                self.events += events
+            case WorkerEvent() | StuckEvent():
                 self.events.append(send.message)
 
     def submit(self, *requests):

@@ -58,6 +58,7 @@ from mqworker.messages import (
     Request,
     RequestCount,
     RequestEvent,
+    RequestEvents,
     RequestList,
     RequestView,
     Resume,
@@ -520,7 +521,7 @@ class FakeScheduler:
             term=1, time=2.0, request=request, task=view.request.task, state=state, event="succeed", attempt=1
         )
         if not self.quiet_events:
-            self.tell(self.topology.events, f"request.{view.request.task}.{state}", event)
+            self.tell(self.topology.events, f"request.{view.request.task}.{state}", RequestEvents(events=[event]))
 
     def log(self, request: str, text: str, seq: int = 1) -> None:
         message = LogText(request=request, attempt=1, worker="w1", time=2.0, seq=seq, text=text)
