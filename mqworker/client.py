@@ -62,6 +62,7 @@ from mqworker.messages import (
     GetCapabilities,
     GetPool,
     GetRequests,
+    GetStates,
     ImportArtifact,
     Limits,
     ListArtifacts,
@@ -91,6 +92,7 @@ from mqworker.messages import (
     RequestView,
     Resume,
     RetryRequest,
+    StateList,
     StuckEvent,
     Submit,
     Take,
@@ -120,6 +122,7 @@ Artifacts = list[RecordedArtifact]
 Paths = list[Path]
 Receipts = list[Receipted]
 Items = list[Followed]
+Names = list[str]
 _T = TypeVar("_T")
 _Naming = TypeVar("_Naming", After, Take)
 _Query = TypeVar("_Query", bound=Query)
@@ -975,6 +978,29 @@ class Client:
                 views.append(match)
         return views
 
+    async def _states(self, ids: Sequence[str], left: Callable[[], float]) -> tuple[Names, Names]:
+        """Return the full ids of requests, and of those the ones that have ended."""
+        states: dict[str, str] = {}
+        full = [id_ for id_ in ids if FULL_ID.fullmatch(id_)]
+        for start in range(0, len(full), MOST_VIEWS_IN_AN_ANSWER):
+            part = full[start : start + MOST_VIEWS_IN_AN_ANSWER]
+            answer = await self._answer(GetStates(ids=part), StateList, left)
+            if unknown := [id_ for id_ in part if id_ not in answer.states]:
+                raise NotFound(_no_request(unknown))
+            states |= answer.states
+        short = [id_ for id_ in ids if id_ not in states]
+        names = dict(zip(short, await self._views(short, left), strict=True))
+        states |= {view.request.id: view.state for view in names.values()}
+        order = dict.fromkeys(names[id_].request.id if id_ in names else id_ for id_ in ids)
+        return [*order], [id_ for id_ in order if states[id_] in FINAL]
+
+    async def _which_ended(self, ids: Sequence[str], left: Callable[[], float]) -> Names:
+        """Ask which have ended, again and again while nobody answers; nothing when no time is left."""
+        while left() > 0:
+            with suppress(Unanswered):
+                return (await self._states(ids, _countdown(min(self._timeout, left()))))[1]
+        return []
+
     async def _look_patiently(self, ids: Sequence[str], left: Callable[[], float]) -> Views:
         """Ask again and again while nobody answers, since a wait outlives restarts; nothing when no time is left."""
         while left() > 0:
@@ -990,34 +1016,31 @@ class Client:
         follow = await self._open_follow(final)
         try:
             # The first look has the call's own patience, so that a missing scheduler is told at once.
-            views = await self._views(ids, self._deadline())
-            order = [view.request.id for view in views]
-            done = {view.request.id: view for view in views if view.state in FINAL}
-            for view in done.values():
-                on_end(view)
-            still = dict.fromkeys(request for request in order if request not in done)
-            ended: dict[str, None] = {}  # by what we heard; many are looked at together
+            order, over = await self._states(ids, self._deadline())
+            done: dict[str, RequestView] = {}
+            still = dict.fromkeys(order)
+            ended = dict.fromkeys(over)  # they are looked at when there are enough
+            follow.take_now()  # what was said before the look
             while still:
                 if left() <= 0:
                     raise Unanswered(
                         f"{len(still)} of {len(order)} requests are not final after {seconds:g} s, "
                         f"{next(iter(still))} among them; they go on"
                     )
-                items = await follow.take(min(HUSH_SECONDS if ended else LOOK_AGAIN_SECONDS, left()))
-                ended |= {
-                    item.request: None for item in items if isinstance(item, RequestEvent) and item.request in still
-                }
-                if None in items or not (items or ended):
-                    ended = dict(still)
-                if items and len(ended) < min(len(still), ENOUGH_ENDED):
-                    continue
-                views = await self._look_patiently(list(ended), left)
-                ended = {}
-                for view in views:
+                if len(ended) < min(len(still), ENOUGH_ENDED):
+                    items = await follow.take(min(HUSH_SECONDS if ended else LOOK_AGAIN_SECONDS, left()))
+                    told = [item.request for item in items if isinstance(item, RequestEvent)]
+                    ended |= dict.fromkeys(request for request in told if request in still)
+                    if None in items or not (items or ended):  # who knows what was missed
+                        ended |= dict.fromkeys(await self._which_ended(list(still), left))
+                    elif items:
+                        continue
+                for view in await self._look_patiently(list(ended), left):
                     if view.state in FINAL:
                         del still[view.request.id]
                         done[view.request.id] = view
                         on_end(view)
+                ended = {}
         finally:
             await self._close_follow(follow)
         return [done[request] for request in order]

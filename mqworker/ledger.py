@@ -10,6 +10,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -74,6 +75,7 @@ from mqworker.facts import (
 )
 from mqworker.lifecycle import FINAL, MOVES, Event, State, Tried, delayed_until, meets, move
 from mqworker.messages import (
+    FULL_ID,
     MAX_MESSAGE_BYTES,
     Artifact,
     AttemptView,
@@ -640,7 +642,8 @@ class Ledger:
             TooLarge: they are more than an answer may hold; found out before they are read.
         """
         with self._database.snapshot() as connection:
-            full = {given: self._resolve(connection, given) for given in ids}
+            known = {row.id for row in _rows(connection, _known, [id_ for id_ in ids if FULL_ID.fullmatch(id_)])}
+            full = {given: given if given in known else self._resolve(connection, given) for given in ids}
             wanted = [id_ for id_ in dict.fromkeys(full.values()) if id_ is not None]
             attempts: defaultdict[str, list[AttemptView]] = defaultdict(list)
             for row in _rows(connection, _attempts_of, wanted):
@@ -660,10 +663,15 @@ class Ledger:
 
     @staticmethod
     def _resolve(connection: Connection, given: str) -> str | None:
-        if len(given) < SHORTEST_BEGINNING:
+        if len(given) < SHORTEST_BEGINNING or FULL_ID.fullmatch(given):
             return None
         found = connection.execute(_begins_with, {"beginning": given, "beyond": given + "~"}).scalars().all()
         return found[0] if len(found) == 1 else None
+
+    def states(self, ids: Sequence[str]) -> dict[str, str]:
+        """Return the states of those requests, by their full ids, that are known."""
+        with self._database.snapshot() as connection:
+            return {row.id: row.state for row in _rows(connection, _known, ids)}
 
     def artifacts(self, query: ListArtifacts) -> list[RecordedArtifact]:
         """Return the newest artifacts that match.
@@ -1030,12 +1038,20 @@ def _told(struct: msgspec.Struct) -> dict[str, Any]:
     msgspec itself leaves a default out only if it is that very object, which a text from a message never is.
     """
     told: dict[str, Any] = {}
-    for field_ in msgspec.structs.fields(struct):
-        value = getattr(struct, field_.name)
-        default = field_.default_factory() if field_.default_factory is not msgspec.NODEFAULT else field_.default
-        if value != default:
-            told[field_.encode_name] = _told_value(value)
+    for name, encoded, default in _defaults(type(struct)):
+        value = getattr(struct, name)
+        if value is not default and value != default:
+            told[encoded] = _told_value(value)
     return told
+
+
+@cache
+def _defaults(kind: type[msgspec.Struct]) -> tuple[tuple[str, str, Any], ...]:
+    """Return each field's name, its name on the wire, and its default."""
+    return tuple(
+        (one.name, one.encode_name, one.default if one.default_factory is msgspec.NODEFAULT else one.default_factory())
+        for one in msgspec.structs.fields(kind)
+    )
 
 
 def _told_value(value: Any) -> Any:

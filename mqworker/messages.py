@@ -443,6 +443,13 @@ class GetRequests(Struct, frozen=True, kw_only=True, tag="get_requests"):
     ids: RequestIds
 
 
+class GetStates(Struct, frozen=True, kw_only=True, tag="get_states"):
+    """Ask for the states of some requests, by their full ids, and nothing else of them."""
+
+    v: int = VERSION
+    ids: RequestIds
+
+
 class Selection(Struct, frozen=True, kw_only=True):
     """Choose requests; what is not given chooses all."""
 
@@ -600,6 +607,7 @@ class GetPool(Struct, frozen=True, kw_only=True, tag="get_pool"):
 # from the latter.
 Question = (
     GetRequests
+    | GetStates
     | ListRequests
     | CountRequests
     | ListWorkers
@@ -704,6 +712,13 @@ class ArtifactList(Struct, frozen=True, kw_only=True, tag="artifact_list"):
     v: int = VERSION
     artifacts: list[RecordedArtifact] = []
     missing: list[int] = []
+
+
+class StateList(Struct, frozen=True, kw_only=True, tag="state_list"):
+    """Answer GetStates; what nobody knows is left out."""
+
+    v: int = VERSION
+    states: dict[str, str]  # by id, in the words of RequestState
 
 
 class RequestCount(Struct, frozen=True, kw_only=True, tag="request_count"):
@@ -831,7 +846,16 @@ class Problem(Struct, frozen=True, kw_only=True, tag="problem"):
 
 
 Answer = (
-    RequestList | RequestCount | WorkerList | ArtifactList | PauseList | Explanation | CapabilityList | Pool | Problem
+    RequestList
+    | StateList
+    | RequestCount
+    | WorkerList
+    | ArtifactList
+    | PauseList
+    | Explanation
+    | CapabilityList
+    | Pool
+    | Problem
 )
 
 

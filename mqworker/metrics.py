@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from socketserver import ThreadingMixIn
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, make_wsgi_app
@@ -19,6 +19,9 @@ from mqworker.errors import SettingsError
 
 RUN_SECONDS: Final = (0.05, 0.25, 1, 5, 15, 60, 300, 900, 3600, 3 * 3600, 8 * 3600, 24 * 3600)
 COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30)
+
+
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 
 
 class Health(NamedTuple):
@@ -33,6 +36,7 @@ class _Process:
 
     def __init__(self, *, role: str, version: str) -> None:
         self.registry = CollectorRegistry()
+        self._children: dict[tuple[object, tuple[str, ...]], object] = {}
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         Info("mqworker_build", "Version and role of this process.", registry=self.registry).info(
@@ -51,6 +55,13 @@ class _Process:
         self.unreadable = self._counter(
             "mqworker_messages_unreadable_total", "Messages that could not be read.", ["source"]
         )
+
+    def child(self, metric: _Metric, *values: str) -> _Metric:
+        """Return the one of a metric with these labels; to look it up in the metric takes longer than to count."""
+        known = self._children.get((metric, values))
+        if known is None:
+            known = self._children[metric, values] = metric.labels(*values)
+        return cast("_Metric", known)
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry)

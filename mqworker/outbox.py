@@ -137,7 +137,7 @@ class Outbox:
     ) -> None:
         """Tell whoever listens what became of a request, and count it."""
         label = task.lower() if Task.is_valid_task_name(task) else UNKNOWN
-        self._metrics.moves.labels(task=label, event=event).inc()
+        self._metrics.child(self._metrics.moves, label, event).inc()
         self._events.setdefault(self._topology.request_event_key(label, state), []).append(
             RequestEvent(
                 term=self._term,

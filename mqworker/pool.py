@@ -533,14 +533,13 @@ class Pool:
         heeds: Callable[[str], frozenset[str | None] | None] = lambda _group: None,
     ) -> None:
         """Accept or reject requests of a broker's user; the answer is given once the ledger has them."""
-        results: list[Receipted | None] = [None] * len(drafts)
+        results: dict[int, Receipted] = {}
 
         def settle(index: int, one: Receipted) -> None:
             results[index] = one
-            self._metrics.received.labels(status=one.status).inc()
-            done = [result for result in results if result is not None]
-            if len(done) == len(results):
-                answer(Receipt(term=self._term, results=done))
+            self._metrics.child(self._metrics.received, one.status).inc()
+            if len(results) == len(drafts):
+                answer(Receipt(term=self._term, results=[results[place] for place in range(len(drafts))]))
 
         order, circular = in_order([draft.request for draft in drafts])
         for index in order:
@@ -938,9 +937,8 @@ class Pool:
         self._dispatch.taken(worker.name, claim.token)
         if last_alone(entry.history, entry.request.max_attempts):
             self._dispatch.no_supply(worker.name)  # until its next heartbeat says what else it takes
-        self._metrics.wait_seconds.labels(task=entry.request.task.lower()).observe(
-            max(0.0, moment.wall - entry.submitted)
-        )
+        waited = max(0.0, moment.wall - entry.submitted)
+        self._metrics.child(self._metrics.wait_seconds, entry.request.task.lower()).observe(waited)
         self._outbox.tell_move(
             entry.request.id,
             entry.request.task,
@@ -1061,7 +1059,7 @@ class Pool:
 
     def _outcome(self, worker: str, epoch: str, outcome: Outcome, moment: Moment) -> None:
         def answer(ended: Ended) -> None:
-            self._metrics.outcomes.labels(status=ended.status).inc()
+            self._metrics.child(self._metrics.outcomes, ended.status).inc()
             recorded = Recorded(
                 request=outcome.request,
                 attempt=outcome.attempt,
@@ -1145,9 +1143,8 @@ class Pool:
                 del self._running[ref.request]
                 self._workers[held.worker].leases.discard(ref.request)
                 self._dispatch.freed(held.worker, ref.token, moment.steady)
-                self._metrics.run_seconds.labels(task=entry.request.task.lower(), result=outcome.result).observe(
-                    max(0.0, outcome.ended - outcome.started)
-                )
+                ran = self._metrics.child(self._metrics.run_seconds, entry.request.task.lower(), outcome.result)
+                ran.observe(max(0.0, outcome.ended - outcome.started))
                 to = result.state  # not always what was judged: an outcome may contradict itself
                 self._outbox.tell_move(
                     entry.request.id,

@@ -58,6 +58,7 @@ from mqworker.messages import (
     GetCapabilities,
     GetPool,
     GetRequests,
+    GetStates,
     ImportArtifact,
     ListArtifacts,
     ListPauses,
@@ -81,6 +82,7 @@ from mqworker.messages import (
     RequestList,
     Resume,
     RetryRequest,
+    StateList,
     Submit,
     Tickets,
     Verdict,
@@ -659,6 +661,8 @@ class Scheduler:
         match query:
             case GetRequests(ids=ids):
                 return await self._requests(ids)
+            case GetStates(ids=ids):
+                return StateList(states=await self._in_ledger_thread(lambda: self._ledger.states(ids)))
             case ListRequests():
                 views = await self._in_ledger_thread(lambda: self._ledger.list(query))
                 return RequestList(requests=[self._pool.views.decorate(view) for view in views])

@@ -527,7 +527,7 @@ class Worker:
                 logger.warning("slot killed", extra={"slot": slot, "reason": reason})
                 self._start(self._kill(slot))
             case Spool(outcome, task, litter):
-                self._metrics.runs.labels(task=task, result=outcome.result).inc()
+                self._metrics.child(self._metrics.runs, task, outcome.result).inc()
                 self._run_over(outcome.token)
                 if litter:
                     self._littered.add(outcome.token)
