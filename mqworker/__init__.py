@@ -32,7 +32,7 @@ checks it.
                      requirements (which requests nothing tells apart), requires (what a request asks of a worker),
                      dispatch (who gets what now), topology (exchanges, queues, names), access (who may command what),
                      hearing (whether a queue still gives what is in it): pure; told the time, given facts
-      its eyes     tracking (what a predicate reads of two documents)
+      its eyes     tracking (what a predicate reads of two documents), pace (how fast runs follow each other)
     0 words        messages (structs on the wire)
                    errors (one tree, by whose fault it is)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
-from math import exp, inf
+from math import inf
 from typing import Any, Final
 
 import msgspec
@@ -66,6 +66,7 @@ from mqworker.messages import (
     outcome_sets,
     shortened,
 )
+from mqworker.pace import AHEAD_SECONDS, Pace
 from mqworker.task import Task, load_tasks
 from mqworker.tracking import ask_plainly
 
@@ -85,15 +86,11 @@ MAX_UNSETTLED_BYTES: Final = 64 * 1024 * 1024  # ... their bytes; with more of e
 MAX_LOG: Final = 1024 * 1024  # characters of output in one message; a slot says far less at once
 LARGEST: Final = 3  # keys that are named where metadata are too large, ...
 LARGEST_KEY: Final = 100  # ... with so many of their characters
-AHEAD_SECONDS: Final = 0.1  # what ends here in this time is taken ahead of the slots, ...
 AHEAD_NS: Final = int(AHEAD_SECONDS * 1e9)
-MAX_AHEAD: Final = 500  # ... and no more
-SLOWEST_ANSWER: Final = 1.0  # second that a claim may wait for its grant, as far as that counts, ...
-ANSWER_WEIGHT: Final = 0.1  # ... and by so much each counts
+MAX_AHEAD: Final = 500  # runs of one worker, which others could have
 FLOOD_PREFETCH: Final = 20  # messages in hand beyond the slots, where each slot ends a run in less than AHEAD_SECONDS
 GIVEN_SECONDS: Final = 0.02  # what a slot ends in this time it is given beside what it runs, ...
 MAX_GIVEN: Final = 100  # ... and no more
-RATE_WINDOW: Final = 0.25  # seconds over which is counted what ends
 STUCK_NS: Final = 500_000_000  # without an end: what waits for a slot is handed back
 UNTOLD_NS: Final = 200_000_000  # a run that takes longer is told of, even if it says nothing itself
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
@@ -379,8 +376,8 @@ class Agent:
     Of the tasks that it has, `allow_tasks` names those that it may run (none: all), and `deny_tasks` those that it may
     not, whatever the former says. `bounded`: all runs here have limits.
 
-    Where runs end faster than messages come, it takes as many ahead of its slots as end here in AHEAD_SECONDS, and
-    gives each slot the next ones before it asks; where they take longer, none.
+    Where runs end faster than messages come, it takes some ahead of its slots, and gives each slot the next ones
+    before it asks; where they take longer, none.
     """
 
     def __init__(
@@ -423,11 +420,9 @@ class Agent:
         self._asking: dict[str, _Asking] = {}
         self._runs: dict[str, _Run] = {}
         self._queue: deque[_Run] = deque()  # granted, and waiting for a slot; not those that wait to be alone
-        self._ended = 0  # runs, since the rate was last looked at
-        self._rate = 0.0  # runs that end here in a second, lately
-        self._rated_ns = 0
-        self._ended_ns = 0  # when one did
-        self._answered_in = 0.0  # seconds until a claim is granted, lately
+        self._pace = Pace()
+        self._ended: list[float] = []  # what runs have taken that ended since we last did anything
+        self._ended_ns = 0  # when we last heard of an end
         self._unsettled: dict[str, _Unsettled] = {}
         self._unsettled_bytes = 0
         self._beats: dict[int, _Beat] = {}
@@ -453,7 +448,10 @@ class Agent:
     def take_acts(self, now_ns: int) -> list[Act]:
         """Hand over what is to be done, in order."""
         self._note_absence(now_ns)
-        self._note_rate(now_ns)
+        for seconds in self._ended:
+            self._pace.ended(seconds, now_ns / 1e9)
+            self._ended_ns = now_ns
+        self._ended.clear()
         self._fill(now_ns)
         self._start_alone(now_ns)
         self._adjust_consumer()
@@ -658,7 +656,7 @@ class Agent:
         request = asking.ticket.request
         sent_ns = asking.sent_ns or 0
         deadline_ns = lease_deadline_ns(sent_ns, granted.lease)
-        self._answered_in += (min((now_ns - sent_ns) / 1e9, SLOWEST_ANSWER) - self._answered_in) * ANSWER_WEIGHT
+        self._pace.answered((now_ns - sent_ns) / 1e9)
         if asking.abort is not None:
             self._settle(granted, request.task, "aborted", Reason(text=asking.abort))
             return
@@ -724,7 +722,8 @@ class Agent:
 
     def _depth(self) -> int:
         """Return how many runs a slot is given: one, and what it ends in GIVEN_SECONDS."""
-        return 1 + min(MAX_GIVEN, int(self._rate / len(self._slots) * GIVEN_SECONDS))
+        rate = self._pace.rate(self._present_ns / 1e9)
+        return 1 + min(MAX_GIVEN, int(rate / len(self._slots) * GIVEN_SECONDS))
 
     def is_supplied(self, number: int) -> bool:
         """Say whether a slot has so much to do that what it says may wait for a moment."""
@@ -773,17 +772,9 @@ class Agent:
         if waiting is not None and idle and not self._draining:
             self._give(waiting, idle[0], now_ns)
 
-    def _note_rate(self, now_ns: int) -> None:
-        """Note how many runs have ended lately."""
-        seconds = (now_ns - self._rated_ns) / 1e9
-        self._rate = self._rate * exp(-seconds / RATE_WINDOW) + self._ended / RATE_WINDOW
-        self._rated_ns = now_ns
-        if self._ended:
-            self._ended, self._ended_ns = 0, now_ns
-
     def _ahead(self) -> int:
-        """Return how many runs to take ahead of the slots: what ends here in a while, and until a claim is answered."""
-        return min(MAX_AHEAD, int(self._rate * (AHEAD_SECONDS + self._answered_in)))
+        """Return how many runs to take ahead of the slots."""
+        return min(MAX_AHEAD, self._pace.ahead(len(self._slots), self._present_ns / 1e9))
 
     def _has_begun(self, run: _Run) -> bool:
         return run.slot is not None and self._slots[run.slot].run == run.token
@@ -888,7 +879,7 @@ class Agent:
                 self._slot_ended(slot, run, word)
 
     def _slot_ended(self, slot: _Slot, run: _Run, word: SlotEnded) -> None:
-        self._ended += 1
+        self._ended.append(max(0.0, self._wall() - run.since))
         if run.killed is not None:  # too late; but the slot may begin the next one before it dies
             if not word.last:
                 slot.overtaken.append(run)
@@ -1252,7 +1243,7 @@ class Agent:
         able = self._analysis is not None and not (self._draining or self._told_to_drain or self._holds)
         # To cancel and consume costs as much as some messages: so it begins again where it is worth it.
         ahead, slots = self._ahead(), len(self._slots)
-        least = 0 if self._consuming is not None else ahead // 2
+        least = 0 if self._consuming is not None else ahead // 4
         if self._epoch is not None and not self._blocked and able and self._free() > least:
             wanted = self._assigned
         flooded = ahead >= (slots / 2 if self._prefetch > slots else slots)

@@ -14,9 +14,9 @@ slot is nobody's between two runs. Nothing ages: a request of lower priority wai
 The order is kept, never searched: lanes that their key alone tells apart make a bundle, bundles of one group at one
 priority a team, teams of one priority a tier; each knows its oldest, and each is a sorted line of the smaller ones.
 
-Credit of a class = idle slots of its members + lookahead - offers out. Lookahead is what the class finishes in
-LOOKAHEAD_SECONDS, and until an offer is granted: nothing for builds of an hour, enough to keep the pipe full for tasks
-of a millisecond. Where there is much of it, tickets go in sets, each what a member finishes in a part of that time.
+Credit of a class = idle slots of its members + lookahead - offers out. Lookahead is what the class finishes in a
+moment, by its pace: nothing for builds of an hour, enough to keep the pipe full for tasks of a millisecond. Where there
+is much of it, tickets go in sets, each what a member finishes in a part of that moment.
 """
 
 from bisect import bisect_left, insort
@@ -24,16 +24,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, nsmallest
 from itertools import chain, count
-from math import ceil, exp, inf
+from math import ceil, inf
 from typing import Final, NamedTuple
 
 from mqworker.errors import IllegalMove
+from mqworker.pace import Pace
 
-LOOKAHEAD_SECONDS: Final = 0.1
-MAX_LOOKAHEAD: Final = 1000  # tickets a class; a bound against a clock that lies
-RATE_WINDOW: Final = 0.25  # seconds over which a class's rate is remembered
-SLOWEST_GRANT: Final = 1.0  # seconds that an offer may wait for its grant, as far as that counts, ...
-GRANT_WEIGHT: Final = 0.05  # ... and by so much each counts
 SETS_OF_LOOKAHEAD: Final = 4  # that each member gets its part of the lookahead in
 LEAST_HEADS: Final = 8  # a lane, however many there are
 MOST_HEADS: Final = 256  # a lane, however few there are
@@ -201,9 +197,8 @@ class _Class:
     idle: int = 0
     working: int = 0  # members with any slot at all
     out: set[str] = field(default_factory=set)
-    rate: float = 0.0
-    rated: float = 0.0
-    granted_in: float = 0.0  # seconds from an offer to its grant, lately
+    slots: int = 0  # of all members
+    pace: Pace = field(default_factory=Pace)
     starved: _Rank | None = None  # where it stands among those that have credit and found nothing
     wakes: list[_Bundle] = field(default_factory=list)  # what it was woken for, ahead of others
 
@@ -214,10 +209,7 @@ class _Class:
         return (spare <= 0, len(self.runs), -spare, self.number, self)
 
     def lookahead(self, now: float) -> int:
-        if not self.working or not self.rate:
-            return 0
-        rate = self.rate * exp(min(0.0, self.rated - now) / RATE_WINDOW)
-        return min(MAX_LOOKAHEAD, int(rate * (LOOKAHEAD_SECONDS + self.granted_in)))
+        return self.pace.ahead(self.slots, now)
 
     def credit(self, now: float) -> int:
         return self.idle + self.lookahead(now) - len(self.out)
@@ -594,8 +586,7 @@ class Dispatch:
             return request in self._running
         one = held.capability_class
         if one is not None:
-            waited = min(self._now - held.since, SLOWEST_GRANT)
-            one.granted_in += (waited - one.granted_in) * GRANT_WEIGHT
+            one.pace.answered(self._now - held.since)
         self._take_back(request, held)
         self._running[request] = held
         return True
@@ -777,18 +768,19 @@ class Dispatch:
         """
         supply = self._supplies.setdefault(worker, _Supply())
         one = None if capability_class is None else self._classes.get(capability_class)
-        before = supply.idle, supply.slots > 0
+        before = supply.idle, supply.slots
         if one is not supply.capability_class:
             self._discount(worker, supply)
-            before = 0, False
+            before = 0, 0
         supply.capability_class = one
         supply.slots = slots
         supply.busy = set(busy)
-        after = supply.idle, slots > 0
+        after = supply.idle, slots
         if one is not None and (worker not in one.members or after != before):
             one.members.add(worker)
             one.idle += after[0] - before[0]
-            one.working += after[1] - before[1]
+            one.working += (after[1] > 0) - (before[1] > 0)
+            one.slots += after[1] - before[1]
             self._unattended.pop(one, None)
             self._dirty[one] = None
 
@@ -803,6 +795,7 @@ class Dispatch:
         if one is not None:
             one.members.discard(worker)
             one.working -= supply.slots > 0
+            one.slots -= supply.slots
             one.idle -= supply.idle
             self._dirty[one] = None
             if not one.members:
@@ -818,8 +811,8 @@ class Dispatch:
                 supply.capability_class.idle += supply.idle - before
                 self._dirty[supply.capability_class] = None
 
-    def freed(self, worker: str, run: Hashable, now: float) -> None:
-        """Count a slot as free: its run's outcome came."""
+    def freed(self, worker: str, run: Hashable, now: float, seconds: float) -> None:
+        """Count a slot as free: the outcome of its run came, which had taken so long."""
         supply = self._supplies.get(worker)
         if supply is None:
             return
@@ -828,8 +821,7 @@ class Dispatch:
         one = supply.capability_class
         if one is not None:
             one.idle += supply.idle - before
-            one.rate = one.rate * exp((one.rated - now) / RATE_WINDOW) + 1 / RATE_WINDOW
-            one.rated = now
+            one.pace.ended(seconds, now)
             self._dirty[one] = None
 
     # ------------------------------------------------------------ credit and offers
@@ -848,7 +840,7 @@ class Dispatch:
         return 0 if supply is None else supply.idle
 
     def lookahead(self, name: str, now: float) -> int:
-        """Return how many tickets a class finishes in LOOKAHEAD_SECONDS, by its recent rate."""
+        """Return how many tickets a class finishes in a moment."""
         return self._classes[name].lookahead(now)
 
     def set_size(self, name: str, now: float) -> int:

@@ -1142,9 +1142,10 @@ class Pool:
                 entry.lease = None
                 del self._running[ref.request]
                 self._workers[held.worker].leases.discard(ref.request)
-                self._dispatch.freed(held.worker, ref.token, moment.steady)
+                seconds = max(0.0, outcome.ended - outcome.started)
+                self._dispatch.freed(held.worker, ref.token, moment.steady, seconds)
                 ran = self._metrics.child(self._metrics.run_seconds, entry.request.task.lower(), outcome.result)
-                ran.observe(max(0.0, outcome.ended - outcome.started))
+                ran.observe(seconds)
                 to = result.state  # not always what was judged: an outcome may contradict itself
                 self._outbox.tell_move(
                     entry.request.id,

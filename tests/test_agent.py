@@ -1490,7 +1490,7 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
             assert self.connected
             assert free > 0
         elif self.connected:
-            assert free <= self.agent._ahead() // 2
+            assert free <= self.agent._ahead() // 4
 
     @invariant()
     def every_run_is_in_a_slot_or_waits_or_has_an_outcome_or_was_void(self):

@@ -326,7 +326,7 @@ class DispatchIsFair(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS), run=st.sampled_from(["t1", "t2", "t3"]), runs=st.integers(1, 30))
     def slots_are_freed(self, worker, run, runs):
         for _ in range(runs):
-            self.dispatch.freed(worker, run, self.now)
+            self.dispatch.freed(worker, run, self.now, 0.001)
         if worker in self.supplies:
             self.supplies[worker][2].discard(run)
 
@@ -459,7 +459,7 @@ def finish(dispatch, *, each, seconds, start=0.0):
     while now < start + seconds:
         now += each
         dispatch.taken("w1", "t")
-        dispatch.freed("w1", "t", now)
+        dispatch.freed("w1", "t", now, 0.001)
     return now
 
 
@@ -536,7 +536,7 @@ def test_a_class_that_goes_gives_back_its_offers_and_the_slots_of_its_workers_co
     assert dispatch.stale(1e9, 10) == []
     assert dispatch.held_by(lane(key="one")) is None
     dispatch.add_class("b")
-    dispatch.freed("w1", "t", 0.0)
+    dispatch.freed("w1", "t", 0.0, 0.001)
     dispatch.gain("b", "x")
     assert dispatch.offers(0.0) == []
     dispatch.supply("w1", capability_class="b", slots=1, busy=())
@@ -572,7 +572,7 @@ def test_a_worker_counts_where_it_consumes_and_nowhere_else(dispatch):
 
 def test_runs_of_a_worker_that_nobody_knows_count_nowhere(dispatch):
     dispatch.taken("w9", "t")
-    dispatch.freed("w9", "t", 0.0)
+    dispatch.freed("w9", "t", 0.0, 0.001)
     dispatch.no_supply("w9")
 
     assert dispatch.figures(0.0) == {"a": (1, 1, 0, 0)}
@@ -693,7 +693,7 @@ def test_a_request_goes_to_an_idle_slot_then_to_who_can_run_the_least_else_then_
             dispatch.gain(name, requirement)
     for number in range(100):
         dispatch.supply("w1", capability_class="quick", slots=1, busy=())
-        dispatch.freed("w1", number, 0.0)
+        dispatch.freed("w1", number, 0.0, 0.001)
     dispatch.supply("w1", capability_class="quick", slots=1, busy=["t"])
     assert dispatch.lookahead("quick", 0.0) == 10
     for worker, (name, number) in enumerate({"any": 9, "only": 1, "large": 2}.items()):
@@ -750,7 +750,7 @@ def test_a_class_that_was_woken_for_many_leaves_what_it_has_no_credit_for_to_the
 def test_a_class_with_lookahead_does_not_take_a_second_before_another_has_filled_its_idle_slot():
     dispatch = idle_classes(a="xy", b="yz")
     for number in range(10):
-        dispatch.freed("worker of a", number, 0.0)
+        dispatch.freed("worker of a", number, 0.0, 0.001)
     assert dispatch.offers(0.0) == []
     assert dispatch.credit("a", 0.0) == 2
     wait(dispatch, "r1")
@@ -762,14 +762,14 @@ def test_a_class_with_lookahead_does_not_take_a_second_before_another_has_filled
 def test_a_starved_class_whose_lookahead_has_run_out_meanwhile_gets_nothing():
     dispatch = idle_classes(a="x", b="x")
     for number in range(10):
-        dispatch.freed("worker of a", number, 0.0)
+        dispatch.freed("worker of a", number, 0.0, 0.001)
     for name in "ab":
         dispatch.taken(f"worker of {name}", "t")
     assert dispatch.offers(0.0) == []
     assert dispatch.credit("a", 0.0) == 1
     wait(dispatch, "r1")
     assert dispatch.offers(60.0) == []
-    dispatch.freed("worker of b", "t", 60.0)
+    dispatch.freed("worker of b", "t", 60.0, 0.001)
 
     assert dispatch.offers(60.0) == [Offer("r1", "b")]
 
