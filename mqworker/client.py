@@ -1020,7 +1020,6 @@ class Client:
             done: dict[str, RequestView] = {}
             still = dict.fromkeys(order)
             ended = dict.fromkeys(over)  # they are looked at when there are enough
-            follow.take_now()  # what was said before the look
             while still:
                 if left() <= 0:
                     raise Unanswered(
