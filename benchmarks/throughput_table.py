@@ -1,0 +1,119 @@
+"""What benchmarks.throughput found, as the README shows it: ratios first, and beside each goal whether it is met."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final
+
+from benchmarks.readme import head, paragraph, row, spread, times
+from benchmarks.submitting import ONE_BY_ONE, TOGETHER
+from benchmarks.systems import SYSTEMS
+
+FILLED: Final = "filled"
+OURS: Final = "mqworker-sqlite"
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Hold what was aimed at, in comparison with a peer or as such."""
+
+    text: str
+    bound: float
+    at_least: bool
+    unit: str = "times"
+
+    def met(self, figure: float) -> bool:
+        """Tell whether a figure is good enough."""
+        return figure >= self.bound if self.at_least else figure <= self.bound
+
+
+LIVE_GOALS: Final = {"celery": 8.0, "celery-database": 25.0, "dramatiq": 6.0, "raw-quorum": 0.6}
+FILLED_GOALS: Final = {"celery": 2.5, "celery-database": 12.0, "dramatiq": 1.5}
+START_GOAL: Final = Goal("submission to start, p50, against Celery's", 1.5, at_least=False)
+START_P99_GOAL: Final = Goal("submission to start, p99", 50.0, at_least=False, unit="ms")
+CPU_GOAL: Final = Goal("CPU per task, against Celery's", 1.0, at_least=False)
+
+
+def quantile(ordered: Sequence[float], part: float) -> float:
+    """Return the value that this part of all values does not exceed."""
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def ratio(found: Figures, other: str, way: str) -> float | None:
+    """Return how many times as fast mqworker is as another system; None if one of both was not measured."""
+    if OURS not in found or other not in found:
+        return None
+    return float(median(found[OURS]["rates"][way]) / median(found[other]["rates"][way]))
+
+
+def goals(found: Figures) -> list[tuple[Goal, float]]:
+    """Return each goal of which there is a figure, with the figure."""
+    judged: list[tuple[Goal, float]] = []
+    for way, words, wanted in (
+        (TOGETHER, "live, to the last result known", LIVE_GOALS),
+        (FILLED, "filled first, the workers' side alone", FILLED_GOALS),
+    ):
+        for name, bound in wanted.items():
+            figure = ratio(found, name, way)
+            if figure is not None:
+                judged.append((Goal(f"{words}, against {SYSTEMS[name].title}", bound, at_least=True), figure))
+    if OURS in found and found[OURS]["waits"]:
+        judged.append((START_P99_GOAL, quantile(found[OURS]["waits"], 0.99) * 1e3))
+    if OURS in found and "celery" in found:
+        ours, celery = found[OURS], found["celery"]
+        if ours["waits"] and celery["waits"]:
+            judged.append((START_GOAL, quantile(ours["waits"], 0.5) / quantile(celery["waits"], 0.5)))
+        judged.append((CPU_GOAL, median(ours["cpu"][0]) / median(celery["cpu"][0])))
+    return judged
+
+
+def goal_rows(judged: Sequence[tuple[Goal, float]]) -> list[str]:
+    """Write goals down, the figure first."""
+    lines = [*head("what", "found", "goal", "met")]
+    for goal, figure in judged:
+        said = times(figure) if goal.unit == "times" else f"{figure:,.3g} {goal.unit}"
+        bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} {goal.unit}"
+        lines.append(row(goal.text, f"**{said}**", bound, "yes" if goal.met(figure) else "no"))
+    return lines
+
+
+def table(found: Figures, *, command: str) -> str:
+    """Write the figures down."""
+    rounds = max(len(one["rates"][TOGETHER]) for one in found.values())
+    samples = max(len(one["waits"]) for one in found.values())
+    words = (
+        "The same work for all: tasks that do nothing, with an argument of 150 bytes, persistent messages, publisher "
+        "confirms, acknowledged after the work, two processes that work; one private broker, each system alone on it "
+        f"in its turn, {rounds} rounds in alternating order; {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, "
+        f"`{command}`. Rates are tasks a second: medians, and the lowest and highest in brackets. *Live* is from the "
+        "first submission to the last result that the submitter knows (to the last task's beginning, where there are "
+        "no results), submitted in one go (`submit_many`, or the peer's nearest) or one by one (`submit`); *filled* "
+        "is from the first task to the last with all waiting before anybody works. CPU is that of all of a system's "
+        "own processes, for each task of the live run; broker and database (where it is PostgreSQL) are apart. "
+        f"*Start* is from the call to the task's first line, on an idle pool ({samples} tasks)."
+    )
+    ways = (TOGETHER, ONE_BY_ONE, FILLED)
+    titles = ("live", "live, one by one", "filled")
+    lines = [*paragraph(words), ""]
+    lines += head("mqworker (SQLite) is, against", *titles)
+    for name in found:
+        if name != OURS and (figures := [ratio(found, name, way) for way in ways])[0] is not None:
+            lines.append(row(SYSTEMS[name].title, *(times(figure) for figure in figures if figure is not None)))
+    lines += ["", *goal_rows(goals(found)), ""]
+    lines += head("tasks a second", *titles, "CPU", "broker", "database", "start, p50", "p99")
+    for name, one in found.items():
+        rates = (f"{median(one['rates'][way]):,.0f} ({spread(one['rates'][way])})" for way in ways)
+        cpu = (f"{median(seconds) * 1e3:.2f} ms" for seconds in one["cpu"])
+        waits = (f"{quantile(one['waits'], part) * 1e3:.2g} ms" if one["waits"] else "" for part in (0.5, 0.99))
+        lines.append(row(SYSTEMS[name].title, *rates, *cpu, *waits))
+    lines += [
+        "",
+        *paragraph(
+            "What was set: " + "; ".join(f"**{SYSTEMS[name].title}**: {SYSTEMS[name].settings}" for name in found) + "."
+        ),
+    ]
+    return "\n".join(lines) + "\n"
