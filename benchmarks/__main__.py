@@ -5,15 +5,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import idle_slot, matching, readme, throughput, throughput_table
+from benchmarks import builds, footprint, growth, idle_slot, matching, readme, throughput, throughput_table
 from benchmarks.readme import paragraph, times
 
 COMMAND: Final = "make bench"
-PARTS: Final = ("matching", "throughput")
 
 Found = dict[str, Any]
 
@@ -115,34 +114,60 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
     return "\n".join(lines) + "\n"
 
 
-def measure_matching(given: argparse.Namespace) -> str:
+def matching_part(given: argparse.Namespace) -> str:
     """Measure what matching costs, and how long a slot is idle."""
     size = matching.parser().parse_args([])
-    found = matching.run(size) if given.matching is None else json.loads(given.matching.read_text(encoding="utf-8"))
-    if given.idle_slot is None:
-        idle = idle_slot.run(idle_slot.parser().parse_args(["--alone"] if given.alone else []))
-    else:
-        idle = json.loads(given.idle_slot.read_text(encoding="utf-8"))
+    found = _earlier(given.matching) or matching.run(size)
+    idle = _earlier(given.idle_slot) or idle_slot.run(idle_slot.parser().parse_args(["--alone"] if given.alone else []))
     return table(found, idle, workers=size.workers, kinds=size.kinds)
 
 
-def measure_throughput(given: argparse.Namespace) -> str:
+def throughput_part(given: argparse.Namespace) -> str:
     """Measure how much work passes, beside the peers."""
-    if given.throughput is None:
-        found = throughput.run(throughput.parser().parse_args(["--quick"] if given.quick else []))
-    else:
-        found = json.loads(given.throughput.read_text(encoding="utf-8"))
+    found = _earlier(given.throughput) or throughput.run(_options(throughput.parser(), given))
     return throughput_table.table(found, command=f"{COMMAND} BENCH='--only throughput'")
+
+
+def builds_part(given: argparse.Namespace) -> str:
+    """Measure what a build takes longer."""
+    return builds.table(_earlier(given.builds) or builds.run(_options(builds.parser(), given)))
+
+
+def footprint_part(given: argparse.Namespace) -> str:
+    """Measure what an idle pool takes."""
+    return footprint.table(_earlier(given.footprint) or footprint.run(_options(footprint.parser(), given)))
+
+
+def growth_part(given: argparse.Namespace) -> str:
+    """Measure what it costs that a pool grows."""
+    return growth.table(_earlier(given.growth) or growth.run(_options(growth.parser(), given)))
+
+
+def _options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
+    return parser.parse_args(["--quick"] if given.quick else [])
+
+
+def _earlier(path: Path | None) -> Any:
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+PARTS: Final[Mapping[str, Callable[[argparse.Namespace], str]]] = {  # by the name of the README's block
+    "throughput": throughput_part,
+    "builds": builds_part,
+    "footprint": footprint_part,
+    "growth": growth_part,
+    "matching": matching_part,
+}
 
 
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be given again")
-    parser.add_argument("--quick", action="store_true", help="throughput in one short round, to see that it works")
-    parser.add_argument("--matching", type=Path, help="figures of an earlier `python -m benchmarks.matching`, as JSON")
-    parser.add_argument("--idle-slot", type=Path, help="figures of an earlier `python -m benchmarks.idle_slot`")
-    parser.add_argument("--throughput", type=Path, help="figures of an earlier `python -m benchmarks.throughput`")
+    parser.add_argument("--quick", action="store_true", help="all but matching small and once, to see that it works")
+    for name in (*PARTS, "idle-slot"):
+        module = f"benchmarks.{name.replace('-', '_')}"
+        parser.add_argument(f"--{name}", type=Path, help=f"figures of an earlier `python -m {module}`, as JSON")
     parser.add_argument(
         "--alone", action="store_true", help="at real-time priority, as if nothing else ran on the machine; needs root"
     )
@@ -150,13 +175,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.alone:
         idle_slot.stand_alone()  # whoever is started inherits it
-    measures = {"matching": ("benchmark", measure_matching), "throughput": ("throughput", measure_throughput)}
-    for part in given.only or PARTS:
-        block, measure = measures[part]
-        text = measure(given)
+    for name in given.only or PARTS:
+        text = PARTS[name](given)
         sys.stdout.write(text)
         if not given.no_readme:
-            readme.write(block, text)
+            readme.write(name, text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from textwrap import wrap
 from typing import Final
 
@@ -20,9 +21,9 @@ def write(block: str, text: str) -> None:
     README.write_text(changed, encoding="utf-8")
 
 
-def paragraph(words: str) -> list[str]:
-    """Return lines as wide as the README's."""
-    return wrap(words, WIDTH, break_on_hyphens=False, break_long_words=False)
+def paragraph(words: str, *, indent: str = "") -> list[str]:
+    """Return lines as wide as the README's, all but the first one indented."""
+    return wrap(words, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def times(number: float) -> str:
@@ -40,6 +41,15 @@ def head(*cells: str) -> list[str]:
     return [row(*cells), f"| --- |{' ---: |' * (len(cells) - 1)}"]
 
 
-def spread(numbers: Sequence[float], digits: int = 0) -> str:
-    """Say the least and the most of several measurements."""
-    return f"{min(numbers):,.{digits}f} to {max(numbers):,.{digits}f}"
+def milliseconds(seconds: float) -> str:
+    """Say a short time."""
+    found = seconds * 1e3
+    return f"{found:,.0f} ms" if found >= 10 else f"{found:.2g} ms"  # noqa: PLR2004  # two digits tell
+
+
+def middle(numbers: Sequence[float], digits: int = 0) -> str:
+    """Say the median of several measurements, and the lowest and the highest if there are several."""
+    found = f"{median(numbers):,.{digits}f}"
+    if len(numbers) == 1:
+        return found
+    return f"{found} ({min(numbers):,.{digits}f} to {max(numbers):,.{digits}f})"

@@ -25,6 +25,7 @@ ROOT: Final = Path(__file__).parents[1]
 START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 20.0
 POLL_SECONDS: Final = 0.05
+AGENTS_POLL_SECONDS: Final = 0.5  # each look is the scheduler's work
 WORKING: Final = 2  # processes of each system that work
 
 
@@ -193,7 +194,7 @@ class Mqworker(System):
         Store.open(self.environment()["MQWORKER_STORE"], create=True)
         self._start("scheduler", sys.executable, "-P", "-m", "mqworker", "scheduler")
         deadline = time.monotonic() + START_SECONDS
-        with Client(self.place.broker) as client:
+        with self.client() as client:
             while True:
                 self.check()
                 with suppress(Unanswered):
@@ -204,9 +205,30 @@ class Mqworker(System):
 
     def start_workers(self) -> None:
         """Start the agent."""
-        state = ("--state-dir", str(self.place.directory / "state"))
-        command = ("-P", "-m", "mqworker", "worker", "--name", "w", "--slots", str(WORKING), *state)
-        self._start("agent", sys.executable, *command)
+        self.start_agent("w", WORKING)
+
+    def start_agent(self, name: str, slots: int) -> int:
+        """Start an agent, and return its process."""
+        state = ("--state-dir", str(self.place.directory / "state" / name))
+        command = ("-P", "-m", "mqworker", "worker", "--name", name, "--slots", str(slots), *state)
+        return self._start(name, sys.executable, *command).pid
+
+    def scheduler(self) -> int:
+        """Return the scheduler's process."""
+        return self._running["scheduler"].pid
+
+    def client(self) -> Client:
+        """Return a client, which is not connected yet."""
+        return Client(self.place.broker, store_url=self.environment()["MQWORKER_STORE"], timeout=START_SECONDS)
+
+    def await_agents(self, client: Client, number: int, timeout: float = START_SECONDS) -> None:
+        """Wait until so many agents consume."""
+        deadline = time.monotonic() + timeout
+        while sum(one.state == "online" and one.queue is not None for one in client.workers()) < number:
+            self.check()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"expected {number} agents within {timeout:g} s")
+            time.sleep(AGENTS_POLL_SECONDS)
 
 
 class MqworkerPostgresql(Mqworker):

@@ -14,33 +14,23 @@ outside: every number ran, and what has results has told the submitter each of t
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
-
-from benchmarks import peers, work
+from benchmarks import work
 from benchmarks.submitting import ONE_BY_ONE, TOGETHER
-from benchmarks.systems import SYSTEMS, Peer, Place, System
-from mqworker import processes
-from mqworker.privatenode import USER, PrivateNode
-from tests.cluster import Cluster
+from benchmarks.systems import SYSTEMS, System
+from benchmarks.world import World, world
 
 FILLED: Final = "filled"
 LIVE: Final = (ONE_BY_ONE, TOGETHER)
-FIRST: Final = 1_000  # tasks, as long as nobody knows how fast it is
+FIRST: Final = 300  # tasks, as long as nobody knows how fast it is; and the fewest
 MOST: Final = 200_000
 SETTLE_SECONDS: Final = 0.3  # until what a run leaves to do is done, and counted as its CPU time
 TIMEOUT: Final = 600.0
-DURABLE: Final = ("fsync=on", "full_page_writes=on")
-NEED_DATABASE: Final = frozenset({"mqworker-postgresql", "celery-database"})
 
 Figures = dict[str, Any]
 
@@ -63,54 +53,6 @@ class Plan:
     def learn(self, system: str, way: str, rate: float) -> None:
         """Remember how fast it is."""
         self._rates[system, way] = max(rate, self._rates.get((system, way), 0.0))
-
-
-class World:
-    """Hold what all systems share: a broker, and a database if one of them wants it."""
-
-    def __init__(self, directory: Path, node: PrivateNode, cluster: Cluster | None, python: Path | None) -> None:
-        self._directory, self._node, self._cluster, self._python = directory, node, cluster, python
-        self._made = 0
-
-    @contextmanager
-    def place(self, name: str) -> Iterator[Place]:
-        """Give a system a virtual host, a database and a directory that nobody had before."""
-        self._made += 1
-        own = f"{name}-{self._made}"
-        directory = self._directory / own
-        directory.mkdir()
-        self._node.ctl("add_vhost", own)
-        self._node.ctl("set_permissions", "-p", own, USER, ".*", ".*", ".*")
-        broker = urlunsplit(urlsplit(self._node.url)._replace(path=f"/{own}"))
-        yield Place(directory, broker, self._database(own), self._python)
-        self._node.ctl("delete_vhost", own)
-
-    def _database(self, name: str) -> str:
-        if self._cluster is None:
-            return ""
-        with psycopg.connect(self._cluster.url(), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
-        return self._cluster.url(name)
-
-    def cpu(self) -> tuple[float, float]:
-        """Return the CPU seconds of broker and database."""
-        pids = [self._node.pid or 0, self._cluster.pid if self._cluster else 0]
-        used = processes.usage(pids)
-        return used[pids[0]].cpu_seconds, used[pids[1]].cpu_seconds if self._cluster else 0.0
-
-
-@contextmanager
-def world(systems: Sequence[str]) -> Iterator[World]:
-    """Run what these systems need."""
-    python = peers.environment() if any(issubclass(SYSTEMS[name], Peer) for name in systems) else None
-    with tempfile.TemporaryDirectory(prefix="mqworker-bench-", dir="/var/tmp") as scratch:
-        directory = Path(scratch)
-        with PrivateNode(directory / "node", plugins=()) as node:
-            if NEED_DATABASE.isdisjoint(systems):
-                yield World(directory, node, None, python)
-                return
-            with Cluster(DURABLE) as cluster:
-                yield World(directory, node, cluster, python)
 
 
 class Round:

@@ -3,11 +3,11 @@
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
-from benchmarks.readme import head, paragraph, row, spread, times
+from benchmarks.goals import Goal, goal_rows
+from benchmarks.readme import head, middle, milliseconds, paragraph, row, times
 from benchmarks.submitting import ONE_BY_ONE, TOGETHER
 from benchmarks.systems import SYSTEMS
 
@@ -15,20 +15,6 @@ FILLED: Final = "filled"
 OURS: Final = "mqworker-sqlite"
 
 Figures = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Goal:
-    """Hold what was aimed at, in comparison with a peer or as such."""
-
-    text: str
-    bound: float
-    at_least: bool
-    unit: str = "times"
-
-    def met(self, figure: float) -> bool:
-        """Tell whether a figure is good enough."""
-        return figure >= self.bound if self.at_least else figure <= self.bound
 
 
 LIVE_GOALS: Final = {"celery": 8.0, "celery-database": 25.0, "dramatiq": 6.0, "raw-quorum": 0.6}
@@ -71,16 +57,6 @@ def goals(found: Figures) -> list[tuple[Goal, float]]:
     return judged
 
 
-def goal_rows(judged: Sequence[tuple[Goal, float]]) -> list[str]:
-    """Write goals down, the figure first."""
-    lines = [*head("what", "found", "goal", "met")]
-    for goal, figure in judged:
-        said = times(figure) if goal.unit == "times" else f"{figure:,.3g} {goal.unit}"
-        bound = f"{'at least' if goal.at_least else 'at most'} {goal.bound:g} {goal.unit}"
-        lines.append(row(goal.text, f"**{said}**", bound, "yes" if goal.met(figure) else "no"))
-    return lines
-
-
 def table(found: Figures, *, command: str) -> str:
     """Write the figures down."""
     rounds = max(len(one["rates"][TOGETHER]) for one in found.values())
@@ -88,8 +64,9 @@ def table(found: Figures, *, command: str) -> str:
     words = (
         "The same work for all: tasks that do nothing, with an argument of 150 bytes, persistent messages, publisher "
         "confirms, acknowledged after the work, two processes that work; one private broker, each system alone on it "
-        f"in its turn, {rounds} rounds in alternating order; {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, "
-        f"`{command}`. Rates are tasks a second: medians, and the lowest and highest in brackets. *Live* is from the "
+        f"in its turn, in alternating order, {rounds} {'rounds' if rounds > 1 else 'round'}; {os.cpu_count()} cores, "
+        f"{time.strftime('%Y-%m-%d')}, `{command}`. Rates are tasks a second: medians, and the lowest and highest in "
+        "brackets. *Live* is from the "
         "first submission to the last result that the submitter knows (to the last task's beginning, where there are "
         "no results), submitted in one go (`submit_many`, or the peer's nearest) or one by one (`submit`); *filled* "
         "is from the first task to the last with all waiting before anybody works. CPU is that of all of a system's "
@@ -106,14 +83,11 @@ def table(found: Figures, *, command: str) -> str:
     lines += ["", *goal_rows(goals(found)), ""]
     lines += head("tasks a second", *titles, "CPU", "broker", "database", "start, p50", "p99")
     for name, one in found.items():
-        rates = (f"{median(one['rates'][way]):,.0f} ({spread(one['rates'][way])})" for way in ways)
-        cpu = (f"{median(seconds) * 1e3:.2f} ms" for seconds in one["cpu"])
-        waits = (f"{quantile(one['waits'], part) * 1e3:.2g} ms" if one["waits"] else "" for part in (0.5, 0.99))
+        rates = (middle(one["rates"][way]) for way in ways)
+        cpu = (milliseconds(median(seconds)) for seconds in one["cpu"])
+        waits = (milliseconds(quantile(one["waits"], part)) if one["waits"] else "" for part in (0.5, 0.99))
         lines.append(row(SYSTEMS[name].title, *rates, *cpu, *waits))
-    lines += [
-        "",
-        *paragraph(
-            "What was set: " + "; ".join(f"**{SYSTEMS[name].title}**: {SYSTEMS[name].settings}" for name in found) + "."
-        ),
-    ]
+    lines += ["", "What was set:"]
+    for name in found:
+        lines += paragraph(f"- {SYSTEMS[name].title}: {SYSTEMS[name].settings}.", indent="  ")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The throughput benchmark still works, at a size that takes no time; no figure of it is judged here."""
+"""The benchmarks with processes of their own still work, at sizes that take no time; no figure of theirs is judged."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import throughput_table, work
+from benchmarks import builds, footprint, growth, throughput_table, work
 from benchmarks.throughput import Plan
 from mqworker.errors import HostUnfit
 from mqworker.privatenode import find_programs
@@ -75,8 +75,38 @@ def test_each_goal_says_whether_it_is_met():
 def test_the_table_has_as_many_cells_in_each_row_as_in_its_head():
     names = ("mqworker-sqlite", "celery", "celery-database", "dramatiq", "raw-quorum")
     text = throughput_table.table({name: figures(100.0) for name in names}, command="x")
-    rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert sorted(set(rows)) == [5, 10]
+    assert sorted(set(cells(text))) == [4, 9]
+
+
+def cells(text):
+    return [len(line.strip("|").split("|")) for line in text.splitlines() if line.startswith("|")]
+
+
+def test_a_build_may_take_a_hundredth_and_a_second_longer():
+    found = {"source": "hello.dsc", "plain": [100.0, 101.0, 99.0], "ours": [101.5, 103.0, 100.5]}
+    text = builds.table(found)
+    assert "**1.5 s** | at most 2 s | yes" in text
+    assert "**2.5 s** | at most 2 s | no" in builds.table({**found, "ours": [102.5, 103.5, 101.5]})
+
+
+def test_the_footprint_is_judged_by_process():
+    mib = 2**20
+    cpu = {"agent and slots": 0.002, "scheduler": 0.003}
+    found = {"slots": 2, "seconds": 60.0, "agent": 90 * mib, "slot": [20 * mib, 24 * mib], "watchdog": mib, "cpu": cpu}
+    text = footprint.table({**found, "scheduler": 50 * mib})
+    assert "| memory of an agent | **90 MiB** | at most 80 MiB | no |" in text
+    assert "| memory of an idle slot | **22 MiB** | at most 25 MiB | yes |" in text
+    assert "| all processes of the agent | 135 MiB |" in text
+
+
+def test_growth_is_shown_against_the_smallest():
+    backlogs = [{"backlog": 10**n, "rates": [100.0 / n], "scheduler": [0.001], "memory": 2**20} for n in (1, 2)]
+    agents = [{"agents": n, "idle": 0.01, "rate": 9.0, "scheduler": 0.001 * n, "memory": 2**20} for n in (1, 3)]
+    farms = [{"workers": n, "scheduler": 0.001, "quiet second": 0.1} for n in (5, 6)]
+    text = growth.table({"backlogs": backlogs, "agents": agents, "farms": farms})
+    assert "| rate with 100 waiting, against 10 | **0.50 times** | at least 0.9 times | no |" in text
+    assert "| 3 | 3.00 times |" in text
+    assert cells(text) == [4] * 3 + [5] * 4 + [5] * 6
 
 
 @pytest.mark.live
