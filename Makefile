@@ -52,6 +52,8 @@ chaos-mutants: $(VENV)/ready-dev ## break the pool in some ways, burn each for t
 	@$(BIN)/python -m tests.chaos.mutants
 
 bench: $(VENV)/ready-dev ## what passes, beside Celery and Dramatiq, and what matching costs; rewrites tables in README.md (BENCH='--only throughput --quick')
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@deploy/install-postgresql
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import

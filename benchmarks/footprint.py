@@ -38,7 +38,8 @@ def run(given: argparse.Namespace) -> Figures:
         before = processes.usage(roots)
         time.sleep(given.seconds)
         after = processes.usage(roots)
-        slots, others = [], []
+        slots: list[int] = []
+        others: list[int] = []
         for one in processes.descendants(agent):
             command = Path(f"/proc/{one.pid}/cmdline").read_bytes().decode().split("\0")
             (slots if SLOT in command else others).append(processes.proportional_memory([one.pid]))

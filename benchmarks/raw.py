@@ -39,7 +39,9 @@ class Windowed:
         self._sent = 0
         self._open: dict[int, None] = {}  # delivery tags whose confirm has not come, in order
         self._channel: Any = None
-        self._connection = pika.SelectConnection(_parameters(), on_open_callback=self._opened)
+        self._connection = pika.SelectConnection(
+            _parameters(), on_open_callback=self._opened, on_close_callback=self._closed
+        )
 
     def run(self) -> None:
         """Publish all."""
@@ -47,6 +49,9 @@ class Windowed:
 
     def _opened(self, connection: Any) -> None:
         connection.channel(on_open_callback=self._ready)
+
+    def _closed(self, connection: Any, _reason: Exception) -> None:
+        connection.ioloop.stop()
 
     def _ready(self, channel: Any) -> None:
         self._channel = channel
@@ -58,7 +63,7 @@ class Windowed:
             self._sent += 1
             self._open[self._sent] = None
         if not self._open:
-            self._connection.ioloop.stop()
+            self._connection.close()
 
     def _heard(self, frame: Any) -> None:
         if frame.method.NAME != "Basic.Ack":

@@ -2,11 +2,12 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import median
 from typing import Any, Final
 
 from benchmarks.goals import Goal, goal_rows
+from benchmarks.idle_slot import quantile
 from benchmarks.readme import head, middle, milliseconds, paragraph, row, times
 from benchmarks.submitting import ONE_BY_ONE, TOGETHER
 from benchmarks.systems import SYSTEMS
@@ -22,11 +23,6 @@ FILLED_GOALS: Final = {"celery": 2.5, "celery-database": 12.0, "dramatiq": 1.5}
 START_GOAL: Final = Goal("submission to start, p50, against Celery's", 1.5, at_least=False)
 START_P99_GOAL: Final = Goal("submission to start, p99", 50.0, at_least=False, unit="ms")
 CPU_GOAL: Final = Goal("CPU per task, against Celery's", 1.0, at_least=False)
-
-
-def quantile(ordered: Sequence[float], part: float) -> float:
-    """Return the value that this part of all values does not exceed."""
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 def ratio(found: Figures, other: str, way: str) -> float | None:
@@ -66,12 +62,13 @@ def table(found: Figures, *, command: str) -> str:
         "confirms, acknowledged after the work, two processes that work; one private broker, each system alone on it "
         f"in its turn, in alternating order, {rounds} {'rounds' if rounds > 1 else 'round'}; {os.cpu_count()} cores, "
         f"{time.strftime('%Y-%m-%d')}, `{command}`. Rates are tasks a second: medians, and the lowest and highest in "
-        "brackets. *Live* is from the "
-        "first submission to the last result that the submitter knows (to the last task's beginning, where there are "
-        "no results), submitted in one go (`submit_many`, or the peer's nearest) or one by one (`submit`); *filled* "
-        "is from the first task to the last with all waiting before anybody works. CPU is that of all of a system's "
-        "own processes, for each task of the live run; broker and database (where it is PostgreSQL) are apart. "
-        f"*Start* is from the call to the task's first line, on an idle pool ({samples} tasks)."
+        "brackets. *Live* is from the first submission to the last result that the submitter knows (to the last "
+        "task's beginning, where there are no results), submitted in one go (`submit_many`, or the peer's nearest) or "
+        "one by one (`submit`); *filled* is from the first task to the last with all waiting before anybody works. CPU "
+        "is that of all of a system's own processes, for each task of the live run; broker and database (where it is "
+        "PostgreSQL) are apart. "
+        f"*Start* is from the call to the task's first line, on an idle pool ({samples} tasks). "
+        f"Of all tasks, {sum(one['repeated'] for one in found.values())} ran twice, and none was lost."
     )
     ways = (TOGETHER, ONE_BY_ONE, FILLED)
     titles = ("live", "live, one by one", "filled")
