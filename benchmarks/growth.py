@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--backlogs", type=_sizes, default=[1_000, 10_000, 100_000])
     made.add_argument("--agents", type=_sizes, default=[1, 10, 50, 200])
     made.add_argument("--farms", type=_sizes, default=[200, 1_000, 10_000])
-    made.add_argument("--seconds", type=float, default=8.0, help="that a run takes")
+    made.add_argument("--seconds", type=float, default=6.0, help="that a run takes")
     return made
 
 

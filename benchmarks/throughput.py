@@ -177,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
         "--systems", type=_names, default=list(SYSTEMS), help=f"with commas, some of {', '.join(SYSTEMS)}"
     )
     made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--seconds", type=float, default=8.0, help="that a run takes")
+    made.add_argument("--seconds", type=float, default=6.0, help="that a run takes")
     made.add_argument("--tasks", type=int, help="so many in each run, whatever it takes")
     made.add_argument("--samples", type=int, default=500, help="tasks that go to an idle pool")
     made.add_argument("--quick", action="store_const", const=(1, 2.0, 50), help="one round, runs of 2 s, 50 samples")
