@@ -11,8 +11,8 @@ from benchmarks.idle_slot import quantile
 from benchmarks.readme import head, middle, milliseconds, paragraph, row, times
 from benchmarks.submitting import ONE_BY_ONE, TOGETHER
 from benchmarks.systems import SYSTEMS
+from benchmarks.throughput import FILLED
 
-FILLED: Final = "filled"
 OURS: Final = "mqworker-sqlite"
 
 Figures = Mapping[str, Mapping[str, Any]]
