@@ -235,7 +235,7 @@ class MqworkerPostgresql(Mqworker):
     """Run mqworker with its ledger on PostgreSQL."""
 
     title = "mqworker, PostgreSQL"
-    settings = "likewise; PostgreSQL as Debian configures it, with fsync"
+    settings = "likewise; PostgreSQL with the defaults of its initdb, fsync among them"
 
     def ledger(self) -> str:
         """Return the ledger's URL."""
@@ -295,7 +295,10 @@ class CeleryDatabase(Celery):
     """Run Celery with results in PostgreSQL."""
 
     title = "Celery, results in a database"
-    settings = "likewise, results in the same PostgreSQL by SQLAlchemy; the submitter looks every 50 ms, not 500"
+    settings = (
+        "likewise, results in the same PostgreSQL by SQLAlchemy; the submitter looks every 50 ms, not 500, and is made "
+        "to keep its connections, which Celery does in forked processes alone: else it connects anew for each look"
+    )
     results = True
 
     def results_url(self) -> str | None:
