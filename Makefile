@@ -51,7 +51,9 @@ chaos: $(VENV)/ready-dev ## set a real pool on fire for MINUTES=60 and judge wha
 chaos-mutants: $(VENV)/ready-dev ## break the pool in some ways, burn each for three minutes, and show what is noticed
 	@$(BIN)/python -m tests.chaos.mutants
 
-bench: $(VENV)/ready-dev ## what matching costs, and how long a slot is idle; rewrites a table in README.md
+bench: $(VENV)/ready-dev ## what passes, beside Celery and Dramatiq, and what matching costs; rewrites tables in README.md (BENCH='--only throughput --quick')
+	@$(BIN)/mqworker demo --prepare-only || test $$? = 3
+	@deploy/install-postgresql
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/ready-dev ## ruff, mypy, and the floors a file may import

@@ -1,21 +1,17 @@
-"""Run both benchmarks, print one table, and put it into the README: `python -m benchmarks`, or `make bench`."""
+"""Run all benchmarks, or some, and put their tables into the README: `python -m benchmarks`, or `make bench`."""
 
 import argparse
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
 from typing import Any, Final
 
-from benchmarks import idle_slot, matching
+from benchmarks import builds, footprint, growth, idle_slot, matching, readme, throughput, throughput_table
+from benchmarks.readme import paragraph, times
 
-README: Final = Path(__file__).parents[1] / "README.md"
-BLOCK: Final = re.compile(r"(?<=^<!-- benchmark -->\n).*?(?=^<!-- /benchmark -->$)", re.MULTILINE | re.DOTALL)
-WIDTH: Final = 120
 COMMAND: Final = "make bench"
 
 Found = dict[str, Any]
@@ -24,9 +20,6 @@ Found = dict[str, Any]
 def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: int) -> str:
     """Write the figures down, ratios first."""
     plain = sum(one["plain ask"] for one in found) / len(found)
-
-    def times(number: float) -> str:
-        return f"{number:,.0f} times" if number >= 10 else f"{number:.2f} times"  # noqa: PLR2004  # two digits tell
 
     def milliseconds(name: str) -> Callable[[Found], str]:
         return lambda one: f"{one[name][0] * 1e3:.3g} ms"
@@ -103,7 +96,7 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
         f"request: {plain * 1e6:.2g} µs each, sampled and scaled."
     )
     lines = [
-        *wrap(words, WIDTH, break_on_hyphens=False),
+        *paragraph(words),
         "",
         f"| pending requests | {head} |",
         f"| --- |{' ---: |' * len(found)}",
@@ -117,24 +110,64 @@ def table(found: Sequence[Found], idle: Found | None, *, workers: int, kinds: in
             "workers, runs of 0.1 to 0.6 s"
             f"{', all at real-time priority' if idle['alone'] else ''})."
         )
-        lines += ["", *wrap(words, WIDTH, break_on_hyphens=False)]
+        lines += ["", *paragraph(words)]
     return "\n".join(lines) + "\n"
 
 
-def write(text: str) -> None:
-    """Put the table into the README."""
-    readme = README.read_text(encoding="utf-8")
-    changed, number = BLOCK.subn(lambda _: text, readme)
-    if number != 1:
-        raise RuntimeError(f"expected one block <!-- benchmark --> ... <!-- /benchmark --> in {README}, got {number}")
-    README.write_text(changed, encoding="utf-8")
+def matching_part(given: argparse.Namespace) -> str:
+    """Measure what matching costs, and how long a slot is idle."""
+    size = matching.parser().parse_args([])
+    found = _earlier(given.matching) or matching.run(size)
+    idle = _earlier(given.idle_slot) or idle_slot.run(idle_slot.parser().parse_args(["--alone"] if given.alone else []))
+    return table(found, idle, workers=size.workers, kinds=size.kinds)
+
+
+def throughput_part(given: argparse.Namespace) -> str:
+    """Measure how much work passes, beside the peers."""
+    found = _earlier(given.throughput) or throughput.run(_options(throughput.parser(), given))
+    return throughput_table.table(found, command=f"{COMMAND} BENCH='--only throughput'")
+
+
+def builds_part(given: argparse.Namespace) -> str:
+    """Measure what a build takes longer."""
+    return builds.table(_earlier(given.builds) or builds.run(_options(builds.parser(), given)))
+
+
+def footprint_part(given: argparse.Namespace) -> str:
+    """Measure what an idle pool takes."""
+    return footprint.table(_earlier(given.footprint) or footprint.run(_options(footprint.parser(), given)))
+
+
+def growth_part(given: argparse.Namespace) -> str:
+    """Measure what it costs that a pool grows."""
+    return growth.table(_earlier(given.growth) or growth.run(_options(growth.parser(), given)))
+
+
+def _options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> argparse.Namespace:
+    return parser.parse_args(["--quick"] if given.quick else [])
+
+
+def _earlier(path: Path | None) -> Any:
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+PARTS: Final[Mapping[str, Callable[[argparse.Namespace], str]]] = {  # by the name of the README's block
+    "throughput": throughput_part,
+    "builds": builds_part,
+    "footprint": footprint_part,
+    "growth": growth_part,
+    "matching": matching_part,
+}
 
 
 def main() -> None:
-    """Measure all."""
+    """Measure what was asked for."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--matching", type=Path, help="figures of an earlier `python -m benchmarks.matching`, as JSON")
-    parser.add_argument("--idle-slot", type=Path, help="figures of an earlier `python -m benchmarks.idle_slot`")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part; may be given again")
+    parser.add_argument("--quick", action="store_true", help="all but matching small and once, to see that it works")
+    for name in (*PARTS, "idle-slot"):
+        module = f"benchmarks.{name.replace('-', '_')}"
+        parser.add_argument(f"--{name}", type=Path, help=f"figures of an earlier `python -m {module}`, as JSON")
     parser.add_argument(
         "--alone", action="store_true", help="at real-time priority, as if nothing else ran on the machine; needs root"
     )
@@ -142,16 +175,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.alone:
         idle_slot.stand_alone()  # whoever is started inherits it
-    size = matching.parser().parse_args([])
-    found = matching.run(size) if given.matching is None else json.loads(given.matching.read_text(encoding="utf-8"))
-    if given.idle_slot is None:
-        idle = idle_slot.run(idle_slot.parser().parse_args(["--alone"] if given.alone else []))
-    else:
-        idle = json.loads(given.idle_slot.read_text(encoding="utf-8"))
-    text = table(found, idle, workers=size.workers, kinds=size.kinds)
-    sys.stdout.write(text)
-    if not given.no_readme:
-        write(text)
+    for name in given.only or PARTS:
+        text = PARTS[name](given)
+        sys.stdout.write(text)
+        if not given.no_readme:
+            readme.write(name, text)
 
 
 if __name__ == "__main__":
