@@ -59,10 +59,13 @@ class Conduct:
     made: int  # artifacts
 
 
-def conduct_of(seed, request, attempt, slow):
+def conduct_of(seed, request, attempt, slow, *, quick=False):
     draw = random.Random(f"{seed} {request} {attempt}")
+    seconds = draw.choice([0.005, 0.05, 0.5, 0.5, 2.0, 2.0, 5.0, slow]) * draw.uniform(0.5, 1.5)
+    if quick and draw.random() < 0.97:
+        seconds = draw.choice([0.0003, 0.001, 0.004])
     return Conduct(
-        seconds=draw.choice([0.005, 0.05, 0.5, 0.5, 2.0, 2.0, 5.0, slow]) * draw.uniform(0.5, 1.5),
+        seconds=seconds,
         end=draw.choices(["success", "failure", "error", "again", "killed", "broken"], weights=[70, 8, 5, 5, 6, 4])[0],
         obeys=draw.random() < 0.7,
         stages=draw.randrange(3),

@@ -85,6 +85,7 @@ class Scenario:
     until: float
     weights: dict = field(default_factory=dict)  # of groups
     limits: dict = field(default_factory=dict)  # of concurrency keys
+    quick: bool = False  # most runs end in a moment
     heads: tuple | None = None  # the least and the most of a lane in memory
 
 
@@ -129,8 +130,30 @@ def draw(seed):
     bounds = random.Random(f"bounds {seed}")
     if bounds.random() < 0.6:
         _bound(bounds, scenario)
+    flood = random.Random(f"flood {seed}")
+    if flood.random() < 0.3:
+        _flood(flood, scenario, tasks)
     scenario.happenings.sort(key=lambda one: one.at)
     return scenario
+
+
+def _flood(chance, scenario, tasks):
+    """Have most runs end in a moment, and many requests come at once, so that workers take some ahead."""
+    scenario.quick = True
+    number = 500_000
+    for _ in range(chance.choice([1, 3, 6])):
+        at = chance.uniform(1, scenario.until - CALM)
+        task, data = chance.choice(tasks), programs.data_of(chance)
+        ids = [f"00000000-0000-4000-8000-{number + one:012x}" for one in range(chance.choice([20, 60, 150]))]
+        number += len(ids)
+        requests = [Request(id=id_, task=task, data=data, lease=chance.choice([None, 5.0])) for id_ in ids]
+        for start in range(0, len(requests), 30):
+            scenario.happenings.append(
+                Happening(at=at, kind="submit", given={"requests": requests[start : start + 30]})
+            )
+        for id_ in chance.sample(ids, chance.choice([0, 0, 5])):
+            after = chance.choice([0.01, 0.05, 0.3])
+            scenario.happenings.append(Happening(at=at + after, kind="abort", given={"request": id_}))
 
 
 def _bound(chance, scenario):

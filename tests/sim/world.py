@@ -73,7 +73,7 @@ class World:
         return known
 
     def conduct(self, request, attempt):
-        return conduct_of(self.scenario.seed, request, attempt, self.scenario.slow)
+        return conduct_of(self.scenario.seed, request, attempt, self.scenario.slow, quick=self.scenario.quick)
 
     def wall(self):
         return WALL + self.loop.now
