@@ -764,12 +764,12 @@ class Agent:
                 run.begun_ns = now_ns
 
     def _start_alone(self, now_ns: int) -> None:
-        """Start what waits to be alone, once nothing else runs here or may come to run."""
-        if self._asking or self._queue or any(run.slot is not None for run in self._runs.values()):
-            return
+        """Start what waits to be alone, once nothing else runs here or may come to run, and what has is on disk."""
         waiting = next((run for run in self._runs.values() if run.alone), None)
+        if waiting is None or self._asking or self._queue or any(run.slot is not None for run in self._runs.values()):
+            return
         idle = self._idle()
-        if waiting is not None and idle and not self._draining:
+        if idle and not self._draining and all(one.sendable for one in self._unsettled.values()):
             self._give(waiting, idle[0], now_ns)
 
     def _ahead(self) -> int:

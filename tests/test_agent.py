@@ -844,6 +844,8 @@ def test_what_runs_alone_is_claimed_at_once_and_starts_when_nothing_else_runs(tw
     beat = beat_of(two.beat())
     assert ({run.token for run in beat.running}, beat.slots) == ({other.token, ref.token}, 0)
     two.agent.slot_said(0, SlotEnded(result="success"))
+    [spool] = two.take(StartRun, Spool)
+    two.agent.spooled(spool.outcome)  # what has ended must not be lost with what may kill this worker
     [start] = two.take(StartRun)
 
     assert (start.token, start.slot) == (ref.token, 0)
@@ -888,6 +890,7 @@ def test_what_runs_alone_waits_for_claims_under_way_too(two):
     two.grant(other)
     assert [act.token for act in two.take(StartRun)] == [other.token]
     two.agent.slot_said(0, SlotEnded(result="success"))
+    two.spool()
 
     assert [act.token for act in two.take(StartRun)] == [alone.token]
 
@@ -901,6 +904,7 @@ def test_the_lease_of_what_waits_to_be_alone_is_renewed_and_its_time_counts_from
         two.hear(Alive(seq=two.beat().seq))
     assert two.take(Spool, KillSlot) == []
     two.agent.slot_said(0, SlotEnded(result="success"))
+    two.spool()
     [start] = two.take(StartRun)
 
     assert start.token == ref.token

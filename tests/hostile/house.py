@@ -332,8 +332,8 @@ class House:
             case "slot":
                 self._slot(body)
             case "client":
-                item = client._read_heard(body)
-                self.told["client", "passed over" if item is None else "taken"] += 1
+                items = client._read_heard(body)
+                self.told["client", "passed over" if items == (None,) else "taken"] += 1
             case _:
                 name = getattr(TOPOLOGY, consumer)
                 if consumer == "api" and self.random.random() < 0.5:  # where commands count

@@ -35,6 +35,9 @@ class Silent:
     def labels(self, **_labels):
         return self
 
+    def child(self, metric, *_labels):
+        return metric
+
     def inc(self, *_amount):
         pass
 
