@@ -11,6 +11,7 @@ AHEAD_SECONDS: Final = 0.1  # of work: longer runs are bound as late as can be
 MOST_AHEAD: Final = 1000  # a bound against a clock that lies
 RATE_WINDOW: Final = 0.25  # seconds over which is remembered what ended
 GROWTH: Final = 4.0  # times the present rate that may be possible in a moment
+CHANCE: Final = 3.0  # runs: that two end at the same time is no flood
 SHORTEST_RUN: Final = 0.0002  # seconds; no process ends them faster
 SLOWEST_ANSWER: Final = 1.0  # second, as far as slow answers count
 WEIGHT: Final = 0.1  # by which each run, and each answer, counts
@@ -49,7 +50,7 @@ class Pace:
         """
         seconds = AHEAD_SECONDS + self._answer_seconds
         possible = slots * seconds / max(self._run_seconds, SHORTEST_RUN)
-        return int(min(GROWTH * self.rate(now) * seconds, possible, MOST_AHEAD))
+        return int(max(0.0, min(GROWTH * self.rate(now) * seconds - CHANCE, possible, MOST_AHEAD)))
 
     def _kept(self, now: float) -> float:
         return exp(min(0.0, self._rated - now) / RATE_WINDOW)

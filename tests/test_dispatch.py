@@ -9,8 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mqworker.dispatch import (
     FADING,
     LEAST_HEADS,
-    LOOKAHEAD_SECONDS,
-    MAX_LOOKAHEAD,
     MOST_HEADS,
     Dispatch,
     Lane,
@@ -18,6 +16,7 @@ from mqworker.dispatch import (
     Want,
 )
 from mqworker.errors import IllegalMove
+from mqworker.pace import AHEAD_SECONDS, MOST_AHEAD
 
 REQUIREMENTS = ("x", "y", "z")
 WORKERS = ("w1", "w2", "w3")
@@ -398,7 +397,7 @@ class DispatchIsFair(RuleBasedStateMachine):
         for name, (members, idle, lookahead, out) in figures.items():
             assert members == sum(own == name for own, _, _ in self.supplies.values())
             assert idle == self.idle(name) == self.dispatch.idle(name)
-            assert 0 <= lookahead <= MAX_LOOKAHEAD
+            assert 0 <= lookahead <= MOST_AHEAD
             assert out == sum(own == name for own, _ in self.out.values())
             assert self.dispatch.credit(name, self.now) == idle + lookahead - out
 
@@ -459,7 +458,7 @@ def finish(dispatch, *, each, seconds, start=0.0):
     while now < start + seconds:
         now += each
         dispatch.taken("w1", "t")
-        dispatch.freed("w1", "t", now, 0.001)
+        dispatch.freed("w1", "t", now, each)
     return now
 
 
@@ -500,14 +499,15 @@ def test_a_class_whose_runs_are_long_gets_no_ticket_ahead_of_a_free_slot(dispatc
 def test_a_class_whose_runs_are_short_gets_what_it_finishes_in_the_lookahead(dispatch, each):
     now = finish(dispatch, each=each, seconds=5)
 
-    assert dispatch.lookahead("a", now) == pytest.approx(LOOKAHEAD_SECONDS / each, abs=1.5)
+    assert dispatch.lookahead("a", now) == pytest.approx(AHEAD_SECONDS / each, abs=1.5)
     assert dispatch.lookahead("a", now) >= 1
     assert dispatch.lookahead("a", now + 10) == 0  # it has been idle: nothing is known any more
 
 
 def test_lookahead_is_bounded_and_needs_a_slot_that_works(dispatch):
     finish(dispatch, each=0.00001, seconds=1)
-    assert dispatch.lookahead("a", 1.0) == MAX_LOOKAHEAD
+    slots(dispatch, 10)
+    assert dispatch.lookahead("a", 1.0) == MOST_AHEAD
     slots(dispatch, 0)
 
     assert dispatch.lookahead("a", 1.0) == 0
@@ -693,7 +693,7 @@ def test_a_request_goes_to_an_idle_slot_then_to_who_can_run_the_least_else_then_
             dispatch.gain(name, requirement)
     for number in range(100):
         dispatch.supply("w1", capability_class="quick", slots=1, busy=())
-        dispatch.freed("w1", number, 0.0, 0.001)
+        dispatch.freed("w1", number, 0.0, 0.01)
     dispatch.supply("w1", capability_class="quick", slots=1, busy=["t"])
     assert dispatch.lookahead("quick", 0.0) == 10
     for worker, (name, number) in enumerate({"any": 9, "only": 1, "large": 2}.items()):
@@ -750,7 +750,7 @@ def test_a_class_that_was_woken_for_many_leaves_what_it_has_no_credit_for_to_the
 def test_a_class_with_lookahead_does_not_take_a_second_before_another_has_filled_its_idle_slot():
     dispatch = idle_classes(a="xy", b="yz")
     for number in range(10):
-        dispatch.freed("worker of a", number, 0.0, 0.001)
+        dispatch.freed("worker of a", number, 0.0, 0.1)
     assert dispatch.offers(0.0) == []
     assert dispatch.credit("a", 0.0) == 2
     wait(dispatch, "r1")
@@ -762,7 +762,7 @@ def test_a_class_with_lookahead_does_not_take_a_second_before_another_has_filled
 def test_a_starved_class_whose_lookahead_has_run_out_meanwhile_gets_nothing():
     dispatch = idle_classes(a="x", b="x")
     for number in range(10):
-        dispatch.freed("worker of a", number, 0.0, 0.001)
+        dispatch.freed("worker of a", number, 0.0, 0.1)
     for name in "ab":
         dispatch.taken(f"worker of {name}", "t")
     assert dispatch.offers(0.0) == []
