@@ -38,6 +38,7 @@ from mqworker.messages import (
     GetCapabilities,
     GetPool,
     GetRequests,
+    GetStates,
     ImportArtifact,
     ListArtifacts,
     ListPauses,
@@ -63,6 +64,7 @@ from mqworker.messages import (
     RequestView,
     Resume,
     RetryRequest,
+    StateList,
     Submit,
     WorkerList,
     WorkerView,
@@ -405,6 +407,8 @@ class FakeScheduler:
         match query:
             case GetRequests(ids=ids):
                 return self._found(ids)
+            case GetStates(ids=ids):
+                return StateList(states={view.request.id: view.state for view in self._found(ids).requests})
             case AbortRequests(ids=ids, reason=reason):
                 for view in self._found(ids).requests:
                     if view.state in {"pending", "offered"}:

@@ -36,6 +36,7 @@ from mqworker.messages import (
     Explanation,
     FileEntry,
     GetRequests,
+    GetStates,
     LogProgress,
     RefreshWorkers,
     Request,
@@ -413,7 +414,7 @@ def test_a_wait_ends_with_the_event_of_the_last_request(client, scheduler):
     scheduler.move(done, "failure")
 
     with in_thread(lambda: client.wait([two, done, one])) as results:
-        until(lambda: any(isinstance(query, GetRequests) for query in scheduler.queries))
+        until(lambda: any(isinstance(query, GetRequests | GetStates) for query in scheduler.queries))
         scheduler.move(one, "success")
         scheduler.move(two, "aborted")
 
@@ -430,7 +431,7 @@ def test_a_wait_looks_again_even_if_no_event_comes(client, scheduler, monkeypatc
     request = client.submit("noop")
 
     with in_thread(lambda: client.wait([request])) as results:
-        until(lambda: any(isinstance(query, GetRequests) for query in scheduler.queries))
+        until(lambda: any(isinstance(query, GetRequests | GetStates) for query in scheduler.queries))
         scheduler.move(request, "success")
 
     assert results[0][0].state == "success"
@@ -610,7 +611,7 @@ def test_queries_waits_and_streams_survive_a_restart_of_the_broker(private_node,
         scheduler.quiet_events = True  # it ends while nobody can hear it
         stream = client.follow_logs(request)
         with in_thread(lambda: client.wait([request])) as waited, in_thread(lambda: list(stream)) as followed:
-            until(lambda: sum(isinstance(query, GetRequests) for query in scheduler.queries) >= 2)
+            until(lambda: sum(isinstance(query, GetRequests | GetStates) for query in scheduler.queries) >= 2)
             node.stop()
             scheduler.views[request] = replace_state(scheduler.views[request], "success")
             with in_thread(lambda: client.status(request)) as asked:
@@ -638,7 +639,7 @@ def test_ctrl_c_ends_a_wait_at_once(amqp_url, prefix, scheduler):
     )
     with child:
         assert child.stdout.readline()
-        until(lambda: any(isinstance(query, GetRequests) for query in scheduler.queries))
+        until(lambda: any(isinstance(query, GetRequests | GetStates) for query in scheduler.queries))
         os.kill(child.pid, signal.SIGINT)
         _, errors = child.communicate(timeout=DEADLINE)
 

@@ -25,7 +25,7 @@ from mqworker.messages import (
     Explain,
     Explanation,
     GetPool,
-    GetRequests,
+    GetStates,
     Limits,
     ListRequests,
     ListWorkers,
@@ -293,7 +293,7 @@ def test_an_abort_waits_until_what_runs_has_ended_and_is_told_otherwise_by_ctrl_
     running = [scheduler.add(state="running", worker="w1") for _ in range(2)]
 
     def end(query):
-        if isinstance(query, GetRequests):
+        if isinstance(query, GetStates):
             for one in running:
                 scheduler.views[one] = msgspec.structs.replace(scheduler.views[one], state="aborted", ended=2.0)
 
