@@ -89,8 +89,8 @@ LARGEST_KEY: Final = 100  # ... with so many of their characters
 AHEAD_NS: Final = int(AHEAD_SECONDS * 1e9)
 MAX_AHEAD: Final = 500  # runs of one worker, which others could have
 FLOOD_PREFETCH: Final = 20  # messages in hand beyond the slots, where each slot ends a run in less than AHEAD_SECONDS
-GIVEN_SECONDS: Final = 0.02  # what a slot ends in this time it is given beside what it runs, ...
-MAX_GIVEN: Final = 100  # ... and no more
+GIVEN_PART: Final = 0.2  # of what is taken ahead for a slot, it is given so much beside what it runs, ...
+MAX_GIVEN: Final = 100  # ... and no more runs
 STUCK_NS: Final = 500_000_000  # without an end: what waits for a slot is handed back
 UNTOLD_NS: Final = 200_000_000  # a run that takes longer is told of, even if it says nothing itself
 LOG_TAIL: Final = 2000  # characters of output kept, for the reason of a run whose slot died
@@ -721,9 +721,8 @@ class Agent:
         return self._bounded or run.alone or run.request.limits is not None or run.request.timeout is not None
 
     def _depth(self) -> int:
-        """Return how many runs a slot is given: one, and what it ends in GIVEN_SECONDS."""
-        rate = self._pace.rate(self._present_ns / 1e9)
-        return 1 + min(MAX_GIVEN, int(rate / len(self._slots) * GIVEN_SECONDS))
+        """Return how many runs a slot is given: one, and a part of what is taken ahead for it."""
+        return 1 + min(MAX_GIVEN, int(self._pace.ahead(1, self._present_ns / 1e9) * GIVEN_PART))
 
     def is_supplied(self, number: int) -> bool:
         """Say whether a slot has so much to do that what it says may wait for a moment."""

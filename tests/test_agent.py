@@ -1323,7 +1323,7 @@ class AgentKeepsItsSlots(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.patches = pytest.MonkeyPatch()
-        self.patches.setattr("mqworker.agent.GIVEN_SECONDS", 1.0)  # so that few ends make it give slots several runs
+        self.patches.setattr("mqworker.agent.GIVEN_PART", 1.0)  # so that few ends make it give slots several runs
         self.driven = Driven(slots=self.SLOTS).up()
         self.agent = self.driven.agent
         self.connected = True
