@@ -4,12 +4,36 @@ Knows no request. Each kind of database keeps to this, and says in its own room 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from sqlalchemy import Connection, Engine, exc
+from sqlalchemy import Connection, Engine, Insert, Update, exc
 
 from mqworker.errors import MqworkerError
+
+
+class Many:
+    """A statement for many rows.
+
+    SQLAlchemy looks at each value of each row, which takes longer than SQLite does for the row. SQLite takes what we
+    have as it is, so there the rows go to it at once; PostgreSQL does not take each text.
+    """
+
+    def __init__(self, statement: Insert | Update) -> None:
+        self._statement = statement
+        self._compiled: tuple[str, Sequence[str], Mapping[str, Any]] | None = None
+
+    def execute(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Do it for rows that have all the same keys, and return how many rows of its table that concerned."""
+        if connection.dialect.name != "sqlite":
+            return connection.execute(self._statement, rows).rowcount
+        if self._compiled is None:
+            compiled = self._statement.compile(dialect=connection.dialect, column_keys=[*rows[0]])
+            self._compiled = str(compiled), compiled.positiontup or (), compiled.params
+        text, places, constant = self._compiled
+        values = [tuple(map({**constant, **row}.__getitem__, places)) for row in rows]
+        return connection.exec_driver_sql(text, values).rowcount
 
 
 class Database(ABC):

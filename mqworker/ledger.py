@@ -39,7 +39,7 @@ from sqlalchemy import (
 )
 
 from mqworker import schema
-from mqworker.database import Database
+from mqworker.database import Database, Many
 from mqworker.errors import IllegalMove, SettingsError, TooLarge
 from mqworker.facts import (
     AbortAsked,
@@ -133,7 +133,7 @@ def _if_still(state: State) -> tuple[Any, ...]:
 
 _need = insert(_requirements)
 _needed = select(_requirements.c.id).where(_requirements.c.id.in_(_ids))
-_accept = insert(_requests)
+_accept = Many(insert(_requests))
 _known = select(
     _requests.c.id,
     _requests.c.seq,
@@ -143,7 +143,7 @@ _known = select(
     _requests.c.reason,
 ).where(_requests.c.id.in_(_ids))
 
-_wake = (
+_wake = Many(
     update(_requests)
     .where(
         _requests.c.id == bindparam(_THE_ID),
@@ -152,7 +152,7 @@ _wake = (
     )
     .values(not_before=None)
 )
-_offer = (
+_offer = Many(
     update(_requests)
     .where(
         _requests.c.seq == bindparam(_THE_SEQ),
@@ -162,9 +162,9 @@ _offer = (
     )
     .values(state=move(State.PENDING, Event.OFFER))
 )
-_return = update(_requests).where(*_if_still(State.OFFERED)).values(state=move(State.OFFERED, Event.RETURN))
+_return = Many(update(_requests).where(*_if_still(State.OFFERED)).values(state=move(State.OFFERED, Event.RETURN)))
 
-_grant = (
+_grant = Many(
     update(_requests)
     .where(*_if_still(State.OFFERED))
     .values(
@@ -174,11 +174,11 @@ _grant = (
         granted=bindparam("granted"),
     )
 )
-_granted_attempt = insert(_attempts)
+_granted_attempt = Many(insert(_attempts))
 _holder = select(_requests.c.state, _requests.c.attempt, _requests.c.token).where(_requests.c.id == bindparam(_THE_ID))
 
 _runs_still = (*_if_still(State.RUNNING), _requests.c.token == bindparam(_THE_TOKEN))
-_end_for_good = (
+_end_for_good = Many(
     update(_requests)
     .where(*_runs_still)
     .values(
@@ -188,7 +188,7 @@ _end_for_good = (
         reason=bindparam("reason"),
     )
 )
-_end_for_now = (
+_end_for_now = Many(
     update(_requests)
     .where(*_runs_still)
     .values(
@@ -201,7 +201,7 @@ _end_for_now = (
         not_before=bindparam("not_before"),
     )
 )
-_ended_attempt = (
+_ended_attempt = Many(
     update(_attempts)
     .where(_attempts.c.request == bindparam(_THE_ID), _attempts.c.number == bindparam(_THE_ATTEMPT))
     .values(
@@ -933,7 +933,7 @@ def _do_accepts(connection: Connection, writes: Sequence[Accept]) -> list[Result
         dependencies += [{"request": write.seq, "after": id_, "need": need} for id_, need in beginning.unmet.items()]
         results[request.id] = _accepted(write, row, beginning)
     if rows:
-        connection.execute(_accept, rows)
+        _accept.execute(connection, rows)
     if dependencies:
         connection.execute(_new_dependency, dependencies)
     _forget(connection, _take_marks, marks)
@@ -1135,7 +1135,7 @@ def _do_grants(connection: Connection, writes: Sequence[Grant]) -> list[Result]:
         if granted
     ]
     if rows:
-        connection.execute(_granted_attempt, rows)
+        _granted_attempt.execute(connection, rows)
 
     def result(write: Grant) -> Granting:
         row = connection.execute(_holder, {_THE_ID: write.request}).one_or_none()
@@ -1168,7 +1168,7 @@ def _do_ends(connection: Connection, writes: Sequence[End]) -> list[Result]:
                 results[number] = _late(connection, writes[number])
     if recorded:
         recorded.sort()
-        connection.execute(_ended_attempt, [_attempt_row(writes[number], judged[number][1]) for number in recorded])
+        _ended_attempt.execute(connection, [_attempt_row(writes[number], judged[number][1]) for number in recorded])
     made = _record_artifacts(
         connection,
         [
@@ -1427,7 +1427,7 @@ def _cas(write: Offer | Return | Grant | End) -> dict[str, Any]:
     return {_THE_ID: write.request, _THE_ATTEMPT: write.attempt}
 
 
-def _compare_and_set(connection: Connection, statement: Executable, rows: Sequence[dict[str, Any]]) -> list[bool]:
+def _compare_and_set(connection: Connection, statement: Many, rows: Sequence[dict[str, Any]]) -> list[bool]:
     """Return which rows changed, each of its own request.
 
     As a rule all do, and one statement for all of them proves it by their sum. If one does not, the sum cannot say
@@ -1435,10 +1435,10 @@ def _compare_and_set(connection: Connection, statement: Executable, rows: Sequen
     """
     if len(rows) > 1:
         with connection.begin_nested() as attempt:
-            if connection.execute(statement, rows).rowcount == len(rows):
+            if statement.execute(connection, rows) == len(rows):
                 return [True] * len(rows)
             attempt.rollback()
-    return [connection.execute(statement, row).rowcount == 1 for row in rows]
+    return [statement.execute(connection, [row]) == 1 for row in rows]
 
 
 # ---------------------------------------------------------------- what comes after others

@@ -22,6 +22,7 @@ from mqworker.messages import (
     FileEntry,
     Limits,
     Outfit,
+    Recall,
     RecordedArtifact,
     Renew,
     Request,
@@ -30,6 +31,7 @@ from mqworker.messages import (
     SlotOutput,
     SlotProgress,
     SlotReady,
+    SlotRecalled,
     SlotWord,
     StopRun,
     decode,
@@ -71,6 +73,10 @@ class Odd(Task):
 
     def leave_variable(self):
         os.environ["ODD"] = "1"
+        return True
+
+    def leave_file(self):
+        (self.world.work_directory / "left").write_text("behind")
         return True
 
     def leave_directory(self):
@@ -532,6 +538,98 @@ def test_a_renewal_that_comes_after_its_run_kills_no_idle_slot(shared):
     shared.start()
 
     assert shared.hear(SlotEnded)[0].result == "success"
+
+
+def test_runs_that_were_told_of_together_begin_one_after_the_other(shared, tmp_path):
+    shared.ready()
+    journal = tmp_path / "journal"
+    gate = tmp_path / "gate"
+    shared.start("journal", {"journal": str(journal), "gate": str(gate), "label": "first"})
+    shared.start("journal", {"journal": str(journal), "label": "second"})
+    shared.start("noop", {"result": "failure"})
+    eventually(journal.exists)
+    gate.touch()
+
+    assert [shared.hear(SlotEnded)[0].result for _ in range(3)] == ["success", "success", "failure"]
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [(line["label"], line["what"]) for line in lines] == [
+        ("first", "start"),
+        ("first", "end"),
+        ("second", "start"),
+        ("second", "end"),
+    ]
+
+
+def test_what_has_not_begun_can_be_taken_back_and_what_has_goes_on(shared, tmp_path):
+    shared.ready()
+    journal, gate = tmp_path / "journal", tmp_path / "gate"
+    shared.start("journal", {"journal": str(journal), "gate": str(gate)})
+    behind = [shared.start("journal", {"journal": str(journal)}) for _ in range(2)]
+    eventually(journal.exists)
+    shared.order(Recall())
+    recalled, _ = shared.hear(SlotRecalled)
+    assert recalled.tokens == behind
+    gate.touch()
+    assert shared.hear(SlotEnded)[0].result == "success"
+    last = shared.start("noop")
+    ended, before = shared.hear(SlotEnded)
+
+    assert (ended.result, before) == ("success", [])
+    assert last not in recalled.tokens
+    assert [json.loads(line)["what"] for line in journal.read_text().splitlines()] == ["start", "end"]
+    shared.order(Recall())
+    assert shared.hear(SlotRecalled)[0].tokens == []
+
+
+def test_a_run_that_waits_behind_another_has_a_deadline_and_an_abort_of_its_own(child, tmp_path):
+    """P2: it is ended by what it was told itself, and not by what was told of the one before it."""
+    child.ready()
+    journal, gate = tmp_path / "journal", tmp_path / "gate"
+    child.start("journal", {"journal": str(journal), "gate": str(gate)}, seconds=0.8)
+    first = child.token
+    aborted = child.start("noop", {"duration": 1000})
+    lapses = child.start("noop", {"duration": 1000}, seconds=3600)
+    eventually(journal.exists)
+    child.order(Renew(token=first, deadline_ns=boottime_ns() + 3600 * SECOND))
+    child.order(StopRun(token=aborted, reason="not wanted"))
+    child.order(Renew(token=lapses, deadline_ns=boottime_ns() + SECOND))
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.process.wait(1.2)  # the first goes on behind the deadlines that it had, and that others have
+    gate.touch()
+    assert child.hear(SlotEnded)[0].result == "success"
+    ended, _ = child.hear(SlotEnded)
+    assert (ended.result, ended.reason.text) == ("aborted", "not wanted")
+
+    assert child.await_end() == SLOT_LAPSED
+
+
+def test_a_run_has_a_directory_when_it_asks_for_one_and_what_it_leaves_there_is_told(shared):
+    assert shared.run("noop")[0].litter is False
+    assert not (shared.directory / shared.token).exists()
+    assert shared.run("noop", {"artifacts": [10]})[0].litter is False
+    assert not (shared.directory / shared.token).exists()
+    assert shared.run("odd", {"how": "leave_file"})[0].litter is True
+    assert (shared.directory / shared.token).is_dir()
+
+
+def test_a_run_without_room_for_its_directory_says_so(child):
+    child.ready()
+    in_the_way = child.directory / "file"
+    in_the_way.touch()
+    child.order(
+        RunTask(
+            token="t1",  # noqa: S106  # a token of a claim
+            request=Request(id=str(uuid.uuid4()), task="noop", data={"artifacts": [1]}),
+            attempt=1,
+            inputs=[],
+            directory=str(in_the_way / "t1"),
+            deadline_ns=boottime_ns() + 60 * SECOND,
+        )
+    )
+    ended, _ = child.hear(SlotEnded)
+
+    assert ended.result == "error"
+    assert ended.unfit.startswith(f"expected room for a run in {in_the_way}, got: ")
 
 
 def await_deaf(child):
