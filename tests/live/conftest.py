@@ -126,7 +126,7 @@ class LivePool:
         }
 
     def client(self, **arguments) -> Client:
-        return Client(self.amqp_url, prefix=self.prefix, store_url=self.store_url, **{"timeout": 3 * PATIENCE, **arguments})
+        return Client(self.amqp_url, prefix=self.prefix, store_url=self.store_url, **{"timeout": PATIENCE, **arguments})
 
     def start(self, name: str, *command: str, **environment: str) -> subprocess.Popen:
         log = (self.directory / f"{name}.log").open("ab")
