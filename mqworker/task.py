@@ -195,17 +195,21 @@ class Task(abc.ABC):
         Raises:
             ValueError: no task of this name is installed here.
         """
-        load_tasks()
+        name = sub_task_class_name.lower()
+        if name not in Task._sub_tasks:
+            load_tasks()
         try:
-            return Task._sub_tasks[sub_task_class_name.lower()]
+            return Task._sub_tasks[name]
         except KeyError:
             raise ValueError(f"{sub_task_class_name!r} is not a registered task_name") from None
 
     @staticmethod
     def is_valid_task_name(task_name: str) -> bool:
         """Say whether a task of this name is installed here."""
-        load_tasks()
-        return task_name.lower() in Task._sub_tasks
+        name = task_name.lower()
+        if name not in Task._sub_tasks:
+            load_tasks()
+        return name in Task._sub_tasks
 
     # ------------------------------------------------------------ configuration
 
