@@ -281,7 +281,7 @@ class _Asking:
         return RunRef(request=self.ticket.request.id, attempt=self.ticket.attempt, token=self.token)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Run:
     slot: int | None  # None: it waits for one
     request: Request
@@ -730,7 +730,7 @@ class Agent:
 
     def _give(self, run: _Run, number: int, now_ns: int) -> None:
         slot = self._slots[number]
-        run.slot = number
+        run.slot, run.stage = number, None
         if run.request.timeout is not None:
             run.timeout_ns = now_ns + int(run.request.timeout * 1e9)
         slot.runs.append(run.token)

@@ -845,8 +845,12 @@ def test_what_runs_alone_is_claimed_at_once_and_starts_when_nothing_else_runs(tw
     assert ({run.token for run in beat.running}, beat.slots) == ({other.token, ref.token}, 0)
     two.agent.slot_said(0, SlotEnded(result="success"))
     [spool] = two.take(StartRun, Spool)
+    two.pass_time(1)
     two.agent.spooled(spool.outcome)  # what has ended must not be lost with what may kill this worker
+    began = two.now / SECOND
     [start] = two.take(StartRun)
+    [run] = beat_of(two.beat()).running
+    assert (run.stage, run.since) == ("start", began)
 
     assert (start.token, start.slot) == (ref.token, 0)
     assert two.agent.consuming is None
