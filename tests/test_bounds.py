@@ -634,6 +634,9 @@ def test_the_readme_states_each_bound_as_the_code_has_it():
     mib = 1024 * 1024
     most_metadata = pool.MAX_POOL_METADATA_BYTES
     stated = {
+        "tickets, or events of requests": (
+            f"{messages.MAX_TICKETS_IN_A_MESSAGE}, or {messages.MAX_EVENTS_IN_A_MESSAGE}"
+        ),
         "a message, either way": f"{messages.MAX_MESSAGE_BYTES // mib} MiB",
         "a request, as JSON": f"{messages.MAX_REQUEST_BYTES // mib} MiB",
         "`requires`": f"{requires.MAX_BYTES // 1024} KiB, and {requires.MAX_WORK:,} looks",

@@ -364,7 +364,7 @@ class House:
         children = [child for host in self.hosts.values() for child in host.children if child.alive]
         if children:
             child = self.random.choice(children)
-            child.stdout.feed_data(body.replace(b"\n", b" ") + b"\n")
+            child._words.feed_data(body.replace(b"\n", b" ") + b"\n")
         self.told["slot", "said"] += 1
 
     # ------------------------------------------------------------ what it comes to
