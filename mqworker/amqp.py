@@ -344,6 +344,11 @@ class Link:
         return self._life.epoch if self._life is not None and self._life.up else None
 
     @property
+    def answered(self) -> bool:
+        """Tell whether the broker has let us in; it may take its time to make what should be there."""
+        return self._life is not None and self._life.server != ("", "")
+
+    @property
     def blocked(self) -> bool:
         """Tell whether a memory or disk alarm stops the broker from taking what is published."""
         return self._life is not None and self._life.blocked

@@ -877,7 +877,12 @@ class Client:
 
     async def _connected(self) -> None:
         line = cast("_Line", self._line)
-        await line.link.wait_up(min(self._timeout, FIRST_CONNECT_SECONDS))
+        try:
+            await line.link.wait_up(min(self._timeout, FIRST_CONNECT_SECONDS))
+        except BrokerUnavailable:
+            if not line.link.answered:
+                raise
+            await line.link.wait_up(self._timeout)
 
     async def _submit(self, batch: Sequence[Request]) -> Receipts:
         what = f"request {batch[0].id}" if len(batch) == 1 else f"{len(batch)} requests from {batch[0].id} on"

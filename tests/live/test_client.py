@@ -48,6 +48,7 @@ from mqworker.messages import (
     encode,
 )
 from mqworker.store import Store
+from tests.proxy import Proxy
 
 pytestmark = pytest.mark.live
 
@@ -652,3 +653,17 @@ def test_a_client_may_be_used_from_several_threads(client):
         two = [client.submit("noop") for _ in range(20)]
 
     assert {view.request.id for view in client.list(limit=100)} == {*one[0], *two}
+
+
+@pytest.mark.usefixtures("scheduler")
+def test_a_broker_that_lets_us_in_and_takes_its_time_with_the_queues_is_waited_for(amqp_url, prefix, monkeypatch):
+    """Who names a wrong port is told soon; but a busy broker needs some seconds for what a new pool has."""
+    monkeypatch.setattr("mqworker.client.FIRST_CONNECT_SECONDS", 1.2)
+    with Proxy.before(amqp_url) as proxy:
+        proxy.slow(delay=0.15)
+        with Client(proxy.url(amqp_url), prefix=prefix, timeout=30) as client:
+            assert client.pauses() == []
+        proxy.slow(delay=2.0)
+        client = Client(proxy.url(amqp_url), prefix=prefix, timeout=30)
+        with pytest.raises(BrokerUnavailable, match=r"within 1\.2 s"):
+            client.open()
